@@ -1,0 +1,255 @@
+"""The specification: every op in plain torch, and a real backend of its own.
+
+Notation: A actions (sampled tokens), B sequences, V vocabulary, D hidden size. All arithmetic is fp32, or fp64 when the
+inputs are; fp16 and bf16 inputs are upcast once they are read. Every faster backend is tested against this file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp64 stays, everything else is computed in fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def logprobs_from_logits(
+    logits: Float[Tensor, "A V"],
+    targets: Int[Tensor, "A"],
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
+    """Log-probability of each target, and the entropy of each row's distribution, in nats.
+
+        x = logit_scale * logits;  x = softcap * tanh(x / softcap) if softcap;  z = x / temperature
+        logp_a = z[a, y_a] - logsumexp_j z[a, j]
+        H_a    = logsumexp_j z[a, j] - sum_j p[a, j] z[a, j]          with 0 * -inf = 0
+
+    A logit of -inf has probability 0 and adds nothing to the entropy; NaN propagates. dlogp/dz = 1[j = y] - p_j and
+    dH/dz = -p_j (log p_j + H). Softcap: Gemma 2 (arXiv 2408.00118, section 2).
+    """
+    x = _wide(logits)
+    if logit_scale != 1.0:
+        x = x * logit_scale
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    z = x / temperature
+    lse = z.logsumexp(-1)  # [A]
+    logp = z.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - lse
+    finite_z = z.masked_fill(z == -torch.inf, 0.0)
+    entropy = lse - ((z - lse.unsqueeze(-1)).exp() * finite_z).sum(-1)
+    return logp, entropy
+
+
+def linear_logprobs(
+    hidden: Float[Tensor, "A D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "A"],
+    *,
+    bias: Float[Tensor, "V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = 1024,
+) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
+    """``logprobs_from_logits(hidden @ weight.T + bias, targets)`` with at most [chunk_size, V] logits alive.
+
+    Backward computes each chunk's logits again (4 GEMM units of 2*A*D*V FLOP in all) instead of keeping them.
+    """
+
+    def chunk(h: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.nn.functional.linear(h, w, b)  # [C, V]
+        return logprobs_from_logits(logits, y, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
+    logps, entropies = [], []
+    for start in range(0, max(len(targets), 1), chunk_size):
+        rows = slice(start, start + chunk_size)
+        args = (hidden[rows], weight, bias, targets[rows])
+        logp, entropy = checkpoint(chunk, *args, use_reentrant=False) if differentiable else chunk(*args)
+        logps.append(logp)
+        entropies.append(entropy)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def gae(
+    rewards: Float[Tensor, "A"],
+    values: Float[Tensor, "A"],
+    cu_seqlens: Int[Tensor, "B+1"],
+    *,
+    gamma: float = 1.0,
+    lam: float | Float[Tensor, "B"] = 0.95,
+    bootstrap: Float[Tensor, "B"] | None = None,
+    mask: Bool[Tensor, "A"] | None = None,
+) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16) over packed actions; no gradient.
+
+        delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   R_t = A_t + V_t
+
+    ``values[a]`` is V(state before action a). After a sequence's last action V is ``bootstrap[b]`` (0 when not given: the
+    episode ended) and A is 0. A masked action (``mask`` False) is transparent: its neighbours see each other across it, its
+    own advantage is 0 and its return is its value. ``lam`` may differ per sequence.
+    """
+    rewards, values = _wide(rewards), _wide(values)
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    lam = lam.to(rewards) if isinstance(lam, torch.Tensor) else rewards.new_full(lengths.shape, lam)
+    advantages, returns = torch.zeros_like(rewards), values.clone()
+    next_advantage = torch.zeros_like(lam)  # [B]
+    next_value = torch.zeros_like(lam) if bootstrap is None else bootstrap.to(rewards)  # [B]
+    for t in reversed(range(int(lengths.max()) if len(lengths) else 0)):
+        alive = lengths > t
+        if mask is not None:
+            alive = alive & mask[(starts + t).clamp_max(len(rewards) - 1)]
+        a = (starts + t)[alive]
+        delta = rewards[a] + gamma * next_value[alive] - values[a]
+        advantage = delta + gamma * lam[alive] * next_advantage[alive]
+        advantages[a], returns[a] = advantage, advantage + values[a]
+        next_advantage[alive], next_value[alive] = advantage, values[a]
+    return advantages.detach(), returns.detach()
+
+
+def whiten(
+    x: Float[Tensor, "A"], *, mask: Bool[Tensor, "A"] | None = None, shift_mean: bool = True, eps: float = 1e-8
+) -> Float[Tensor, "A"]:
+    """(x - mean) / sqrt(var + eps) with the unbiased variance, over the unmasked entries; masked entries become 0.
+
+    With ``shift_mean=False`` the mean is added back: only the scale changes. Fewer than two entries have variance 0.
+    """
+    kept = _wide(x if mask is None else x[mask])
+    mean = kept.mean() if kept.numel() else kept.new_zeros(())
+    var = kept.var() if kept.numel() > 1 else kept.new_zeros(())
+    out = (_wide(x) - mean) * torch.rsqrt(var + eps)
+    if not shift_mean:
+        out = out + mean
+    return out if mask is None else out.masked_fill(~mask, 0.0)
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: KLEstimator) -> Tensor:
+    """Per-action estimate of KL(pi || ref) from samples of pi (Schulman, "Approximating KL Divergence", 2020).
+
+    With d = logp - ref_logp:  k1 = d;  k2 = d^2 / 2;  k3 = exp(-d) - 1 + d.
+    """
+    d = logp - ref_logp
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return 0.5 * d * d
+    if kind == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"kl estimator {kind!r}: choose k1, k2 or k3")
+
+
+def ppo_loss(
+    logp: Float[Tensor, "A"],
+    old_logp: Float[Tensor, "A"],
+    advantages: Float[Tensor, "A"],
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    weights: Float[Tensor, "A"] | None = None,
+    ref_logp: Float[Tensor, "A"] | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    entropy: Float[Tensor, "A"] | None = None,
+    entropy_coef: float = 0.0,
+    values: Float[Tensor, "A"] | None = None,
+    old_values: Float[Tensor, "A"] | None = None,
+    returns: Float[Tensor, "A"] | None = None,
+    value_coef: float = 0.5,
+    value_clip: float | None = 0.2,
+    normalizer: float | Float[Tensor, ""] | None = None,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """The clipped PPO objective with every optional term, summed over actions and divided once by ``normalizer``.
+
+        rho    = exp(logp - old_logp)
+        policy = -w min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)           PPO, arXiv 1707.06347, eq. 7
+        policy = min(policy, -w dual_clip A) where A < 0                           dual clip, arXiv 1912.09729, eq. 5
+        value  = 0.5 max((V - R)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - R)^2)
+        loss   = sum(policy + value_coef value + kl_coef KL(logp, ref_logp) - entropy_coef H) / normalizer
+
+    ``clip_low != clip_high`` is DAPO's clip-higher (arXiv 2503.14476). ``weights`` are (truncated) importance weights of
+    the behaviour policy and scale the policy term alone. ``normalizer`` defaults to A; pass the optimizer step's global
+    action count when the step is split in microbatches, so that their losses add up. The value term needs ``values`` and
+    ``returns`` (and ``old_values`` unless ``value_clip`` is None).
+
+    Returns:
+        The scalar loss, and detached metrics that are SUMS over the A actions (divide by the count yourself):
+        ``policy_loss value_loss kl_loss entropy ratio ratio_sq approx_kl clip_low clip_high dual_clip value_clip``.
+
+    Raises:
+        ValueError: a coefficient is set whose tensor is missing, or dual_clip is not above 1.
+    """
+    if dual_clip is not None and dual_clip <= 1.0:
+        raise ValueError(f"dual_clip {dual_clip}: must be above 1 (or None)")
+    if kl_coef and ref_logp is None:
+        raise ValueError(f"kl_coef {kl_coef} needs ref_logp")
+    if entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef {entropy_coef} needs entropy")
+    logp, old_logp, advantages = _wide(logp), _wide(old_logp), _wide(advantages)
+    zero = logp.new_zeros(())
+
+    log_ratio = logp - old_logp
+    ratio = log_ratio.exp()  # [A]
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    policy = -torch.minimum(ratio * advantages, clipped * advantages)
+    dual = torch.zeros_like(policy, dtype=torch.bool)
+    if dual_clip is not None:
+        dual = (advantages < 0) & (policy > -dual_clip * advantages)
+        policy = torch.where(dual, -dual_clip * advantages, policy)
+    if weights is not None:
+        policy = policy * weights
+    loss = policy.sum()
+
+    value_loss, value_clipped = zero, zero
+    if values is not None:
+        if returns is None or (value_clip is not None and old_values is None):
+            raise ValueError("the value loss needs returns, and old_values unless value_clip is None")
+        error = (_wide(values) - returns) ** 2
+        if value_clip is not None and old_values is not None:
+            near = old_values + (_wide(values) - old_values).clamp(-value_clip, value_clip)
+            error_near = (near - returns) ** 2
+            value_clipped = (error_near > error).sum()
+            error = torch.maximum(error, error_near)
+        value_loss = 0.5 * error.sum()
+        loss = loss + value_coef * value_loss
+    kl = zero
+    if ref_logp is not None:
+        kl = kl_estimate(logp, _wide(ref_logp), kl_estimator).sum()
+        if kl_coef:
+            loss = loss + kl_coef * kl
+    entropy_sum = zero if entropy is None else _wide(entropy).sum()
+    if entropy_coef:
+        loss = loss - entropy_coef * entropy_sum
+
+    with torch.no_grad():
+        metrics = {
+            "policy_loss": policy.sum(),
+            "value_loss": value_loss,
+            "kl_loss": kl,
+            "entropy": entropy_sum,
+            "ratio": ratio.sum(),
+            "ratio_sq": (ratio * ratio).sum(),
+            "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
+            "clip_low": ((ratio < 1.0 - clip_low) & (advantages < 0)).sum(),
+            "clip_high": ((ratio > 1.0 + clip_high) & (advantages > 0)).sum(),
+            "dual_clip": dual.sum(),
+            "value_clip": value_clipped,
+        }
+        metrics = {name: value.detach().to(logp.dtype) for name, value in metrics.items()}
+    count = max(logp.numel(), 1) if normalizer is None else normalizer
+    return loss / count, metrics

@@ -1,0 +1,350 @@
+"""Every setting of a run: typed, validated, torch-free. Unknown keys are errors that name the nearest one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tppo_fast.errors import UserError
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _module_function(value: str) -> str:
+    """A built-in name or ``module:function``."""
+    module, _, function = value.partition(":")
+    if ":" in value and not (module and function):
+        raise ValueError("write a built-in name or module:function")
+    return value
+
+
+Pluggable = Annotated[str, AfterValidator(_module_function)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ModelConfig(Section):
+    path: str = ""
+    """Folder of a transformers causal LM and its tokenizer (safetensors). Required."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward and backward pass; master weights stay fp32 (bfloat16 runs under autocast)."""
+    shared_body: bool = False
+    """True: the value head reads the policy's hidden states. False: the critic has a body of its own."""
+    value_gradient_to_body: bool = True
+    """With a shared body, whether the value loss also trains the body."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    """Packed attention: exact torch SDPA, flash-attn varlen (CUDA, half precision), or flash where it can run."""
+    trust_remote_code: bool = False
+    """Run Python code that ships inside the model folder. Off unless you have read that code."""
+
+
+class DataConfig(Section):
+    train: str = "synthetic"
+    """Training sessions: a .jsonl or .parquet file, or "synthetic" for the embedded generator."""
+    eval: str | None = None
+    """Held-out sessions. None: ``eval_fraction`` of the training file's users are held out."""
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of USERS held out when ``eval`` is None; no user stands on both sides."""
+    synthetic_sessions: Annotated[int, Field(ge=20, le=1_000_000)] = 4000
+    """How many sessions the embedded generator makes."""
+    template: str = "History:\n{history}\nNext queries:"
+    """Prompt text. {history} is replaced by the rendered history and must occur exactly once."""
+    response_prefix: str = " "
+    """Text between prompt and response in supervision, part of the response."""
+    separator: str = ", "
+    """Text between the queries of one response."""
+    max_prompt_tokens: Annotated[int, Field(ge=8)] = 512
+    """Longer histories lose their OLDEST entries until the prompt fits."""
+    num_queries: Count = 3
+    """How many next queries a response should hold; supervision uses the first ones of ``next_queries``."""
+
+    @field_validator("template")
+    @classmethod
+    def _one_history(cls, value: str) -> str:
+        if value.count("{history}") != 1:
+            raise ValueError("must contain {history} exactly once")
+        return value
+
+    @field_validator("separator")
+    @classmethod
+    def _not_blank(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must contain a character that is not a space")
+        return value
+
+
+class RolloutConfig(Section):
+    engine: Pluggable = "hf"
+    """Who samples: "hf" (transformers generate) or module:function returning a RolloutEngine."""
+    prompts_per_step: Count = 16
+    """Distinct prompts in each step."""
+    samples_per_prompt: Count = 4
+    """Responses sampled for each prompt."""
+    max_new_tokens: Count = 48
+    """Longest response; longer ones are cut and marked truncated."""
+    temperature: Positive = 1.0
+    """Sampling temperature; every log-probability of the run is taken at it."""
+    top_p: Unit = 1.0
+    """Must be 1: with nucleus sampling the ratio's log-probabilities belong to another distribution."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Must be 0 (off), for the same reason."""
+
+    @model_validator(mode="after")
+    def _unbiased(self) -> RolloutConfig:
+        if self.top_p < 1.0 or self.top_k > 0:
+            name, value = ("top_p", self.top_p) if self.top_p < 1.0 else ("top_k", self.top_k)
+            raise ValueError(
+                f"rollout.{name} = {value}: sampling must be from the full distribution, otherwise the PPO ratio is "
+                "biased; set top_p = 1.0 and top_k = 0, and use temperature instead"
+            )
+        return self
+
+
+class RewardConfig(Section):
+    source: Pluggable = "lexical"
+    """Who scores: "lexical" (word labels against the true next queries) or module:function."""
+    placement: Literal["token", "last"] = "token"
+    """"token": each token gets its own reward (TPPO). "last": the same rewards summed onto the last token (the control)."""
+    scale: Literal["centred", "paper"] = "centred"
+    """Reward of an irrelevant / relevant token: centred is -1 / +1, paper is 1 / 2. Separators always get 0."""
+    coefficient: float = 1.0
+    """Multiplies every reward."""
+    length_penalty: bool = True
+    """Multiply by lwp(l) = 1 / (1 + exp(alpha (l - sl) - 6)), so that length past sl stops paying (TPPO, section 3.3)."""
+    length_alpha: Positive = 2.0
+    """alpha of the length penalty, per token."""
+    expected_length: NonNegative | None = None
+    """sl in tokens. None: median query length of the training sessions times ``data.num_queries``, separators included."""
+
+
+class PPOConfig(Section):
+    lr: NonNegative = 1e-5
+    """Peak learning rate of the policy."""
+    critic_lr: NonNegative | None = None
+    """Peak learning rate of the critic (a separate body and the value head). None: ``lr``."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up, over all optimizer steps of the run."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear learning-rate warm-up."""
+    weight_decay: NonNegative = 0.0
+    """AdamW weight decay."""
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """AdamW first-moment decay."""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """AdamW second-moment decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this global norm, policy and critic separately."""
+    epochs: Count = 2
+    """Passes over each batch of rollouts."""
+    minibatches: Count = 1
+    """Optimizer steps per pass."""
+    microbatch_tokens: Annotated[int, Field(ge=16)] = 8192
+    """Most tokens in one forward pass; changes memory, never the gradient."""
+    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """The ratio is clipped from below at 1 - clip_low."""
+    clip_high: Positive = 0.2
+    """The ratio is clipped from above at 1 + clip_high."""
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    """Bound on the loss of negative advantages (arXiv 1912.09729); None is off."""
+    loss: Pluggable = "ppo"
+    """"ppo" or module:function, called as the built-in one in ``tppo_fast.losses``."""
+    value_coef: NonNegative = 0.5
+    """Weight of the value loss."""
+    value_clip: Positive | None = 0.2
+    """Clip of the value's move from its old value; None is off."""
+    value_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps of the run in which only the critic learns."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    kl_placement: Literal["reward", "loss", "off"] = "reward"
+    """KL to the reference policy: subtracted from each token's reward (k1), added to the loss, or absent."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the loss term; the reward always uses k1."""
+    kl_coef: NonNegative = 0.05
+    """Initial KL coefficient."""
+    kl_target: Positive | None = None
+    """Adapt the coefficient so that the KL per token stays near this many nats; None keeps it fixed."""
+    kl_horizon: Positive = 10_000.0
+    """Rollouts over which the adaptive coefficient reacts (arXiv 1909.08593)."""
+    target_kl: Positive | None = None
+    """Stop a batch's remaining passes once approx_kl (new to old policy) exceeds this many nats per token."""
+    gamma: Unit = 1.0
+    """Discount."""
+    lam: Unit = 0.95
+    """GAE lambda of the policy's advantages."""
+    lam_critic: Unit | None = None
+    """GAE lambda of the critic's targets (VC-PPO, arXiv 2503.01491). None: ``lam``."""
+    lam_adaptive: Positive | None = None
+    """a of the length-adaptive lambda 1 - 1 / (a length) (VAPO, arXiv 2504.05118), replacing ``lam``; None is off."""
+    bootstrap_truncated: bool = False
+    """Value of the state after a cut response: the critic's estimate (True) or 0 (False)."""
+    whiten_advantages: bool = True
+    """Zero mean and unit variance over the step's actions."""
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """The ratio's denominator: recomputed by the trainer, or as reported by the rollout engine (saves one forward pass)."""
+
+    @model_validator(mode="after")
+    def _adaptive(self) -> PPOConfig:
+        if self.kl_target is not None and self.kl_placement == "off":
+            raise ValueError(
+                f"ppo.kl_target = {self.kl_target} has no effect with ppo.kl_placement = \"off\"; "
+                "choose reward or loss, or remove kl_target"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    steps: Count = 100
+    """PPO steps (one batch of rollouts each)."""
+    eval_every: Annotated[int, Field(ge=0)] = 10
+    """Steps between evaluations on held-out sessions; 0 evaluates at the start and the end only."""
+    eval_prompts: Count = 128
+    """Held-out sessions per evaluation."""
+    save_every: Annotated[int, Field(ge=0)] = 20
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept."""
+    show_examples: Annotated[int, Field(ge=0)] = 3
+    """Responses of the first step printed with each token's label and reward."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (needs the wandb package)."""
+
+
+class Config(Section):
+    run_dir: Path = Path("runs/train")
+    """Where metrics, checkpoints and the final model go."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Decides data order, sampling and initialisation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA when there is a GPU."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads for torch; 0 leaves torch's own choice."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOConfig = PPOConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def build(values: dict[str, Any], section: type[Section] = Config) -> Any:
+    """Validate a nested dict.
+
+    Raises:
+        UserError: the first problem, as one sentence with the field, its value and the remedy.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error, section)) from None
+
+
+def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
+    """A config from a TOML file, with ``--section.key value`` overrides from the command line.
+
+    Raises:
+        UserError: unreadable file, bad TOML, unknown key or bad value.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"config {str(path)!r} cannot be read ({reason}): give the path of a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"config {str(path)!r} is not valid TOML: {error}") from None
+    return build(merge(values, overrides or []))
+
+
+def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Apply ``--a.b value`` / ``--a.b=value`` / ``--switch`` / ``--no-switch`` pairs to a nested dict."""
+    merged = _copy(values)
+    words = iter(_pairs(overrides))
+    for key, text in words:
+        *sections, name = key.replace("-", "_").split(".")
+        table = merged
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise UserError(f"--{key} {text}: {section!r} is a value, not a section, in the config file")
+        table[name] = _literal(text)
+    return merged
+
+
+def _pairs(words: list[str]) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise UserError(f"argument {word!r} is not understood: overrides are written --section.key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            else:
+                head, dot, name = key.rpartition(".")
+                key, value = (head + dot + name[3:], "false") if name.startswith("no-") else (key, "true")
+        pairs.append((key, value))
+    return pairs
+
+
+def _literal(text: str) -> Any:
+    """The TOML value a shell word stands for, else the word itself; none is None."""
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _copy(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, dict) else v for k, v in values.items()}
+
+
+def _sentence(error: ValidationError, section: type[Section]) -> str:
+    """The first validation error in words."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        names = [*section.model_fields, *_names(section)]
+        near = difflib.get_close_matches(where, names, n=1, cutoff=0.5) or difflib.get_close_matches(
+            where.rpartition(".")[2], [n.rpartition(".")[2] for n in names], n=1, cutoff=0.5
+        )
+        hint = f"did you mean {_full(near[0], names)!r}?" if near else f"sections: {', '.join(section.model_fields)}"
+        return f"unknown setting {where!r}: {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and not isinstance(first["input"], str):
+        return message  # a rule over several fields: its message already names them
+    return f"{where} = {first['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _full(name: str, names: list[str]) -> str:
+    return name if name in names else next(n for n in names if n.rpartition(".")[2] == name)
+
+
+def _names(section: type[Section], prefix: str = "") -> list[str]:
+    """Dotted names of every setting."""
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+        names += _names(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return names
