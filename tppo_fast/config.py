@@ -46,6 +46,8 @@ class ModelConfig(Section):
     """With a shared body, whether the value loss also trains the body."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    share_prompts: bool = True
+    """Responses to one prompt share its tokens in every training pass: the same numbers to rounding, less compute."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """Packed attention: exact torch SDPA, flash-attn varlen (CUDA, half precision), or flash where it can run."""
     trust_remote_code: bool = False
@@ -213,7 +215,9 @@ class TrainConfig(Section):
     eval_every: Annotated[int, Field(ge=0)] = 10
     """Steps between evaluations on held-out sessions; 0 evaluates at the start and the end only."""
     eval_prompts: Count = 128
-    """Held-out sessions per evaluation."""
+    """Held-out sessions per evaluation, one response each."""
+    eval_greedy: bool = False
+    """Evaluate the most likely response instead of a sampled one."""
     save_every: Annotated[int, Field(ge=0)] = 20
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: Count = 2

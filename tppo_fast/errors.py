@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(ValueError):
     """Bad input or usage: the message names the field, its value and the remedy. The shell exits with 2."""
@@ -9,3 +11,10 @@ class UserError(ValueError):
 
 class TrainingDiverged(RuntimeError):
     """A loss or gradient stopped being finite: the weights were left as they were. The shell exits with 1."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        self.report = report
+        super().__init__(
+            f"step {report['step']}: the loss or a gradient is not finite; the weights of the last finished optimizer step "
+            "are kept. Lower ppo.lr, or look at the report for the parameters and metrics involved"
+        )

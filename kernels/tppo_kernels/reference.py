@@ -6,7 +6,8 @@ inputs are; fp16 and bf16 inputs are upcast once they are read. Every faster bac
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+TokenLoss = Callable[..., "tuple[Tensor, dict[str, Tensor]]"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -30,6 +32,7 @@ def logprobs_from_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    inplace_backward: bool = False,
 ) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
     """Log-probability of each target, and the entropy of each row's distribution, in nats.
 
@@ -39,7 +42,11 @@ def logprobs_from_logits(
 
     A logit of -inf has probability 0 and adds nothing to the entropy; NaN propagates. dlogp/dz = 1[j = y] - p_j and
     dH/dz = -p_j (log p_j + H). Softcap: Gemma 2 (arXiv 2408.00118, section 2).
+
+    ``inplace_backward`` lets a fused backend write the gradient over ``logits``: a third of the memory, when nothing
+    else reads them (a second backward then fails loudly). Values and gradients are the same.
     """
+    del inplace_backward  # autograd keeps the copies it needs
     x = _wide(logits)
     if logit_scale != 1.0:
         x = x * logit_scale
@@ -53,6 +60,20 @@ def logprobs_from_logits(
     return logp, entropy
 
 
+def chunk_rows(chunk_size: int | None, vocab: int, logits_dtype: torch.dtype, device: torch.device) -> int:
+    """Rows per chunk: as asked, else the power of two whose logits fit 64 MiB on a CPU and 1.25 GiB elsewhere.
+
+    Raises:
+        ValueError: ``chunk_size`` is below 1.
+    """
+    if chunk_size is not None:
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size {chunk_size}: must be at least 1 (or None)")
+        return chunk_size
+    fits = (1 << 26 if device.type == "cpu" else 5 << 28) // (vocab * logits_dtype.itemsize)
+    return min(max(1 << max(fits, 1).bit_length() - 1, 16), 8192)
+
+
 def linear_logprobs(
     hidden: Float[Tensor, "A D"],
     weight: Float[Tensor, "V D"],
@@ -62,30 +83,75 @@ def linear_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
     """``logprobs_from_logits(hidden @ weight.T + bias, targets)`` with at most [chunk_size, V] logits alive.
 
     Backward computes each chunk's logits again (4 GEMM units of 2*A*D*V FLOP in all) instead of keeping them.
+    ``chunk_size`` None: see ``chunk_rows``. ``logits_dtype`` None is hidden's own; bf16 logits of size 16 to 32
+    quantise log-probabilities by up to 0.0625, ``torch.float32`` does not.
     """
+    dtype = logits_dtype or hidden.dtype
+    size = chunk_rows(chunk_size, len(weight), dtype, hidden.device)
 
     def chunk(h: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = torch.nn.functional.linear(h, w, b)  # [C, V]
+        logits = torch.nn.functional.linear(h.to(dtype), w.to(dtype), None if b is None else b.to(dtype))  # [C, V]
         return logprobs_from_logits(logits, y, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
 
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (hidden, weight, bias)
-    )
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     logps, entropies = [], []
-    for start in range(0, max(len(targets), 1), chunk_size):
-        rows = slice(start, start + chunk_size)
-        args = (hidden[rows], weight, bias, targets[rows])
+    for start in range(0, max(len(targets), 1), size):
+        chosen = slice(start, start + size)
+        args = (hidden[chosen], weight, bias, targets[chosen])
         logp, entropy = checkpoint(chunk, *args, use_reentrant=False) if differentiable else chunk(*args)
         logps.append(logp)
         entropies.append(entropy)
     return torch.cat(logps), torch.cat(entropies)
 
 
+def linear_token_loss(
+    hidden: Float[Tensor, "A D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "A"],
+    loss_fn: TokenLoss,
+    rows: Sequence[Tensor] = (),
+    *,
+    bias: Float[Tensor, "V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    normalizer: float | Float[Tensor, ""] | None = None,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """A row-local loss of the language-model head: ``sum_a loss(logp_a, H_a, rows_a...) / normalizer``.
+
+    ``loss_fn(logp, entropy, *rows)`` is any torch function of [C]-vectors, called once per chunk of actions; it
+    returns the SUM of its rows' losses and a dict of summed metrics (added up over the chunks, detached). It must be
+    row local: no mean, no whitening over the chunk, no sequence-level ratio. ``rows`` are its other [A, ...] inputs;
+    those that require a gradient (the critic's values) receive one. Tensors that it closes over do not, and never
+    must require one. ``normalizer`` defaults to A; pass the step's global action count when the step is split in
+    microbatches.
+
+    This is the definition, at 4 GEMM units. The public op knows each row's two gradient scalars in forward and so
+    needs 3.
+    """
+    logp, entropy = linear_logprobs(
+        hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+        chunk_size=chunk_size, logits_dtype=logits_dtype,
+    )  # fmt: skip
+    size = chunk_rows(chunk_size, len(weight), logits_dtype or hidden.dtype, hidden.device)
+    loss, stats = logp.new_zeros(()), dict[str, Any]()
+    for start in range(0, max(len(targets), 1), size):
+        chosen = slice(start, start + size)
+        part, metrics = loss_fn(logp[chosen], entropy[chosen], *(row[chosen] for row in rows))
+        loss = loss + part
+        stats = {name: stats.get(name, 0) + value.detach() for name, value in metrics.items()}
+    return loss / (max(len(targets), 1) if normalizer is None else normalizer), stats
+
+
+@torch.no_grad()
 def gae(
     rewards: Float[Tensor, "A"],
     values: Float[Tensor, "A"],
@@ -95,21 +161,25 @@ def gae(
     lam: float | Float[Tensor, "B"] = 0.95,
     bootstrap: Float[Tensor, "B"] | None = None,
     mask: Bool[Tensor, "A"] | None = None,
-) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
+    return_stats: bool = False,
+) -> tuple[Tensor, ...]:
     """Generalised advantage estimation (arXiv 1506.02438, equation 16) over packed actions; no gradient.
 
         delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   R_t = A_t + V_t
 
-    ``values[a]`` is V(state before action a). After a sequence's last action V is ``bootstrap[b]`` (0 when not given: the
-    episode ended) and A is 0. A masked action (``mask`` False) is transparent: its neighbours see each other across it, its
-    own advantage is 0 and its return is its value. ``lam`` may differ per sequence.
+    ``values[a]`` is V(state before action a). After a sequence's last action V is ``bootstrap[b]`` (0 when not given:
+    the episode ended) and A is 0. A masked action (``mask`` False) is transparent: its neighbours see each other
+    across it, its own advantage is 0 and its return is its value. ``lam`` may differ per sequence.
+
+    Returns:
+        (advantages [A], returns [A]), and with ``return_stats`` also ``whitening_stats(advantages, mask=mask)``.
     """
     rewards, values = _wide(rewards), _wide(values)
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     lam = lam.to(rewards) if isinstance(lam, torch.Tensor) else rewards.new_full(lengths.shape, lam)
     advantages, returns = torch.zeros_like(rewards), values.clone()
     next_advantage = torch.zeros_like(lam)  # [B]
-    next_value = torch.zeros_like(lam) if bootstrap is None else bootstrap.to(rewards)  # [B]
+    next_value = torch.zeros_like(lam) if bootstrap is None else bootstrap.to(rewards, copy=True)  # [B]
     for t in reversed(range(int(lengths.max()) if len(lengths) else 0)):
         alive = lengths > t
         if mask is not None:
@@ -119,20 +189,40 @@ def gae(
         advantage = delta + gamma * lam[alive] * next_advantage[alive]
         advantages[a], returns[a] = advantage, advantage + values[a]
         next_advantage[alive], next_value[alive] = advantage, values[a]
-    return advantages.detach(), returns.detach()
+    if return_stats:
+        return advantages, returns, whitening_stats(advantages, mask=mask)
+    return advantages, returns
+
+
+def whitening_stats(x: Float[Tensor, "A"], *, mask: Bool[Tensor, "A"] | None = None) -> Float[Tensor, "3"]:
+    """(count, mean, sum of squared deviations) of the unmasked entries, without a host sync.
+
+    Statistics of two shards merge exactly: see Chan, Golub and LeVeque, "Updating formulae", 1979, equation 2.1.
+    """
+    x = _wide(x)
+    kept = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+    count = kept.sum()
+    mean = (x if mask is None else x.masked_fill(~mask, 0.0)).sum() / count.clamp_min(1.0)
+    deviation = x - mean if mask is None else (x - mean).masked_fill(~mask, 0.0)
+    return torch.stack([count, mean, (deviation * deviation).sum()])
 
 
 def whiten(
-    x: Float[Tensor, "A"], *, mask: Bool[Tensor, "A"] | None = None, shift_mean: bool = True, eps: float = 1e-8
+    x: Float[Tensor, "A"],
+    *,
+    mask: Bool[Tensor, "A"] | None = None,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+    stats: Float[Tensor, "3"] | None = None,
 ) -> Float[Tensor, "A"]:
     """(x - mean) / sqrt(var + eps) with the unbiased variance, over the unmasked entries; masked entries become 0.
 
     With ``shift_mean=False`` the mean is added back: only the scale changes. Fewer than two entries have variance 0.
+    ``stats`` are those of ``whitening_stats`` (or ``gae(..., return_stats=True)``) when they are known already, or come
+    from several ranks.
     """
-    kept = _wide(x if mask is None else x[mask])
-    mean = kept.mean() if kept.numel() else kept.new_zeros(())
-    var = kept.var() if kept.numel() > 1 else kept.new_zeros(())
-    out = (_wide(x) - mean) * torch.rsqrt(var + eps)
+    count, mean, squares = (whitening_stats(x, mask=mask) if stats is None else stats).unbind()
+    out = (_wide(x) - mean) * torch.rsqrt(squares / (count - 1.0).clamp_min(1.0) + eps)
     if not shift_mean:
         out = out + mean
     return out if mask is None else out.masked_fill(~mask, 0.0)
@@ -182,10 +272,10 @@ def ppo_loss(
         value  = 0.5 max((V - R)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - R)^2)
         loss   = sum(policy + value_coef value + kl_coef KL(logp, ref_logp) - entropy_coef H) / normalizer
 
-    ``clip_low != clip_high`` is DAPO's clip-higher (arXiv 2503.14476). ``weights`` are (truncated) importance weights of
-    the behaviour policy and scale the policy term alone. ``normalizer`` defaults to A; pass the optimizer step's global
-    action count when the step is split in microbatches, so that their losses add up. The value term needs ``values`` and
-    ``returns`` (and ``old_values`` unless ``value_clip`` is None).
+    ``clip_low != clip_high`` is DAPO's clip-higher (arXiv 2503.14476). ``weights`` are (truncated) importance weights
+    of the behaviour policy and scale the policy term alone. ``normalizer`` defaults to A; pass the optimizer step's
+    global action count when the step is split in microbatches, so that their losses add up. The value term needs
+    ``values`` and ``returns`` (and ``old_values`` unless ``value_clip`` is None).
 
     Returns:
         The scalar loss, and detached metrics that are SUMS over the A actions (divide by the count yourself):
@@ -223,7 +313,7 @@ def ppo_loss(
         if value_clip is not None and old_values is not None:
             near = old_values + (_wide(values) - old_values).clamp(-value_clip, value_clip)
             error_near = (near - returns) ** 2
-            value_clipped = (error_near > error).sum()
+            value_clipped = ((error_near > error) & ((_wide(values) - old_values).abs() > value_clip)).sum()
             error = torch.maximum(error, error_near)
         value_loss = 0.5 * error.sum()
         loss = loss + value_coef * value_loss

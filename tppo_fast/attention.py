@@ -1,0 +1,180 @@
+"""Packed attention for any transformers causal LM: each token sees its own segment, causally, and its segment's prefix.
+
+Registered with transformers as ``tppo_packed``. The block structure comes from the batch (``cu_seqlens`` and ``prefix``)
+and travels to every layer as the keyword ``layout``. On a CPU, and wherever flash-attn cannot run, segments of similar
+length are gathered into a block for torch's SDPA: exact, and only the attention itself ever sees padding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tppo_fast.data_types import RolloutBatch
+from tppo_fast.errors import UserError
+
+NAME = "tppo_packed"
+
+
+@dataclass(slots=True)
+class _Block:
+    """G segments of similar length. Padding repeats a segment's own first token, so that nothing foreign is ever read."""
+
+    queries: Tensor  # [G, Lq] token index
+    keys: Tensor  # [G, Lk] token index, the prefix first
+    offset: Tensor  # [G] prefix length: query i sits at key position offset + i
+    plain: bool  # no prefix anywhere: torch's own causal flag says it all
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """[G, 1, Lq, Lk], True where a query may look; window counts the query's own position."""
+        if window not in self.masks:
+            q = self.offset[:, None] + torch.arange(self.queries.shape[1], device=self.queries.device)  # [G, Lq]
+            k = torch.arange(self.keys.shape[1], device=self.queries.device)
+            seen = k <= q[..., None]
+            if window is not None:
+                seen &= k > q[..., None] - window
+            self.masks[window] = seen[:, None]
+        return self.masks[window]
+
+
+@dataclass(slots=True)
+class Layout:
+    """The attention structure of one packed batch, computed once per forward pass."""
+
+    flash: bool
+    cu_seqlens: Tensor  # [S + 1] int32
+    max_seqlen: int
+    blocks: list[_Block]
+    place: Tensor  # [N] row of each token in the blocks' concatenated outputs
+
+
+def can_use_flash(device: torch.device, half_precision: bool) -> str | None:
+    """Why flash-attn varlen cannot run, or None when it can."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    if not half_precision:
+        return 'it needs model.dtype = "bfloat16"'
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the flash-attn package is not installed (pip install 'tppo-fast[flash]')"
+    return None
+
+
+def build_layout(batch: RolloutBatch, *, flash: bool = False) -> Layout:
+    """The layout of a batch. Segments with a prefix always take SDPA blocks: flash-attn varlen has no such mask."""
+    cu = batch.cu_seqlens.tolist()
+    prefix = batch.prefix.tolist()
+    lengths = [b - a for a, b in zip(cu, cu[1:], strict=False)]
+    if flash and max(prefix, default=-1) < 0:
+        empty = batch.token_ids.new_zeros(0)
+        return Layout(True, batch.cu_seqlens, max(lengths, default=0), [], empty)
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for s, length in enumerate(lengths):
+        groups.setdefault((prefix[s] >= 0, max(length - 1, 1).bit_length()), []).append(s)
+    device = batch.token_ids.device
+    blocks, place, row = [], torch.empty(cu[-1], dtype=torch.int64), 0
+    for (has_prefix, _), segments in sorted(groups.items()):
+        width = max(lengths[s] for s in segments)
+        queries = [_padded(range(cu[s], cu[s + 1]), width) for s in segments]
+        keys = queries
+        if has_prefix:
+            joined = [[*range(cu[prefix[s]], cu[prefix[s] + 1]), *range(cu[s], cu[s + 1])] for s in segments]
+            keys = [_padded(j, max(map(len, joined))) for j in joined]
+        for g, s in enumerate(segments):
+            place[cu[s] : cu[s + 1]] = torch.arange(lengths[s]) + row + g * width
+        row += width * len(segments)
+        offset = [lengths[prefix[s]] if has_prefix else 0 for s in segments]
+        q_index, k_index, off = (torch.tensor(x, dtype=torch.int64, device=device) for x in (queries, keys, offset))
+        blocks.append(_Block(q_index, k_index, off, not has_prefix))
+    return Layout(False, batch.cu_seqlens, max(lengths, default=0), blocks, place.to(device))
+
+
+def _padded(index: range | list[int], width: int) -> list[int]:
+    return [*index, *[index[0]] * (width - len(index))]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, H, N, d], key and value [1, Hkv, N, d] -> [1, N, H, d].
+
+    Raises:
+        UserError: the model asks for attention sinks, which no packed path here computes.
+    """
+    del attention_mask
+    if layout is None:
+        raise RuntimeError("packed attention was called without the batch's layout")
+    if unused.get("s_aux") is not None:
+        raise UserError(f"model.path: {type(module).__name__} uses attention sinks, which are not supported; use another model")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, d]
+    if layout.flash:
+        return _flash(q, k, v, layout, scaling, sliding_window, softcap)[None], None
+    out = [_block_attention(q, k, v, block, scaling, sliding_window, softcap) for block in layout.blocks]
+    return torch.cat(out)[layout.place][None], None
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_func(
+        q, k, v,
+        cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=layout.cu_seqlens,
+        max_seqlen_q=layout.max_seqlen, max_seqlen_k=layout.max_seqlen,
+        softmax_scale=scaling, causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,
+    )  # fmt: skip
+
+
+def _block_attention(
+    q: Tensor, k: Tensor, v: Tensor, block: _Block, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """The outputs of one block's queries, flattened: [G * Lq, H, d]."""
+    qb = q[block.queries].transpose(1, 2)  # [G, H, Lq, d]
+    kb, vb = k[block.keys].transpose(1, 2), v[block.keys].transpose(1, 2)
+    if window is not None and window >= block.keys.shape[1]:
+        window = None
+    plain = block.plain and window is None
+    if softcap:
+        out = _softcapped(qb, kb, vb, block.mask(window), scaling, softcap)
+    else:
+        out = F.scaled_dot_product_attention(
+            qb, kb, vb,
+            attn_mask=None if plain else block.mask(window),
+            is_causal=plain, scale=scaling, enable_gqa=qb.shape[1] != kb.shape[1],
+        )  # fmt: skip
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float) -> Tensor:
+    """Gemma 2's attention, arXiv 2408.00118: scores pass through softcap * tanh(scores / softcap) before the mask."""
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~mask, -torch.inf).float().softmax(-1).to(q.dtype) @ v
+
+
+def register() -> None:
+    """Make ``attn_implementation="tppo_packed"`` known to transformers; its layers then need the ``layout`` keyword."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)

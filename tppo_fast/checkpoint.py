@@ -1,0 +1,148 @@
+"""Checkpoints: safetensors and JSON only, written under a temporary name and renamed once complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tppo_fast import seeding
+from tppo_fast.config import Config
+from tppo_fast.errors import UserError
+from tppo_fast.model import load_causal_lm
+from tppo_fast.ppo import PPO
+
+_FREE = {"run_dir", "threads", "train"}
+"""Settings that may differ when a run is resumed; all others would change what the run computes."""
+
+
+def save(run_dir: Path, ppo: PPO, tokenizer: Any, config: Config) -> Path:
+    """Write ``run_dir/checkpoints/step_N`` atomically, then drop all but the newest ``keep_checkpoints``."""
+    folder = run_dir / "checkpoints" / f"step_{ppo.step:06d}"
+    with atomic_folder(folder) as temporary:
+        ppo.model.actor.save(temporary / "policy", tokenizer)
+        save_file(_contiguous(ppo.model.critic.state_dict()), temporary / "critic.safetensors")
+        tensors, groups = _flatten(ppo.optimizer.state_dict())
+        save_file(tensors, temporary / "optimizer.safetensors")
+        state = {
+            "ppo": ppo.state(),
+            "param_groups": groups,
+            "rng": seeding.global_state(),
+            "config": config.model_dump(mode="json"),
+        }
+        (temporary / "state.json").write_text(json.dumps(state))
+    for old in list_checkpoints(run_dir)[: -config.train.keep_checkpoints]:
+        shutil.rmtree(old)
+    return folder
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if (p / "state.json").is_file())
+
+
+def check_resumable(run_dir: Path, config: Config) -> Path:
+    """The newest checkpoint, if ``config`` may continue it.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or a setting that changes the result differs.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        raise UserError(f"run_dir = {str(run_dir)!r}: there is no checkpoint to resume; leave out --resume to start afresh")
+    saved = _read_state(checkpoints[-1])["config"]
+    now = config.model_dump(mode="json")
+    for section in now:
+        if section in _FREE or saved.get(section) == now[section]:
+            continue
+        was, is_now = saved.get(section), now[section]
+        if isinstance(is_now, dict) and isinstance(was, dict):
+            key = next(k for k in is_now if was.get(k) != is_now[k])
+            section, was, is_now = f"{section}.{key}", was.get(key), is_now[key]
+        raise UserError(
+            f"{section} = {is_now!r}, but the run in {str(run_dir)!r} has {was!r}: use the same value to resume, or another run_dir"
+        )
+    return checkpoints[-1]
+
+
+def load(folder: Path, ppo: PPO) -> None:
+    """Put a checkpoint's weights, optimizer, counters and generator states in place.
+
+    Raises:
+        UserError: the checkpoint is damaged or belongs to another model.
+    """
+    state = _read_state(folder)
+    try:
+        ppo.model.actor.lm.load_state_dict(load_causal_lm(str(folder / "policy")).state_dict())
+        ppo.model.critic.load_state_dict(load_file(folder / "critic.safetensors"))
+        ppo.optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
+        ppo.load_state(state["ppo"])
+        seeding.set_global_state(state["rng"])
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"checkpoint {str(folder)!r} cannot be loaded ({error}): remove it to resume the one before") from None
+
+
+class atomic_folder:
+    """``with atomic_folder(path) as temporary``: fill it; on success it is synced to disk and becomes ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        for left in self._path.parent.glob(f".{self._path.name}.*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)  # a killed run's half-written folder
+        self._temporary.mkdir(parents=True)
+        return self._temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return
+        for path in [*self._temporary.rglob("*"), self._temporary]:
+            _fsync(path)
+        if self._path.exists():
+            shutil.rmtree(self._path)
+        self._temporary.rename(self._path)
+        _fsync(self._path.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {str(folder)!r} is damaged ({error}): remove it to resume the one before") from None
+
+
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """An optimizer's state dict as named tensors and JSON groups."""
+    tensors = {f"{i}.{key}": value for i, slots in state["state"].items() for key, value in slots.items()}
+    return _contiguous(tensors), state["param_groups"]
+
+
+def _unflatten(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        slots.setdefault(int(index), {})[key] = tensor
+    return {"state": slots, "param_groups": groups}

@@ -1,0 +1,135 @@
+"""The shell: ``tppo-fast demo | train | doctor``. Exit codes: 0 done, 1 failure, 2 usage or input, 130 interrupted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tppo_fast import __version__
+from tppo_fast import config as settings
+from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.interrupt import Interrupted
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="tppo-fast")
+def cli() -> None:
+    """Token-level PPO for language models: a reward for every token, a token critic, one lean loop."""
+
+
+class _WithSettings(click.Command):
+    """A command whose --help also lists every setting that ``--section.key value`` can override."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        for title, rows in _settings_help(settings.Config):
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def _settings_help(section: type[settings.Section], prefix: str = "") -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    rows, nested = [], []
+    for name, field in section.model_fields.items():
+        default = field.default
+        if isinstance(default, settings.Section):
+            nested.append((type(default), f"{prefix}{name}."))
+        else:
+            shown = repr(str(default)) if isinstance(default, Path) else repr(default)
+            rows.append((f"--{prefix}{name}", f"{field.description} [{shown}]"))
+    yield (f"Settings: {prefix.rstrip('.')}" if prefix else "Settings"), rows
+    for kind, inner in nested:
+        yield from _settings_help(kind, inner)
+
+
+@cli.command(cls=_WithSettings, context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key value]...")
+@click.option("--resume", is_flag=True, help="Continue the newest checkpoint in run_dir, bit for bit.")
+def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train a policy by token-level PPO as CONFIG (a TOML file) says."""
+    loaded = settings.load(config, list(overrides))
+    _quiet_libraries()
+    from tppo_fast.trainer import train as run
+
+    result = run(loaded, resume=resume)
+    click.echo(f"trained policy: {result.policy}\nmetrics: {result.run_dir / 'metrics.jsonl'}")
+    click.echo(f"held-out relevance: {result.evaluation['eval/relevance']:.3f}")
+
+
+@cli.command()
+@click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--model", default="", help="Start from this causal LM instead of a small one made on the spot.")
+@click.option("--data", default="synthetic", show_default=True, help="Sessions: a .jsonl or .parquet file.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option("--sft-steps", type=click.IntRange(0), default=None, help="Supervised steps before PPO.")
+@click.option("--steps", type=click.IntRange(1), default=None, help="PPO steps of each method.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=None, help="PPO learning rate.")
+@click.option("--fresh", is_flag=True, help="Remove an earlier demo in run-dir and start again.")
+def demo(**options: Any) -> None:
+    """Supervise a small model on search sessions, then train it by TPPO and by sentence-level PPO, and compare."""
+    _quiet_libraries()
+    from tppo_fast.demo import DemoSettings, run_demo
+
+    run_demo(DemoSettings(**{name: value for name, value in options.items() if value is not None}))
+
+
+@cli.command()
+def doctor() -> None:
+    """Say what this machine has, what each missing part costs, and how to get it."""
+    from tppo_fast.doctor import diagnose, render
+
+    sys.exit(render(diagnose()))
+
+
+def _quiet_libraries() -> None:
+    """Our own progress is enough; and nothing is looked up on a hub for a local folder."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Run a command and turn how it ended into an exit code and at most one sentence on stderr."""
+    try:
+        command()
+    except click.exceptions.Abort:
+        return _say("interrupted", 130)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except UserError as error:
+        return _say(f"error: {error}", 2)
+    except TrainingDiverged as error:
+        return _say(f"error: {error}", 1)
+    except (Interrupted, KeyboardInterrupt) as error:
+        return _say(str(error) or "interrupted", 130)
+    except OSError as error:
+        return _say(f"error: {error}: check the path, the permissions and the free space", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+            raise
+        return _say("error: out of memory: lower ppo.microbatch_tokens, or set model.gradient_checkpointing = true", 1)
+    return 0
+
+
+def _say(sentence: str, code: int) -> int:
+    click.echo(" ".join(sentence.split()), err=True)
+    return code
+
+
+def main() -> None:
+    """Entry point of the ``tppo-fast`` command."""
+    sys.exit(run(lambda: cli(standalone_mode=False)))
+
+
+if __name__ == "__main__":
+    main()

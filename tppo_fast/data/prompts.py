@@ -1,0 +1,205 @@
+"""Sessions -> token ids: the prompt template, truncation that keeps the newest history, supervised responses."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from tppo_fast.config import DataConfig
+from tppo_fast.data.rows import Session, show
+from tppo_fast.data_types import Prompt
+from tppo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+History = dict[str, list[str]]
+
+
+class PromptBuilder:
+    """Renders and tokenises sessions for one policy.
+
+    Prompt and response are encoded separately and their ids concatenated: in sampling the policy continues the prompt's
+    own ids, and tokens merged across the border (" paris" after a colon) would be ids that it never sees there. The
+    template is plain text: a chat template is used only by who writes its markers into ``data.template``. Of the special
+    tokens that the tokenizer adds by itself, those before the text (bos) are kept and those after it are dropped, since
+    an end token there would end the prompt.
+
+    Texts are cleaned before use, in prompt, response and ``Prompt`` fields alike: whitespace becomes single spaces, and
+    the separator's core (``,``) and the tokenizer's special tokens become a space, so that one query stays one query
+    when a response is parsed and no text of a log can end a sequence.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        """
+        Args:
+            tokenizer: the policy's tokenizer.
+            config: template, separator, response_prefix, num_queries and max_prompt_tokens.
+
+        Raises:
+            UserError: the tokenizer has no end-of-sequence token.
+        """
+        eos = tokenizer.eos_token_id
+        if not isinstance(eos, int):
+            raise UserError(
+                f"model.path: its tokenizer has eos_token = {tokenizer.eos_token!r}, so that no response could end; "
+                "set eos_token in its tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.config = config
+        self.eos_token_id = eos
+        self.core = config.separator.strip()
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self._removed = sorted({self.core, *special} - {""}, key=lambda text: (-len(text), text))
+        self._start = self._ids_before_text()
+
+    def prompt(self, session: Session) -> Prompt:
+        """The prompt of one session; see ``prompts``."""
+        return self.prompts([session])[0]
+
+    def prompts(self, sessions: Sequence[Session]) -> list[Prompt]:
+        """One prompt per session, tokenised as one batch.
+
+        A history that does not fit in ``max_prompt_tokens`` loses its oldest entries, one at a time from the kind with
+        most entries left (in a tie, ``search`` gives last); the template is never cut. ``Prompt.history`` still holds
+        every search entry (every entry, where nothing was searched), oldest first, so that a repetition is known as one.
+
+        Raises:
+            UserError: even the newest entry alone is too long, or a session holds no usable text.
+        """
+        histories = [self._history(session) for session in sessions]
+        encoded = self._encode([self._render(history) for history in histories])
+        prompts = []
+        for session, history, ids in zip(sessions, histories, encoded, strict=True):
+            fits = len(ids) + len(self._start) <= self.config.max_prompt_tokens
+            next_queries = self._cleaned(session.next_queries, session, "next_queries")
+            prompts.append(
+                Prompt(
+                    token_ids=[*self._start, *(ids if fits else self._truncated(history, session))],
+                    user_id=session.user_id,
+                    history=history.get("search") or [entry for entries in history.values() for entry in entries],
+                    next_queries=next_queries,
+                    relevant_queries=self._cleaned(session.relevant_queries, session, "relevant_queries"),
+                )
+            )
+        return prompts
+
+    def response_ids(self, session: Session) -> list[int]:
+        """The supervised response of one session; see ``responses``."""
+        return self.responses([session])[0]
+
+    def responses(self, sessions: Sequence[Session]) -> list[list[int]]:
+        """``response_prefix`` + the first ``num_queries`` of next_queries joined by ``separator``, then eos, as ids.
+
+        Raises:
+            UserError: a session whose next queries hold nothing but separators and special tokens.
+        """
+        cleaned = [self._cleaned(session.next_queries, session, "next_queries") for session in sessions]
+        joined = [self.config.separator.join(queries[: self.config.num_queries]) for queries in cleaned]
+        encoded = self._encode([self.config.response_prefix + text for text in joined])
+        return [[*ids, self.eos_token_id] for ids in encoded]
+
+    def parse(self, text: str) -> list[str]:
+        """The queries of a decoded response: split at the separator's core, single spaces, empty ones dropped."""
+        parts = (" ".join(part.split()) for part in text.split(self.core))
+        return [part for part in parts if part]
+
+    def expected_length(self, sessions: Sequence[Session]) -> float:
+        """sl of the length penalty (TPPO, section 3.3), in tokens, the separators included and eos not.
+
+        ``sl = n * median(tokens of one query) + (n - 1) * tokens of one separator`` with n = ``num_queries``; the median
+        is over the first n next queries of every session, each encoded with ``response_prefix``, and the separator is
+        encoded without its trailing spaces, which belong to the query after it.
+
+        Raises:
+            UserError: no sessions.
+        """
+        count = self.config.num_queries
+        queries = [
+            self.config.response_prefix + query
+            for session in sessions
+            for query in self._cleaned(session.next_queries, session, "next_queries")[:count]
+        ]
+        if not queries:
+            raise UserError("reward.expected_length = none needs training sessions to measure it on: give a number")
+        *encoded, separator = self._encode([*queries, self.config.separator.rstrip()])
+        return count * statistics.median(map(len, encoded)) + (count - 1) * len(separator)
+
+    def _history(self, session: Session) -> History:
+        """Kind -> cleaned entries, kinds without usable text left out, never empty."""
+        history: History = {}
+        for kind, entries in session.history.items():
+            if cleaned := self._clean_all(entries):
+                history.setdefault(self._clean(kind) or "other", []).extend(cleaned)
+        if not history:
+            raise UserError(f"user {show(session.user_id)}: history has no usable text: remove the session")
+        return history
+
+    def _render(self, history: History) -> str:
+        """The template with the history in it: only the searches, joined by separator, or one ``kind: ...`` line each.
+
+        Joined by hand, not by str.format: queries may hold braces.
+        """
+        head, _, tail = self.config.template.partition("{history}")
+        lines = {kind: self.config.separator.join(entries) for kind, entries in history.items()}
+        only_search = set(lines) == {"search"}
+        return head + (lines["search"] if only_search else "\n".join(f"{k}: {v}" for k, v in lines.items())) + tail
+
+    def _truncated(self, history: History, session: Session) -> list[int]:
+        """Ids of the prompt with as few of the oldest entries dropped as make it fit."""
+        limit = self.config.max_prompt_tokens - len(self._start)
+        candidates = list(_drops(history))
+        low, high = 0, len(candidates)  # the first that fits: dropping an entry makes the prompt shorter
+        best: list[int] | None = None
+        while low < high:
+            middle = (low + high) // 2
+            ids = self._encode([self._render(candidates[middle])])[0]
+            if len(ids) <= limit:
+                best, high = ids, middle
+            else:
+                low = middle + 1
+        if best is None:
+            least = len(self._encode([self._render(candidates[-1] if candidates else history)])[0])
+            raise UserError(
+                f"user {show(session.user_id)}: the prompt with only the newest history entry has "
+                f"{least + len(self._start)} tokens, data.max_prompt_tokens = {self.config.max_prompt_tokens}: "
+                "raise the limit or shorten the entry"
+            )
+        return best
+
+    def _cleaned(self, queries: Sequence[str], session: Session, field: str) -> list[str]:
+        cleaned = self._clean_all(queries)
+        if not cleaned:
+            raise UserError(f"user {show(session.user_id)}: {field} = {show(list(queries))} has no usable text: fix it")
+        return cleaned
+
+    def _clean_all(self, texts: Sequence[str]) -> list[str]:
+        return [cleaned for cleaned in map(self._clean, texts) if cleaned]
+
+    def _clean(self, text: str) -> str:
+        text = " ".join(text.split())
+        while found := next((removed for removed in self._removed if removed in text), None):
+            text = " ".join(text.replace(found, " ").split())  # again: what is left may have come together to another
+        return text
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids without special tokens; verbose=False because a long history is not a mistake before its truncation."""
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def _ids_before_text(self) -> list[int]:
+        """What the tokenizer puts before a text by default: [bos], or nothing."""
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        starts = (start for start in range(len(whole)) if plain and whole[start : start + len(plain)] == plain)
+        return whole[: next(starts, 0)]
+
+
+def _drops(history: History) -> Iterator[History]:
+    """The history with 1, 2, ... of its entries dropped, until one is left."""
+    left = dict.fromkeys(history, 0) | {kind: len(entries) for kind, entries in history.items()}
+    for _ in range(sum(left.values()) - 1):
+        longest = max(left, key=lambda kind: (left[kind], kind != "search"))
+        left[longest] -= 1
+        yield {kind: history[kind][-count:] for kind, count in left.items() if count}

@@ -1,0 +1,44 @@
+"""Loss functions over packed actions. A loss returns sums; ``ppo.update`` divides once by the step's action count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tppo_kernels as tk
+from tppo_fast.config import PPOConfig
+from tppo_fast.data_types import LossOutput, TrainBatch
+from tppo_fast.model import Evaluation
+
+LossFunction = Callable[[Evaluation, TrainBatch, PPOConfig, float, bool], LossOutput]
+"""(evaluation, batch, config, kl_coef, train_policy) -> LossOutput."""
+
+
+def ppo(evaluation: Evaluation, batch: TrainBatch, config: PPOConfig, kl_coef: float, train_policy: bool) -> LossOutput:
+    """Clipped PPO with the configured value, KL and entropy terms: ``tppo_kernels.ppo_loss``, undivided.
+
+    With ``train_policy`` False (value warm-up) only the value term has a gradient.
+    """
+    kl_in_loss = config.kl_placement == "loss" and train_policy
+    loss, metrics = tk.ppo_loss(
+        evaluation.logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        ref_logp=batch.ref_logprobs,
+        kl_coef=kl_coef if kl_in_loss else 0.0,
+        kl_estimator=config.kl_estimator,
+        entropy=evaluation.entropy,
+        entropy_coef=config.entropy_coef if train_policy else 0.0,
+        values=evaluation.values,
+        old_values=batch.values,
+        returns=batch.returns,
+        value_coef=config.value_coef,
+        value_clip=config.value_clip,
+        normalizer=1.0,
+    )
+    return LossOutput(loss=loss, metrics=metrics)
+
+
+BUILT_IN: dict[str, LossFunction] = {"ppo": ppo}

@@ -1,0 +1,286 @@
+"""Actor, critic and frozen reference from any transformers causal LM, reading packed batches."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import tppo_kernels as tk
+from tppo_fast import attention
+from tppo_fast.config import ModelConfig
+from tppo_fast.data_types import RolloutBatch
+from tppo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What the models say of a batch's actions, differentiable, fp32."""
+
+    logprobs: Float[Tensor, "A"]
+    entropy: Float[Tensor, "A"]
+    values: Float[Tensor, "A"]
+    final_values: Float[Tensor, "B"]
+    """V(state after the last action), for truncated responses."""
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        UserError: it cannot be loaded or has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds for a bad folder
+        raise _unreadable(path, "tokenizer", error) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path = {path!r}: its tokenizer has no eos_token, so no response could ever end; set one")
+    return tokenizer
+
+
+def load_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implementation: str = "sdpa") -> Any:
+    """A transformers causal LM in fp32 from safetensors alone, dropout off.
+
+    Raises:
+        UserError: the folder is missing, holds no causal LM, or its weights are not safetensors.
+    """
+    if not path:
+        raise UserError("model.path = '': give the folder of a transformers causal LM (tppo-fast demo makes one)")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)  # the ratio needs log-probabilities that do not depend on a coin
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+    except Exception as error:
+        raise _unreadable(path, "causal language model", error) from None
+
+
+def _unreadable(path: str, what: str, error: Exception) -> UserError:
+    if Path(path).is_dir():
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) < 200 else reason[:200] + "..."
+    else:
+        reason = "no such folder, and it cannot be found on a hub"
+    return UserError(f"model.path = {path!r}: no {what} could be loaded ({reason})")
+
+
+class Actor(nn.Module):
+    """A causal LM that reads packed batches and reports log-probabilities of actions."""
+
+    def __init__(self, lm: Any, config: ModelConfig) -> None:
+        super().__init__()
+        self.lm = lm
+        self.config = config
+        head = lm.get_output_embeddings()
+        if head is None:
+            raise UserError(f"model.path: {type(lm).__name__} has no language-model head; give a causal LM")
+        settings = lm.config.get_text_config()
+        self.softcap: float | None = getattr(settings, "final_logit_softcapping", None)
+        scale = getattr(settings, "logit_scale", None)  # Cohere multiplies, Granite divides
+        self.logit_scale = float(scale or 1.0) / float(getattr(settings, "logits_scaling", None) or 1.0)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def body(self) -> nn.Module:
+        """The transformer without its head."""
+        return self.lm.base_model
+
+    def hidden(self, batch: RolloutBatch) -> Float[Tensor, "N D"]:
+        """Last hidden states of every packed token."""
+        return hidden_states(self.body, batch, self.config)
+
+    def logprobs(
+        self, states: Float[Tensor, "A D"], actions: Int[Tensor, "A"], temperature: float
+    ) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
+        """Log-probability of each action and entropy of its distribution, fp32."""
+        head = self.lm.get_output_embeddings()
+        with autocast(self.config, states.device):
+            return tk.linear_logprobs(
+                states,
+                head.weight,
+                actions,
+                bias=getattr(head, "bias", None),
+                temperature=temperature,
+                softcap=self.softcap,
+                logit_scale=self.logit_scale,
+            )
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The causal LM's weights under transformers' names, for a rollout engine."""
+        for name, tensor in self.lm.state_dict().items():
+            yield name, tensor.detach()
+
+    def frozen_copy(self) -> Actor:
+        """A copy that never learns: the reference policy."""
+        return copy.deepcopy(self).requires_grad_(False)
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """Write a folder that plain transformers loads: safetensors, config, tokenizer."""
+        implementation, self.lm.config._attn_implementation = self.lm.config._attn_implementation, "sdpa"
+        try:
+            self.lm.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        finally:
+            self.lm.config._attn_implementation = implementation
+
+
+class Critic(nn.Module):
+    """A value for every state: a linear head over its own body, or over the actor's hidden states."""
+
+    def __init__(self, actor: Actor, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.body = None if config.shared_body else copy.deepcopy(actor.body)
+        size = actor.lm.get_output_embeddings().in_features
+        self.value_head = nn.Linear(size, 1, device=actor.device)
+        nn.init.zeros_(self.value_head.weight)  # V = 0 until the first update: advantages start as plain reward sums
+        nn.init.zeros_(self.value_head.bias)
+
+    def values(self, hidden: Float[Tensor, "N D"], index: Int[Tensor, "K"]) -> Float[Tensor, "K"]:
+        """V of the states at ``index``, fp32."""
+        return self.value_head(hidden[index].float()).squeeze(-1)
+
+
+class ActorCritic(nn.Module):
+    """Policy and token critic, evaluated on the same packed batch."""
+
+    def __init__(self, actor: Actor, critic: Critic) -> None:
+        super().__init__()
+        self.actor = actor
+        self.critic = critic
+
+    def forward(self, batch: RolloutBatch, *, temperature: float, train_policy: bool = True) -> Evaluation:
+        """Log-probabilities, entropy and values of every action. ``train_policy=False`` gives only values a gradient."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
+            hidden = self.actor.hidden(batch)
+            logprobs, entropy = self.actor.logprobs(hidden[batch.state_index], batch.actions, temperature)
+        critic_hidden = hidden
+        if self.critic.body is not None:
+            critic_hidden = hidden_states(self.critic.body, batch, self.critic.config)
+        elif not self.critic.config.value_gradient_to_body:
+            critic_hidden = hidden.detach()
+        values = self.critic.values(critic_hidden, torch.cat([batch.state_index, batch.final_index]))
+        values, final_values = values.split([batch.num_actions, batch.num_sequences])
+        return Evaluation(logprobs=logprobs, entropy=entropy, values=values, final_values=final_values)
+
+
+def hidden_states(body: nn.Module, batch: RolloutBatch, config: ModelConfig) -> Float[Tensor, "N D"]:
+    """The body's last hidden states for a packed batch, without padding."""
+    device = batch.token_ids.device
+    half = config.dtype == "bfloat16"
+    flash = config.attention != "sdpa" and attention.can_use_flash(device, half) is None
+    layout = attention.build_layout(batch, flash=flash)
+    with autocast(config, device):
+        out = body(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            layout=layout,
+        )
+    return out.last_hidden_state[0]
+
+
+def autocast(config: ModelConfig, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+def build(config: ModelConfig, device: torch.device | str) -> tuple[ActorCritic, Any]:
+    """Actor and critic from ``config.path``, checked, on ``device``; and the tokenizer.
+
+    Raises:
+        UserError: the model cannot be loaded, or its packed forward pass does not equal its own.
+    """
+    device = torch.device(device)
+    if config.attention == "flash":
+        reason = attention.can_use_flash(device, config.dtype == "bfloat16")
+        if reason:
+            raise UserError(f'model.attention = "flash": {reason}; use "auto" or "sdpa"')
+    attention.register()
+    lm = load_causal_lm(config.path, trust_remote_code=config.trust_remote_code, attn_implementation=attention.NAME)
+    tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    lm.train(config.gradient_checkpointing)  # dropout is 0 either way; checkpointing only works in training mode
+    actor = Actor(lm.to(device), config)
+    check_packed_forward(actor)
+    return ActorCritic(actor, Critic(actor, config)), tokenizer
+
+
+@torch.no_grad()
+def check_packed_forward(actor: Actor, tolerance: float = 1e-3) -> None:
+    """Compare the packed pass on two short sequences with the model's own pass on each of them.
+
+    Raises:
+        UserError: they differ: the architecture mixes tokens in a way packing does not know (a recurrent state, say).
+    """
+    from tppo_fast.data_types import Prompt, Rollout
+    from tppo_fast.packing import pack
+
+    vocabulary = actor.lm.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocabulary, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [(ids[0][:7], ids[0][7:]), (ids[1][:3], ids[1][3:9])]
+    rollouts = []
+    for prompt, response in pairs:
+        p = Prompt(token_ids=prompt, user_id="", history=(), next_queries=(), relevant_queries=())
+        zeros = [0.0] * len(response)
+        rollouts.append(Rollout(prompt=p, token_ids=response, logprobs=zeros, text="", finish_reason="stop", policy_version=0))
+    batch = pack(rollouts, [r.logprobs for r in rollouts]).to(actor.device)
+    exact = actor.config.model_copy(update={"dtype": "float32", "attention": "sdpa"})
+    kept, actor.config = actor.config, exact
+    try:
+        packed, _ = actor.logprobs(actor.hidden(batch)[batch.state_index], batch.actions, 1.0)
+    except TypeError as error:
+        raise UserError(f"model.path: {type(actor.lm).__name__} cannot run packed ({error}); use another model") from None
+    finally:
+        actor.config = kept
+    own = _own_logprobs(actor, pairs)
+    difference = (packed - own).abs().max().item()
+    if not difference <= tolerance:
+        raise UserError(
+            f"model.path: packed and ordinary log-probabilities of {type(actor.lm).__name__} differ by {difference:.2g}; "
+            "its architecture cannot be packed, use another model"
+        )
+
+
+def _own_logprobs(actor: Actor, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
+    lm = actor.lm
+    lm.set_attn_implementation("eager")
+    try:
+        out = []
+        for prompt, response in pairs:
+            logits = lm(input_ids=torch.tensor([prompt + response], device=actor.device), use_cache=False).logits[0]
+            logp = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
+            out.append(logp.gather(-1, torch.tensor(response, device=actor.device)[:, None])[:, 0])
+        return torch.cat(out)
+    finally:
+        lm.set_attn_implementation(attention.NAME)
+
+
+def architecture(folder: str) -> str:
+    """The architecture name in a model folder's config, for records."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return "unknown"

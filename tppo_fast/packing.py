@@ -1,0 +1,192 @@
+"""Rollouts in, packed tensors out. The one place that computes positions, segments and the action index space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from tppo_fast.data_types import Rollout, RolloutBatch, TrainBatch
+from tppo_fast.errors import UserError
+
+_PER_ACTION = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+
+
+def pack(
+    rollouts: Sequence[Rollout], rewards: Sequence[Sequence[float] | Tensor], *, share_prompts: bool = False
+) -> RolloutBatch:
+    """One packed batch, on the CPU, in the order given.
+
+    Args:
+        rollouts: B sampled responses.
+        rewards: one sequence of per-token rewards for each rollout, as long as its response.
+        share_prompts: put the tokens of a prompt that several neighbouring rollouts continue into the batch only once.
+
+    Raises:
+        UserError: an empty prompt or response, or rewards of the wrong length.
+    """
+    _check(rollouts, rewards)
+    tokens: list[int] = []
+    positions: list[int] = []
+    starts, prefix = [0], []
+    action_index: list[int] = []
+    state_index: list[int] = []
+    final_index, cu_actions = [], [0]
+    shared: tuple[object, int, int] | None = None  # (prompt, its segment, its last token)
+
+    def segment(ids: Sequence[int], first_position: int, parent: int) -> int:
+        tokens.extend(ids)
+        positions.extend(range(first_position, first_position + len(ids)))
+        starts.append(len(tokens))
+        prefix.append(parent)
+        return len(prefix) - 1
+
+    for rollout in rollouts:
+        prompt, response = rollout.prompt.token_ids, rollout.token_ids
+        if share_prompts:
+            if shared is None or shared[0] is not rollout.prompt:
+                shared = (rollout.prompt, segment(prompt, 0, -1), len(tokens) - 1)
+            segment(response, len(prompt), shared[1])
+            before_first = shared[2]
+        else:
+            segment([*prompt, *response], 0, -1)
+            before_first = len(tokens) - len(response) - 1
+        first = len(tokens) - len(response)
+        action_index.extend(range(first, len(tokens)))
+        state_index.extend([before_first, *range(first, len(tokens) - 1)])
+        final_index.append(len(tokens) - 1)
+        cu_actions.append(len(action_index))
+
+    flat = [torch.as_tensor(r, dtype=torch.float32) for r in rewards]
+    return RolloutBatch(
+        token_ids=torch.tensor(tokens, dtype=torch.int64),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        prefix=torch.tensor(prefix, dtype=torch.int64),
+        action_index=torch.tensor(action_index, dtype=torch.int64),
+        state_index=torch.tensor(state_index, dtype=torch.int64),
+        final_index=torch.tensor(final_index, dtype=torch.int64),
+        cu_actions=torch.tensor(cu_actions, dtype=torch.int32),
+        behaviour_logprobs=torch.tensor([x for r in rollouts for x in r.logprobs], dtype=torch.float32),
+        rewards=torch.cat(flat) if flat else torch.zeros(0),
+        truncated=torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.bool),
+    )
+
+
+def _check(rollouts: Sequence[Rollout], rewards: Sequence[Sequence[float] | Tensor]) -> None:
+    if len(rewards) != len(rollouts):
+        raise UserError(f"rewards has {len(rewards)} entries for {len(rollouts)} rollouts: give one for each rollout")
+    for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
+        if not rollout.prompt.token_ids or not rollout.token_ids:
+            raise UserError(f"rollout {i} has an empty prompt or response: both need at least one token")
+        if len(rollout.logprobs) != len(rollout.token_ids) or len(reward) != len(rollout.token_ids):
+            raise UserError(
+                f"rollout {i} has {len(rollout.token_ids)} tokens, {len(rollout.logprobs)} logprobs and "
+                f"{len(reward)} rewards: all three must have the same length"
+            )
+
+
+def select(batch: RolloutBatch, sequences: Sequence[int]) -> tuple[RolloutBatch, Tensor]:
+    """The batch of some sequences, in the order given, and where their actions stood: ``(sub-batch, [A'] int64)``."""
+    cu_seqlens, cu_actions, prefix = batch.cu_seqlens.tolist(), batch.cu_actions.tolist(), batch.prefix.tolist()
+    own = _segment_of(batch, batch.final_index).tolist()
+    renumbered: dict[int, int] = {}
+    for b in sequences:
+        for s in (prefix[own[b]], own[b]):
+            if s >= 0:
+                renumbered.setdefault(s, len(renumbered))
+    ranges = [torch.arange(cu_seqlens[s], cu_seqlens[s + 1]) for s in renumbered]
+    kept = torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)  # [N']
+    new_place = torch.full((batch.num_tokens,), -1, dtype=torch.int64)
+    new_place[kept] = torch.arange(len(kept))
+    spans = [torch.arange(cu_actions[b], cu_actions[b + 1]) for b in sequences]
+    rows = torch.cat(spans) if spans else torch.zeros(0, dtype=torch.int64)  # [A']
+    picked = torch.as_tensor(sequences, dtype=torch.int64)
+    sub = RolloutBatch(
+        token_ids=batch.token_ids[kept],
+        position_ids=batch.position_ids[kept],
+        cu_seqlens=_cumulative([len(r) for r in ranges]),
+        prefix=torch.tensor([renumbered.get(prefix[s], -1) for s in renumbered], dtype=torch.int64),
+        action_index=new_place[batch.action_index[rows]],
+        state_index=new_place[batch.state_index[rows]],
+        final_index=new_place[batch.final_index[picked]],
+        cu_actions=_cumulative([len(s) for s in spans]),
+        behaviour_logprobs=batch.behaviour_logprobs[rows],
+        rewards=batch.rewards[rows],
+        truncated=batch.truncated[picked],
+    )
+    return sub, rows
+
+
+def select_train(batch: TrainBatch, sequences: Sequence[int]) -> TrainBatch:
+    """The training batch of some sequences, in the order given."""
+    sub, rows = select(batch.rollouts, sequences)
+    return replace(batch, rollouts=sub, **{name: getattr(batch, name)[rows] for name in _PER_ACTION})
+
+
+def to_device(batch: TrainBatch, device: torch.device | str) -> TrainBatch:
+    """Every tensor of a training batch on ``device``."""
+    moved = {name: getattr(batch, name).to(device) for name in _PER_ACTION}
+    return replace(batch, rollouts=batch.rollouts.to(device), **moved)
+
+
+def microbatches(batch: RolloutBatch, sequences: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Split sequences into groups of at most ``token_budget`` tokens: longest first, each into the first group with room.
+
+    Raises:
+        UserError: one sequence alone is over the budget.
+    """
+    lengths = batch.cu_seqlens.diff().tolist()
+    own, prefix = _segment_of(batch, batch.final_index).tolist(), batch.prefix.tolist()
+    whole = {b: lengths[own[b]] + (lengths[prefix[own[b]]] if prefix[own[b]] >= 0 else 0) for b in sequences}
+    groups: list[list[int]] = []
+    loads: list[int] = []
+    present: list[set[int]] = []
+    for b in sorted(sequences, key=lambda b: -whole[b]):
+        if whole[b] > token_budget:
+            raise UserError(
+                f"ppo.microbatch_tokens = {token_budget}: one sequence has {whole[b]} tokens; raise it, or lower "
+                "data.max_prompt_tokens or rollout.max_new_tokens"
+            )
+        for g, load in enumerate(loads):
+            cost = lengths[own[b]] if prefix[own[b]] in present[g] else whole[b]
+            if load + cost <= token_budget:
+                break
+        else:
+            g, cost = len(groups), whole[b]
+            groups.append([])
+            loads.append(0)
+            present.append(set())
+        groups[g].append(b)
+        loads[g] += cost
+        if prefix[own[b]] >= 0:
+            present[g].add(prefix[own[b]])
+    return groups
+
+
+def responses(batch: RolloutBatch) -> list[list[int]]:
+    """The sampled tokens of each sequence: what ``pack`` was given."""
+    return [part.tolist() for part in batch.actions.split(batch.cu_actions.diff().tolist())]
+
+
+def prompts(batch: RolloutBatch) -> list[list[int]]:
+    """The prompt tokens of each sequence: what ``pack`` was given."""
+    out = []
+    cu_seqlens = batch.cu_seqlens.tolist()
+    first_states = batch.state_index[batch.cu_actions[:-1].long()]  # the last prompt token of each sequence
+    for last, segment in zip(first_states.tolist(), _segment_of(batch, first_states).tolist(), strict=True):
+        out.append(batch.token_ids[cu_seqlens[segment] : last + 1].tolist())
+    return out
+
+
+def _segment_of(batch: RolloutBatch, token_index: Tensor) -> Tensor:
+    return torch.searchsorted(batch.cu_seqlens.long(), token_index, right=True) - 1
+
+
+def _cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+assert set(_PER_ACTION) < {f.name for f in fields(TrainBatch)}

@@ -1,0 +1,311 @@
+"""A run's story as one self-contained HTML page: verdict, table, curves, labelled tokens, settings, machine record."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tppo_fast.errors import UserError
+from tppo_fast.metrics import GLOSSARY, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LABELS = {
+    "rollout/reward_per_token": "reward per token",
+    "eval/relevance": "held-out relevance",
+    "eval/hit": "hit rate",
+    "eval/mrr": "MRR",
+    "eval/exact": "exact matches",
+    "eval/length": "response length (tokens)",
+    "ppo/kl": "KL to the reference (nats per token)",
+    "rollout/length_mean": "response length (tokens)",
+}
+"""How a metric is called in the page, unit included; others go by the last part of their name."""
+
+# Okabe and Ito's palette without yellow: told apart under every common colour blindness, and by line style again.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+STYLES = ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training run. Runs of the same name (other seeds) share a colour and one legend entry."""
+
+    name: str
+    """The method, as the legend shows it."""
+    rows: Sequence[Mapping[str, float | None]]
+    """The rows of ``metrics.read_metrics``: ``step`` and metrics; None where a value was not finite."""
+    samples_per_step: int
+    """Responses sampled per step: the curves' x axis counts samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean with its confidence interval; NaN ends where there is none."""
+
+    mean: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One response whose tokens are shown with their class and reward."""
+
+    caption: str
+    """What it answers, such as the history and the true next queries."""
+    tokens: Sequence[tuple[str, int, float]]
+    """(token text, class, reward) in order; class 0 separator, 1 irrelevant, 2 relevant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything a report says."""
+
+    title: str
+    """Heading of the page."""
+    verdict: str
+    """The result in plain language, such as ``verdict`` returns."""
+    command: str
+    """The shell command that makes this report again."""
+    settings: Mapping[str, Any]
+    """The configuration, nested as in the config file."""
+    runs: Sequence[Run] = ()
+    """The runs whose curves are drawn together."""
+    table: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    """method -> metric -> estimate; a metric that a method lacks is shown as a dash."""
+    examples: Sequence[Example] = ()
+    """Labelled responses."""
+    machine: Mapping[str, str] = field(default_factory=lambda: machine_record())
+    """Where it ran; ``machine_record()`` unless given."""
+
+
+class Curve(NamedTuple):
+    slug: str
+    metric: str
+    band: tuple[str, str] | None = None
+
+
+CURVES = (
+    Curve("reward", "rollout/reward_per_token"),
+    Curve("relevance", "eval/relevance", ("eval/relevance_low", "eval/relevance_high")),
+    Curve("kl", "ppo/kl"),
+    Curve("length", "rollout/length_mean"),
+)
+
+
+def verdict(name_a: str, name_b: str, difference: float, low: float, high: float, metric: str) -> str:
+    """One sentence on A - B for ``metric`` with the ends of its 95 % confidence interval.
+
+    Raises:
+        ValueError: low is above high.
+    """
+    what = label(metric)
+    if not all(map(math.isfinite, (difference, low, high))):
+        return f"No difference could be shown between {name_a} and {name_b} on {what}: it could not be computed."
+    if low > high:
+        raise ValueError(f"interval [{low}, {high}]: low must not be above high")
+    interval = f"95 % interval {low:+.3f} to {high:+.3f}"
+    if low <= 0.0 <= high:
+        return (
+            f"No difference could be shown between {name_a} and {name_b} on {what}: "
+            f"{difference:+.3f}, and the {interval} contains zero."
+        )
+    word = "above" if low > 0.0 else "below"
+    return f"{name_a} is {word} {name_b} on {what} by {abs(difference):.3f} ({interval} for the difference)."
+
+
+def label(metric: str) -> str:
+    """What a metric is called in text."""
+    return LABELS.get(metric, metric.rpartition("/")[2].replace("_", " "))
+
+
+def machine_record() -> dict[str, str]:
+    """The versions, device and commit that a result depends on."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "triton": _version("triton"),
+        "tppo-fast": _version("tppo-fast"),
+        "device": torch.cuda.get_device_name() if gpu else f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
+        "threads": str(torch.get_num_threads()),
+        "system": platform.platform(terse=True),
+        "commit": _commit(),
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of this source file, with -dirty after local changes; an installed copy has none."""
+    git, here = shutil.which("git"), Path(__file__).resolve()
+    if git is None:
+        return "unknown"
+
+    def ask(*arguments: str) -> str | None:
+        command = [git, "-C", str(here.parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A virtual environment may lie inside somebody else's repository: only a tracked file has a commit.
+    tracked = ask("ls-files", "--error-unmatch", here.name) is not None
+    return (ask("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") if tracked else None) or "unknown"
+
+
+def write_report(path: Path, report: Report) -> list[Path]:
+    """Write the page to ``path`` and each curve beside it as ``<stem>-<curve>.png``; returns all paths written.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(label=label, number=number, visible=visible)
+    drawn = {
+        curve: draw(curve, report.runs) for curve in CURVES if any(_points(curve.metric, run) for run in report.runs)
+    }
+    images = {curve: _png(figure) for curve, figure in drawn.items()}
+    page = environment.get_template("report.html").render(
+        report=report,
+        curves=[(curve.metric, base64.b64encode(png).decode()) for curve, png in images.items()],
+        not_recorded=[label(curve.metric) for curve in CURVES if curve not in images] if report.runs else [],
+        columns=list(dict.fromkeys(metric for row in report.table.values() for metric in row)),
+        settings=list(flatten(report.settings)),
+        glossary={name: GLOSSARY[name] for name in _mentioned(report) if name in GLOSSARY},
+    )
+    files = {path.with_name(f"{path.stem}-{curve.slug}.png"): png for curve, png in images.items()}
+    files[path] = page.encode(errors="backslashreplace")  # a lone surrogate in a response must not cost the report
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for target, content in files.items():
+            write_atomic(target, content)
+    except OSError as error:
+        raise UserError(f"report {str(path)!r} cannot be written ({error.strerror}): choose another folder") from None
+    return list(files)
+
+
+def _mentioned(report: Report) -> list[str]:
+    logged = {name for run in report.runs for row in run.rows for name in row}
+    return sorted(logged | {metric for row in report.table.values() for metric in row})
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as (dotted name, value) pairs."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def number(value: float) -> str:
+    """Three decimals for what is about one, three digits otherwise; a dash for NaN."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def visible(token: str) -> str:
+    """A token's text with line breaks, tabs and unprintable characters made visible."""
+    named = {"\n": "↵", "\t": "⇥"}
+    return "".join(named.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in token)
+
+
+def _points(metric: str, run: Run) -> list[tuple[float, float]]:
+    """(samples, value) where the metric was recorded, NaN where it was not finite."""
+    rows = [row for row in run.rows if metric in row]
+    values = [(float(row["step"] or 0) * run.samples_per_step, row[metric]) for row in rows]
+    return [(x, math.nan if y is None else float(y)) for x, y in values]
+
+
+def draw(curve: Curve, runs: Sequence[Run]) -> Figure:
+    """One metric of every run against the number of responses sampled."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.9), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(run.name for run in runs))
+    for run in runs:
+        order = names.index(run.name)
+        _draw_run(axes, curve, run, COLOURS[order % len(COLOURS)], STYLES[order % len(STYLES)])
+    _decorate(axes, label(curve.metric))
+    return figure
+
+
+def _draw_run(axes: Axes, curve: Curve, run: Run, colour: str, style: str) -> None:
+    points = _points(curve.metric, run)
+    if not points:
+        return
+    x, y = zip(*points, strict=True)
+    smooth = _moving_mean(y)
+    if len(smooth) != len(y) or smooth != list(y):  # the raw curve stays visible behind its moving mean
+        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
+    marker = "o" if len(points) <= 25 else ""
+    shown = run.name if run.name not in axes.get_legend_handles_labels()[1] else f"_{run.name}"
+    axes.plot(x, smooth, style, color=colour, linewidth=2.0, marker=marker, markersize=4, label=shown)
+    if curve.band is not None:
+        low, high = (dict(_points(name, run)) for name in curve.band)
+        ends = [(at, low[at], high[at]) for at in x if at in low and at in high]
+        if ends:
+            axes.fill_between(*zip(*ends, strict=True), color=colour, alpha=0.16, linewidth=0)
+
+
+def _moving_mean(values: Sequence[float], points: int = 40) -> list[float]:
+    """Mean over the last len / points values, so that about ``points`` independent values remain; NaN is skipped."""
+    window = max(len(values) // points, 1)
+    means = []
+    for i in range(len(values)):
+        kept = [v for v in values[max(i + 1 - window, 0) : i + 1] if math.isfinite(v)]
+        means.append(sum(kept) / len(kept) if kept and math.isfinite(values[i]) else math.nan)
+    return means
+
+
+def _decorate(axes: Axes, title: str) -> None:
+    axes.set_title(title[0].upper() + title[1:], loc="left", fontsize=12, fontweight="bold", color="#1a1a1a")
+    axes.set_xlabel("responses sampled", color="#444444")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors="#444444", labelsize=9)
+    axes.margins(x=0.02)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

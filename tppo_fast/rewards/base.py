@@ -1,0 +1,156 @@
+"""From rollouts to one reward per token: the swap point, and what every source's rewards go through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from tppo_fast.config import RewardConfig
+from tppo_fast.data_types import Rollout
+from tppo_fast.errors import UserError
+from tppo_fast.rewards.alignment import project, token_spans
+from tppo_fast.rewards.labels import Labeller, Labels
+from tppo_fast.rewards.length_penalty import lwp
+from tppo_fast.rewards.lexical import LexicalLabeller
+from tppo_fast.rewards.loading import load_object, raised
+from tppo_fast.rewards.output import checked_items, checked_labels, checked_numbers
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    Rewards = Sequence[float] | Sequence[Sequence[float]] | Sequence[Tensor] | Sequence[Labels] | Tensor | np.ndarray
+
+SCALES = {"centred": (0.0, -1.0, 1.0), "paper": (0.0, 1.0, 2.0)}
+"""Reward of a separator, irrelevant, relevant token. Centred: length as such pays nothing. Paper: TPPO, section 3.2."""
+
+
+class RewardFunction(Protocol):
+    """Scores responses; any callable will do."""
+
+    def __call__(self, rollouts: Sequence[Rollout], /) -> Rewards:
+        """For every rollout a float (lands on the last token), or its [length] rewards, or the Labels of its words.
+
+        One kind for the whole batch. Labels are aligned to tokens and scaled by ``reward.scale``.
+        """
+        ...
+
+
+def label_with(labeller: Labeller) -> RewardFunction:
+    """The reward function that labels each response's words; wrap your own labeller in it for ``reward.source``."""
+
+    def label(rollouts: Sequence[Rollout], /) -> list[Labels]:
+        return [labeller(r.prompt.history, r.prompt.next_queries, r.text) for r in rollouts]
+
+    return label
+
+
+def build_reward(
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, *, expected_length: float, separator: str
+) -> TokenRewards:
+    """The reward of a run.
+
+    Args:
+        config: the ``reward`` section; its ``expected_length`` wins over the argument when it is set.
+        tokenizer: the policy's, with which responses were decoded.
+        expected_length: sl of the length penalty, in tokens, measured on the training sessions.
+        separator: text between the queries of a response.
+
+    Raises:
+        UserError: a source that cannot be loaded, or an expected length that is not a number of tokens.
+    """
+    length = expected_length if config.expected_length is None else config.expected_length
+    if config.length_penalty and not (math.isfinite(length) and length >= 0.0):
+        raise UserError(f"reward.expected_length = {length}: give a number of tokens, 0 or more")
+    if config.source == "lexical":
+        source: RewardFunction = label_with(LexicalLabeller(separator=separator))
+    elif ":" not in config.source:
+        raise UserError(f"reward.source = {config.source!r}: write \"lexical\", or module:function for your own")
+    else:
+        source = load_object(config.source, "reward.source")
+    if isinstance(source, type):
+        raise UserError(f"reward.source = {config.source!r} is a class: name a function, or an instance made from it")
+    return TokenRewards(source=source, config=config, tokenizer=tokenizer, expected_length=length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRewards:
+    """Rollouts -> per-token rewards, in this order: source, scale, coefficient, length penalty, placement."""
+
+    source: RewardFunction
+    """Who scores."""
+    config: RewardConfig
+    """Scale, coefficient, length penalty and placement."""
+    tokenizer: PreTrainedTokenizerBase
+    """Decodes the responses, to align word labels with tokens."""
+    expected_length: float
+    """sl of the length penalty, in tokens."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Float[Tensor, " length"]]:
+        """One fp32 tensor per rollout: the reward FOR each of its tokens, before any KL penalty.
+
+        Raises:
+            UserError: the source failed or returned something else than it should.
+        """
+        return self.explain(rollouts)[0]
+
+    def classes(self, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
+        """Class 0, 1 or 2 of every token, or None where the source gives numbers instead of labels."""
+        return self.explain(rollouts)[1]
+
+    def explain(self, rollouts: Sequence[Rollout]) -> tuple[list[Float[Tensor, " length"]], list[list[int]] | None]:
+        """Rewards and classes together, from one call of the source."""
+        name = self.config.source
+        items = checked_items(self._ask(rollouts), rollouts, name)
+        labels = checked_labels(items, rollouts, name)
+        if labels is None:
+            arrays, scalar = checked_numbers(items, rollouts, name)
+            classes = None
+        else:
+            classes = [self._token_classes(*pair, i) for i, pair in enumerate(zip(labels, rollouts, strict=True))]
+            table = np.array(SCALES[self.config.scale])
+            arrays, scalar = [table[np.array(c, dtype=np.int64)] for c in classes], False
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        penalty = self._penalty(max(lengths, default=0), scalar)
+        rewards = [self._placed(a, n, penalty) for a, n in zip(arrays, lengths, strict=True)]
+        return rewards, classes
+
+    def _ask(self, rollouts: Sequence[Rollout]) -> Any:
+        try:
+            return self.source(rollouts)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"reward {self.config.source!r} failed with {raised(error)}") from error
+
+    def _token_classes(self, labels: Labels, rollout: Rollout, index: int) -> list[int]:
+        text, spans = token_spans(self.tokenizer, rollout.token_ids)
+        if text != rollout.text:
+            raise UserError(
+                f"rollout {index}: its text {rollout.text!r} is not what its tokens decode to ({text!r}): "
+                "use the tokenizer and decoding of the rollout engine"
+            )
+        return project(labels, spans)
+
+    def _penalty(self, longest: int, scalar: bool) -> np.ndarray:
+        """[longest] factors: coefficient times lwp, which scalar rewards are spared."""
+        factors = np.full(longest, self.config.coefficient)
+        if self.config.length_penalty and not scalar:
+            positions = torch.arange(1, longest + 1)
+            factors *= lwp(positions, self.expected_length, self.config.length_alpha).numpy()
+        return factors
+
+    def _placed(self, values: np.ndarray, length: int, factors: np.ndarray) -> Float[Tensor, " length"]:
+        """One reward per token; a scalar (0-d), or the sum where placement is "last", stands on the last token."""
+        scaled = values * factors[:length] if values.ndim else values * self.config.coefficient
+        if values.ndim and self.config.placement == "token":
+            return torch.from_numpy(scaled).float()
+        rewards = torch.zeros(length)
+        rewards[-1] = float(scaled.sum())
+        return rewards

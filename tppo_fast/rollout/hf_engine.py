@@ -1,0 +1,121 @@
+"""Rollouts by transformers' generate: runs wherever the model runs, exact log-probabilities, no extra dependency."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from tppo_fast.data_types import Prompt, Rollout
+from tppo_fast.errors import UserError
+from tppo_fast.rollout.base import SamplingParams
+
+
+class _Recorder(LogitsProcessor):
+    """Applies the temperature and keeps the log-probability of every token that generate then samples.
+
+    Each call sees the tokens chosen from the scores of the call before, so one step's log-softmax is all that stays alive.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._before: Tensor | None = None  # [B, V]
+        self.columns: list[Tensor] = []  # each [B]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.chosen(input_ids)
+        scores = scores.float() / self._temperature
+        self._before = scores.log_softmax(-1)
+        return scores
+
+    def chosen(self, input_ids: Tensor) -> None:
+        if self._before is not None:
+            self.columns.append(self._before.gather(-1, input_ids[:, -1:])[:, 0])
+            self._before = None
+
+
+class HFEngine:
+    """Holds its own copy of the policy; ``load_weights`` overwrites it in place."""
+
+    def __init__(self, lm: Any, tokenizer: Any, *, batch_size: int = 256) -> None:
+        """``lm`` is a transformers causal LM that this engine may keep for itself; ``batch_size`` bounds one generate call."""
+        self._lm = lm.eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._version: int | None = None
+        own = lm.generation_config.eos_token_id
+        self._eos = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
+        # the model's own generation settings (top-k, penalties, ...) must not touch the distribution
+        lm.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=self._eos[0])
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        if self._version is None:
+            raise UserError("generate was called before load_weights: publish the policy first")
+        repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
+        rollouts: list[Rollout] = []
+        devices = [self._lm.device] if self._lm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(sampling.seed)
+            for start in range(0, len(repeated), self._batch_size):
+                rollouts += self._generate_batch(repeated[start : start + self._batch_size], sampling)
+        return rollouts
+
+    def _generate_batch(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        ids, mask = self._left_padded([p.token_ids for p in prompts])
+        recorder = _Recorder(sampling.temperature)
+        out = self._lm.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=not sampling.greedy,
+            temperature=None if sampling.greedy else 1.0,  # the recorder applies it
+            top_k=None if sampling.greedy else 0,
+            top_p=None if sampling.greedy else 1.0,
+            max_new_tokens=sampling.max_new_tokens,
+            logits_processor=LogitsProcessorList([recorder]),
+        )
+        recorder.chosen(out)
+        tokens = out[:, ids.shape[1] :].tolist()
+        logprobs = torch.stack(recorder.columns, 1).tolist()
+        return [self._rollout(*row) for row in zip(prompts, tokens, logprobs, strict=True)]
+
+    def _left_padded(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        width = max(map(len, sequences))
+        ids = torch.full((len(sequences), width), self._eos[0])
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, width - len(sequence) :] = torch.tensor(sequence)
+            mask[row, width - len(sequence) :] = 1
+        return ids.to(self._lm.device), mask.to(self._lm.device)
+
+    def _rollout(self, prompt: Prompt, tokens: list[int], logprobs: list[float]) -> Rollout:
+        end = next((i for i, t in enumerate(tokens) if t in self._eos), None)
+        length = len(tokens) if end is None else end + 1
+        return Rollout(
+            prompt=prompt,
+            token_ids=tokens[:length],
+            logprobs=logprobs[:length],
+            text=self._tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            finish_reason="length" if end is None else "stop",
+            policy_version=self._version or 0,
+        )
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        own = self._lm.state_dict()
+        seen: set[str] = set()
+        for name, tensor in weights:
+            if name not in own or own[name].shape != tensor.shape:
+                shape = tuple(own[name].shape) if name in own else "no such weight"
+                raise UserError(f"weight {name!r} of shape {tuple(tensor.shape)}: the engine has {shape}; load the same model")
+            own[name].copy_(tensor)
+            seen.add(name)
+        if missing := sorted(own.keys() - seen):
+            raise UserError(f"weight {missing[0]!r} was not published ({len(missing)} missing): publish the whole policy")
+        self._version = version
+
+    def close(self) -> None:
+        self._lm = None

@@ -1,0 +1,349 @@
+"""The training run: publish, act, score, prepare, learn, record; evaluate and save when due; stop and resume exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import resource
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tppo_fast import checkpoint, losses, model, packing, seeding
+from tppo_fast.attention import can_use_flash
+from tppo_fast.config import Config
+from tppo_fast.data.prompts import PromptBuilder
+from tppo_fast.data.sessions import Session, read_sessions, split_by_user
+from tppo_fast.data.synthetic import generate_sessions
+from tppo_fast.data_types import Prompt, Rollout
+from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.evaluate import summarise
+from tppo_fast.interrupt import Interrupted, InterruptGuard
+from tppo_fast.metrics import METRICS_FILE, MetricsLogger, write_atomic
+from tppo_fast.plugins import load_object
+from tppo_fast.ppo import PPO, Metrics
+from tppo_fast.progress import Progress
+from tppo_fast.rewards import TokenRewards, build_reward
+from tppo_fast.rewards.table import examples_table
+from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a finished run leaves behind."""
+
+    run_dir: Path
+    """Metrics, checkpoints and the final policy."""
+    policy: Path
+    """The trained policy: a folder plain transformers loads."""
+    evaluation: dict[str, float]
+    """The last evaluation on held-out sessions."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """The parts of a run, built once by ``setup``."""
+
+    config: Config
+    tokenizer: Any
+    builder: PromptBuilder
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    reward: TokenRewards
+    engine: RolloutEngine
+    ppo: PPO
+    share_prompts: bool
+
+
+def train(config: Config, *, resume: bool = False) -> TrainResult:
+    """Train a policy by token-level PPO and leave it, its metrics and its checkpoints in ``config.run_dir``.
+
+    Args:
+        config: every setting; see ``tppo_fast.config``.
+        resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
+
+    Raises:
+        UserError: bad settings, data or model, before any expensive work.
+        TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
+        Interrupted: SIGINT; a checkpoint of the last finished step was saved.
+    """
+    start_from = _open_run_dir(config, resume)
+    run = setup(config)
+    if start_from is not None:
+        checkpoint.load(start_from, run.ppo)
+    first = run.ppo.step
+    logger = MetricsLogger(
+        config.run_dir,
+        start_step=first,
+        tensorboard=config.train.tensorboard,
+        wandb_project=config.train.wandb_project,
+        config=config.model_dump(mode="json"),
+    )
+    with contextlib.closing(run.engine), logger, InterruptGuard() as guard:
+        try:
+            evaluation = _loop(run, logger, guard, evaluate_first=start_from is None)
+        except Interrupted:
+            saved = checkpoint.save(config.run_dir, run.ppo, run.tokenizer, config)
+            raise Interrupted(f"stopped after step {run.ppo.step}; continue with --resume (saved in {saved})") from None
+        except TrainingDiverged as error:
+            report = config.run_dir / f"diverged_step_{error.report['step']:06d}.json"
+            write_atomic(report, json.dumps(error.report, indent=2).encode())
+            raise
+    policy = config.run_dir / "policy"
+    with checkpoint.atomic_folder(policy) as temporary:
+        run.ppo.model.actor.save(temporary, run.tokenizer)
+    return TrainResult(run_dir=config.run_dir, policy=policy, evaluation=evaluation)
+
+
+def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_first: bool) -> Metrics:
+    """The PPO loop."""
+    config, ppo, steps = run.config, run.ppo, run.config.train.steps
+    evaluation: Metrics = {}
+    if evaluate_first:
+        evaluation = evaluate(run)
+        logger.log(0, evaluation)
+    with Progress("train", steps, "step", start=ppo.step) as progress:
+        while ppo.step < steps:
+            guard.check()
+            step, clock = ppo.step, Clock()
+            with clock("sync"):
+                run.engine.load_weights(ppo.model.actor.named_weights(), version=step)
+            with clock("rollout"):
+                rollouts = run.engine.generate(batch_of_prompts(run, step), sampling(config, step))
+            guard.check()
+            with clock("score"):
+                rewards = run.reward(rollouts)
+                batch = packing.pack(rollouts, rewards, share_prompts=run.share_prompts)
+            with clock("prepare"):
+                train_batch, prepared = ppo.prepare(batch)
+            guard.check()
+            with clock("update"):
+                learned = ppo.update(train_batch)
+
+            metrics = {**rollout_metrics(run, rollouts, rewards), **prepared, **learned, **clock.metrics(rollouts)}
+            if step == 0 and config.train.show_examples:
+                show_examples(run, rollouts, rewards)
+            if _due(ppo.step, config.train.eval_every, steps):
+                evaluation = evaluate(run)
+                metrics |= evaluation
+            logger.log(ppo.step, metrics)
+            if _due(ppo.step, config.train.save_every, steps):
+                checkpoint.save(config.run_dir, ppo, run.tokenizer, config)
+            shown = {"reward": metrics["rollout/reward_per_token"], "kl": metrics["ppo/kl"]}
+            if evaluation:
+                shown["relevance"] = evaluation["eval/relevance"]
+            progress.update(1, **shown)
+    return evaluation or evaluate(run)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+# -------------------------------------------------------------------- parts
+
+
+def setup(config: Config) -> Run:
+    """Build every part of a run; bad input fails here, before any expensive work."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    seeding.seed_everything(config.seed)
+    device = resolve_device(config.device)
+    train_sessions, eval_sessions = load_sessions(config)
+    actor_critic, tokenizer = model.build(config.model, device)
+    builder = PromptBuilder(tokenizer, config.data)
+    expected = config.reward.expected_length
+    if expected is None and config.reward.length_penalty:
+        expected = builder.expected_length(train_sessions)
+    reward = build_reward(
+        config.reward, tokenizer, expected_length=expected or 0.0, separator=config.data.separator
+    )
+    prompts = [builder.prompt(s) for s in train_sessions]
+    eval_prompts = [builder.prompt(s) for s in eval_sessions[: config.train.eval_prompts]]
+    _check_lengths(config, actor_critic.actor, [*prompts, *eval_prompts])
+    reference = None if config.ppo.kl_placement == "off" else actor_critic.actor.frozen_copy()
+    loss = losses.BUILT_IN.get(config.ppo.loss) or load_object(config.ppo.loss, "ppo.loss")
+    ppo = PPO(config, actor_critic, reference, loss, total_steps=config.train.steps)
+    flash = config.model.attention != "sdpa" and can_use_flash(device, config.model.dtype == "bfloat16") is None
+    return Run(
+        config=config,
+        tokenizer=tokenizer,
+        builder=builder,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        reward=reward,
+        engine=build_engine(config, tokenizer, device),
+        ppo=ppo,
+        share_prompts=config.model.share_prompts and not flash,
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" becomes CUDA where there is a GPU.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError('device = "cuda", but torch sees no CUDA device: use "auto" or "cpu"')
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_sessions(config: Config) -> tuple[list[Session], list[Session]]:
+    """(training, held-out) sessions as configured."""
+    data = config.data
+    if data.train == "synthetic":
+        sessions = generate_sessions(data.synthetic_sessions, config.seed)
+    else:
+        sessions = read_sessions(data.train)
+    if data.eval is not None:
+        return sessions, read_sessions(data.eval)
+    return split_by_user(sessions, data.eval_fraction, config.seed)
+
+
+def _check_lengths(config: Config, actor: model.Actor, prompts: Sequence[Prompt]) -> None:
+    longest = max(len(p.token_ids) for p in prompts) + config.rollout.max_new_tokens
+    limit = getattr(actor.lm.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest prompt and rollout.max_new_tokens = {config.rollout.max_new_tokens} need {longest} positions, the "
+            f"model has {limit}: lower data.max_prompt_tokens or rollout.max_new_tokens"
+        )
+    if longest > config.ppo.microbatch_tokens:
+        raise UserError(
+            f"ppo.microbatch_tokens = {config.ppo.microbatch_tokens}: one sequence can have {longest} tokens; raise it, or "
+            "lower data.max_prompt_tokens or rollout.max_new_tokens"
+        )
+
+
+def _open_run_dir(config: Config, resume: bool) -> Path | None:
+    """The checkpoint to start from, or None for a new run in a folder that holds no other run."""
+    if resume:
+        return checkpoint.check_resumable(config.run_dir, config)
+    if checkpoint.list_checkpoints(config.run_dir) or (config.run_dir / "policy").exists():
+        raise UserError(f"run_dir = {str(config.run_dir)!r} holds a run already: continue it with --resume, or choose another")
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir = {str(config.run_dir)!r} cannot be made ({error.strerror}): choose another") from None
+    for left in (config.run_dir / "tensorboard", config.run_dir / METRICS_FILE):  # of a run that saved nothing
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return None
+
+
+# -------------------------------------------------------------------- pieces of a step
+
+
+def batch_of_prompts(run: Run, step: int) -> list[Prompt]:
+    """The step's prompts: shuffled passes over the data, a function of (seed, step) alone."""
+    size, count = run.config.rollout.prompts_per_step, len(run.prompts)
+    picked = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, place = divmod(position, count)
+        picked.append(run.prompts[int(_permutation(run.config.seed, epoch, count)[place])])
+    return picked
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> torch.Tensor:
+    return torch.randperm(count, generator=seeding.generator(seed, "data", epoch))
+
+
+def sampling(config: Config, step: int) -> SamplingParams:
+    """How to sample in one step."""
+    return SamplingParams(
+        n=config.rollout.samples_per_prompt,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        seed=seeding.derive(config.seed, "rollout", step),
+    )
+
+
+def evaluate(run: Run) -> Metrics:
+    """Metrics of one sampled response to each held-out session, with the current policy."""
+    began = time.perf_counter()
+    config = run.config
+    run.engine.load_weights(run.ppo.model.actor.named_weights(), version=run.ppo.step)
+    params = SamplingParams(
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        greedy=config.train.eval_greedy,
+        seed=seeding.derive(config.seed, "eval"),
+    )
+    rollouts = run.engine.generate(run.eval_prompts, params)
+    summary = summarise(rollouts, run.builder.parse, config.data.num_queries, seed=config.seed)
+    metrics = {f"eval/{name}": interval.mean for name, interval in summary.items()}
+    metrics["eval/relevance_low"], metrics["eval/relevance_high"] = summary["relevance"].low, summary["relevance"].high
+    metrics["time/eval"] = time.perf_counter() - began
+    return metrics
+
+
+def rollout_metrics(run: Run, rollouts: Sequence[Rollout], rewards: Sequence[torch.Tensor]) -> Metrics:
+    """What was sampled and how it was rewarded."""
+    per_response = torch.stack([r.sum() for r in rewards])
+    tokens = sum(len(r) for r in rewards)
+    metrics = {
+        "rollout/reward_mean": float(per_response.mean()),
+        "rollout/reward_std": float(per_response.std(correction=0)),
+        "rollout/reward_per_token": float(per_response.sum()) / tokens,
+        "rollout/length_mean": tokens / len(rewards),
+        "rollout/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "rollout/tokens": float(tokens),
+    }
+    if (classes := run.reward.classes(rollouts)) is not None:
+        flat = [c for row in classes for c in row if c]
+        metrics["rollout/relevant_share"] = sum(c == 2 for c in flat) / max(len(flat), 1)
+    return metrics
+
+
+def show_examples(run: Run, rollouts: Sequence[Rollout], rewards: Sequence[torch.Tensor]) -> None:
+    """Print the first responses with each token's label and reward, so that a person can check the alignment."""
+    chosen = list(range(0, len(rollouts), run.config.rollout.samples_per_prompt))[: run.config.train.show_examples]
+    picked = [rollouts[i] for i in chosen]
+    classes = run.reward.classes(picked)
+    Console(stderr=True).print(examples_table(picked, classes, [rewards[i] for i in chosen], run.tokenizer))
+
+
+class Clock:
+    """Seconds per phase of one step: ``with clock("rollout"): ...``."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[phase] += time.perf_counter() - began
+
+    def metrics(self, rollouts: Sequence[Rollout]) -> Metrics:
+        total = time.perf_counter() - self._began
+        tokens = sum(len(r.token_ids) for r in rollouts)
+        return {
+            **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
+            "time/step": total,
+            "perf/tokens_per_second": tokens / total,
+            "perf/peak_memory_gib": peak_memory_gib(),
+        }
+
+
+def peak_memory_gib() -> float:
+    """Peak memory since the run began: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
