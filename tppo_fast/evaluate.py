@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy import stats
@@ -20,7 +21,7 @@ from tppo_fast.rewards.lexical import classify_queries
 from tppo_fast.rewards.words import normalise_query
 
 METRICS: dict[str, str] = {
-    "relevance": "Share of the num_queries slots filled with a relevant query that is not in the history and not repeated.",
+    "relevance": "Share of the num_queries slots filled with a relevant, unrepeated query that is not in the history.",
     "hit": "1 when any of the first num_queries queries is a true next query.",
     "mrr": "1 / rank of the first true next query among the first num_queries queries, 0 without one.",
     "exact": "Share of the generated queries that equal a true next query.",
@@ -83,7 +84,7 @@ def score_queries(prompt: Prompt, queries: Sequence[str], *, num_queries: int) -
         "word_relevance": _share([c == RELEVANT for c in classes]),
         "distinct": _distinct(forms),
         "distinct_1": _distinct([word for query in words for word in query]),
-        "distinct_2": _distinct([pair for query in words for pair in zip(query, query[1:], strict=False)]),
+        "distinct_2": _distinct([pair for query in words for pair in pairwise(query)]),
         "valid": float(len(forms) == num_queries),
         "copy": _share([form in history for form in forms]),
     }
@@ -145,8 +146,8 @@ def paired_difference(
 
     Args:
         a: [B] numbers, response i of both sides answering the same prompt; or [R, B], run r of both sides sharing
-            seed r. Over several runs, runs and users are resampled independently (the pigeonhole bootstrap of crossed
-            factors, Owen 2007, arXiv 0711.0718), so the interval covers another seed as well as another user.
+            seed r. Over several runs, runs and users are resampled independently (the bootstrap of crossed factors,
+            Owen 2007, "The pigeonhole bootstrap"), so the interval covers another seed as well as another user.
         b: the other side, of the same shape.
         users: who each of the B responses belongs to.
         seed: of the resampling.
@@ -210,4 +211,6 @@ def _check(name: str, values: np.ndarray, users: Sequence[str], confidence: floa
     if not np.isfinite(values).all():
         raise UserError(f"{name} holds {values[~np.isfinite(values)][0]}: every response needs a finite number")
     if not 0.0 < confidence < 1.0 or resamples < 1:
-        raise UserError(f"confidence = {confidence}, resamples = {resamples}: use 0 < confidence < 1 and at least 1 resample")
+        raise UserError(
+            f"confidence = {confidence}, resamples = {resamples}: use 0 < confidence < 1 and at least 1 resample"
+        )

@@ -129,7 +129,7 @@ class MetricsLogger:
     """Writes each step's metrics to ``run_dir/metrics.jsonl``, TensorBoard (``run_dir/tensorboard``) and W&B.
 
     ``start_step`` is the last step the run keeps. Whatever was logged after it by an interrupted run is removed first
-    (hidden in TensorBoard; W&B ignores a step it has seen), so that nothing is counted twice. 0 is a new run: all goes.
+    (hidden in TensorBoard; W&B ignores a step it has seen), so that nothing is counted twice.
 
     Raises:
         UserError: run_dir cannot be written, its metrics.jsonl is damaged, or W&B is asked for and cannot start.
@@ -145,11 +145,12 @@ class MetricsLogger:
         config: Mapping[str, Any],
     ) -> None:
         self.run_dir = Path(run_dir)
-        self._wandb = None if wandb_project is None else _wandb_run(self.run_dir, wandb_project, start_step, config)
         path = self.run_dir / METRICS_FILE
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in _rows(path) if row["step"] <= start_step] if start_step and path.exists() else []
+            continued = path.exists()
+            self._wandb = _wandb_run(self.run_dir, wandb_project, continued, config) if wandb_project else None
+            kept = [row for row in _rows(path) if row["step"] <= start_step] if continued else []
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
             self._file = path.open("ab")
         except OSError as error:
@@ -162,7 +163,7 @@ class MetricsLogger:
         """Append one row. Values that are not finite become null in the file and are left out elsewhere.
 
         Raises:
-            ValueError: a name is neither in ``GLOSSARY`` nor under ``custom/``, where a user's own loss puts its metrics.
+            ValueError: a name is neither in ``GLOSSARY`` nor under ``custom/``, for a user's own loss.
         """
         if unknown := [name for name in metrics if name not in GLOSSARY and not name.startswith("custom/")]:
             raise ValueError(f"metric {unknown[0]!r} has no definition: add it to tppo_fast.metrics.GLOSSARY")
@@ -197,13 +198,12 @@ class MetricsLogger:
 def _board(run_dir: Path, start_step: int, config: Mapping[str, Any]) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # seconds to import, and not every run wants it
 
-    # TensorBoard hides earlier events with step >= purge_step; a new run (0) hides them all.
-    writer = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1 if start_step else 0)
+    writer = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)  # hides earlier events from there on
     writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```", start_step)
     return writer
 
 
-def _wandb_run(run_dir: Path, project: str, start_step: int, config: Mapping[str, Any]) -> Any:
+def _wandb_run(run_dir: Path, project: str, continued: bool, config: Mapping[str, Any]) -> Any:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -211,9 +211,8 @@ def _wandb_run(run_dir: Path, project: str, start_step: int, config: Mapping[str
             f"train.wandb_project = {project!r} needs the wandb package ({error}): "
             "pip install wandb, or remove train.wandb_project"
         ) from None
-    run_dir.mkdir(parents=True, exist_ok=True)
     id_file = run_dir / "wandb_id"  # a resumed run continues its own W&B run
-    run_id = id_file.read_text().strip() if start_step and id_file.exists() else uuid.uuid4().hex
+    run_id = id_file.read_text().strip() if continued and id_file.exists() else uuid.uuid4().hex
     try:
         run = wandb.init(project=project, id=run_id, resume="allow", dir=str(run_dir), config=dict(config))
     except wandb.Error as error:

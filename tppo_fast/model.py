@@ -221,7 +221,8 @@ def build(config: ModelConfig, device: torch.device | str) -> tuple[ActorCritic,
     lm = load_causal_lm(config.path, trust_remote_code=config.trust_remote_code, attn_implementation=attention.NAME)
     tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
     if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # its old name
+        enable({"use_reentrant": False})
     lm.train(config.gradient_checkpointing)  # dropout is 0 either way; checkpointing only works in training mode
     actor = Actor(lm.to(device), config)
     check_packed_forward(actor)

@@ -135,14 +135,15 @@ class PPO:
         norms: list[tuple[float, float]] = []
         epochs_done = 0
         for epoch in range(ppo.epochs):
+            kl_before, actions_before = totals["approx_kl"], totals["actions"]
             for sequences in self._minibatches(batch.rollouts.num_sequences, epoch):
                 sums = self._accumulate_gradient(batch, sequences, train_policy)
                 norms.append(self._optimizer_step(sums, train_policy))
                 for name, value in sums.items():
                     totals[name] += value
             epochs_done += 1
-            seen = totals["actions"]
-            if ppo.target_kl is not None and totals["approx_kl"] / seen > ppo.target_kl:
+            kl = (totals["approx_kl"] - kl_before) / (totals["actions"] - actions_before)
+            if ppo.target_kl is not None and kl > ppo.target_kl:
                 break
         self.step += 1
         metrics = self._summary(totals)
@@ -151,8 +152,8 @@ class PPO:
         metrics["ppo/critic_grad_norm"] = sum(n[1] for n in norms) / len(norms)
         metrics["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["ppo/kl_coef"] = self.kl.coefficient
-        kl = (batch.old_logprobs - batch.ref_logprobs).mean()
-        self.kl.observe(float(kl), batch.rollouts.num_sequences)
+        to_reference = (batch.old_logprobs - batch.ref_logprobs).mean()
+        self.kl.observe(float(to_reference), batch.rollouts.num_sequences)
         return metrics
 
     def _minibatches(self, num_sequences: int, epoch: int) -> Iterator[list[int]]:

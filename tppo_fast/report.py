@@ -280,10 +280,11 @@ def _draw_run(axes: Axes, curve: Curve, run: Run, colour: str, style: str) -> No
         low, high = (dict(_points(name, run)) for name in curve.band)
         ends = [(at, low[at], high[at]) for at in x if at in low and at in high]
         if ends:
-            axes.fill_between(*zip(*ends, strict=True), color=colour, alpha=0.16, linewidth=0)
+            at, bottom, top = zip(*ends, strict=True)
+            axes.fill_between(at, bottom, top, color=colour, alpha=0.16, linewidth=0)
 
 
-def _moving_mean(values: Sequence[float], points: int = 40) -> list[float]:
+def _moving_mean(values: Sequence[float], points: int = 25) -> list[float]:
     """Mean over the last len / points values, so that about ``points`` independent values remain; NaN is skipped."""
     window = max(len(values) // points, 1)
     means = []

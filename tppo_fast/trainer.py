@@ -33,7 +33,7 @@ from tppo_fast.plugins import load_object
 from tppo_fast.ppo import PPO, Metrics
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import TokenRewards, build_reward
-from tppo_fast.rewards.table import examples_table
+from tppo_fast.rewards.display import examples_table
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 
 
@@ -121,7 +121,7 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
                 rollouts = run.engine.generate(batch_of_prompts(run, step), sampling(config, step))
             guard.check()
             with clock("score"):
-                rewards = run.reward(rollouts)
+                rewards, classes = run.reward.explain(rollouts)
                 batch = packing.pack(rollouts, rewards, share_prompts=run.share_prompts)
             with clock("prepare"):
                 train_batch, prepared = ppo.prepare(batch)
@@ -129,9 +129,9 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
             with clock("update"):
                 learned = ppo.update(train_batch)
 
-            metrics = {**rollout_metrics(run, rollouts, rewards), **prepared, **learned, **clock.metrics(rollouts)}
+            metrics = {**rollout_metrics(rollouts, rewards, classes), **prepared, **learned, **clock.metrics(rollouts)}
             if step == 0 and config.train.show_examples:
-                show_examples(run, rollouts, rewards)
+                show_examples(run, rollouts, rewards, classes)
             if _due(ppo.step, config.train.eval_every, steps):
                 evaluation = evaluate(run)
                 metrics |= evaluation
@@ -167,8 +167,8 @@ def setup(config: Config) -> Run:
     reward = build_reward(
         config.reward, tokenizer, expected_length=expected or 0.0, separator=config.data.separator
     )
-    prompts = [builder.prompt(s) for s in train_sessions]
-    eval_prompts = [builder.prompt(s) for s in eval_sessions[: config.train.eval_prompts]]
+    prompts = builder.prompts(train_sessions)
+    eval_prompts = builder.prompts(eval_sessions[: config.train.eval_prompts])
     _check_lengths(config, actor_critic.actor, [*prompts, *eval_prompts])
     reference = None if config.ppo.kl_placement == "off" else actor_critic.actor.frozen_copy()
     loss = losses.BUILT_IN.get(config.ppo.loss) or load_object(config.ppo.loss, "ppo.loss")
@@ -289,7 +289,9 @@ def evaluate(run: Run) -> Metrics:
     return metrics
 
 
-def rollout_metrics(run: Run, rollouts: Sequence[Rollout], rewards: Sequence[torch.Tensor]) -> Metrics:
+def rollout_metrics(
+    rollouts: Sequence[Rollout], rewards: Sequence[torch.Tensor], classes: Sequence[Sequence[int]] | None
+) -> Metrics:
     """What was sampled and how it was rewarded."""
     per_response = torch.stack([r.sum() for r in rewards])
     tokens = sum(len(r) for r in rewards)
@@ -301,18 +303,23 @@ def rollout_metrics(run: Run, rollouts: Sequence[Rollout], rewards: Sequence[tor
         "rollout/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "rollout/tokens": float(tokens),
     }
-    if (classes := run.reward.classes(rollouts)) is not None:
+    if classes is not None:
         flat = [c for row in classes for c in row if c]
         metrics["rollout/relevant_share"] = sum(c == 2 for c in flat) / max(len(flat), 1)
     return metrics
 
 
-def show_examples(run: Run, rollouts: Sequence[Rollout], rewards: Sequence[torch.Tensor]) -> None:
+def show_examples(
+    run: Run,
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[torch.Tensor],
+    classes: Sequence[Sequence[int]] | None,
+) -> None:
     """Print the first responses with each token's label and reward, so that a person can check the alignment."""
     chosen = list(range(0, len(rollouts), run.config.rollout.samples_per_prompt))[: run.config.train.show_examples]
-    picked = [rollouts[i] for i in chosen]
-    classes = run.reward.classes(picked)
-    Console(stderr=True).print(examples_table(picked, classes, [rewards[i] for i in chosen], run.tokenizer))
+    labels = None if classes is None else [classes[i] for i in chosen]
+    table = examples_table([rollouts[i] for i in chosen], labels, [rewards[i] for i in chosen], run.tokenizer)
+    Console(stderr=True).print(table)
 
 
 class Clock:

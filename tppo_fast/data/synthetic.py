@@ -1,8 +1,8 @@
 """Search sessions from a known world, so that relevance has a ground truth that can be computed exactly.
 
 The world (fixed; ``seed`` only chooses users and what they do): 3 domains x 16 topics x 16 facets, 6 personas. A persona
-is, per domain, a Markov chain over facets: after each facet (and at the start) three facets may follow, with
-probabilities ``STEP``, never one already asked in the session. A user has one persona and several sessions on different
+is, per domain, a Markov chain over facets: a session starts with any facet, and after each one three facets may follow,
+with probabilities ``STEP``, never one already asked in the session. A user has one persona and several sessions on different
 topics. A session asks for its topic, then for ``topic facet`` (specialisation), where
 
 - a facet with a synonym is sometimes asked by it, and a query is sometimes repeated in other words or word order
@@ -35,14 +35,14 @@ T = TypeVar("T")
 PERSONAS = 6
 HORIZON = 3
 """Steps that ``next_queries`` and ``relevant_queries`` look ahead."""
-STEP = (0.8, 0.15, 0.05)
+STEP = (0.7, 0.2, 0.1)
 """Probability of a persona's first, second and third choice of the next facet."""
 DETOUR = 0.25
 """Share of steps that the persona would not take."""
-RELEVANT = 0.3
+RELEVANT = 0.35
 """Least probability of being asked within ``HORIZON`` steps that makes a facet relevant."""
 SYNONYM, REFORMULATION, OTHER_TOPIC = 0.2, 0.15, 0.2
-EARLIER_SESSIONS = 2
+EARLIER_SESSIONS = 1
 START = ""
 """The chain's state before the first facet of a session."""
 
@@ -70,11 +70,11 @@ def generate_sessions(count: int, seed: int) -> list[Session]:
 
 @lru_cache(maxsize=1)
 def chains() -> tuple[Mapping[str, Mapping[str, tuple[str, ...]]], ...]:
-    """Persona -> domain -> state (``START`` or a facet) -> its three next facets, likeliest first."""
+    """Persona -> domain -> facet -> its three next facets, likeliest first."""
     rng = random.Random("tppo-fast world")
     return tuple(
         {
-            domain: {state: tuple(_sample(rng, [f for f in facets if f != state], len(STEP))) for state in (START, *facets)}
+            domain: {facet: tuple(_sample(rng, [f for f in facets if f != facet], len(STEP))) for facet in facets}
             for domain, facets in FACETS.items()
         }
         for _ in range(PERSONAS)
@@ -85,9 +85,9 @@ def chains() -> tuple[Mapping[str, Mapping[str, tuple[str, ...]]], ...]:
 def step(persona: int, domain: str, state: str, asked: frozenset[str]) -> Mapping[str, float]:
     """P(next facet) without detours; facets already asked are left out and the rest scaled up.
 
-    Where all three choices were asked, every facet not yet asked is equally likely.
+    At ``START``, and where all three choices were asked, every facet not yet asked is equally likely.
     """
-    choices = zip(chains()[persona][domain][state], STEP, strict=True)
+    choices = zip(chains()[persona][domain][state], STEP, strict=True) if state != START else ()
     weights = {facet: weight for facet, weight in choices if facet not in asked}
     weights = weights or {facet: 1.0 for facet in FACETS[domain] if facet not in asked}
     total = sum(weights.values())
@@ -173,9 +173,9 @@ def _user_sessions(user_id: str, rng: random.Random) -> list[Session]:
 
 
 def _visible(walk: _Walk, rng: random.Random, topics: Sequence[tuple[str, str]]) -> list[str]:
-    """A session up to now: the topic, one to three facets, reformulations and a stray query now and then."""
+    """A session up to now: the topic, one or two facets, reformulations and a stray query now and then."""
     queries = [walk.topic]
-    for _ in range(1 + int(rng.random() * 3)):
+    for _ in range(1 + int(rng.random() * 2)):
         query = _asked_as(walk, rng)
         queries.append(query)
         if rng.random() < REFORMULATION:

@@ -71,7 +71,7 @@ def build_reward(
     if config.source == "lexical":
         source: RewardFunction = label_with(LexicalLabeller(separator=separator))
     elif ":" not in config.source:
-        raise UserError(f"reward.source = {config.source!r}: write \"lexical\", or module:function for your own")
+        raise UserError(f'reward.source = {config.source!r}: write "lexical", or module:function for your own')
     else:
         source = load_object(config.source, "reward.source")
     if isinstance(source, type):

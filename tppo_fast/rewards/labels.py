@@ -33,7 +33,9 @@ class Labels:
 
     def __post_init__(self) -> None:
         if len(self.spans) != len(self.classes):
-            raise UserError(f"labels have {len(self.spans)} spans and {len(self.classes)} classes: give one class per span")
+            raise UserError(
+                f"labels have {len(self.spans)} spans and {len(self.classes)} classes: give one class per span"
+            )
         if not set(self.classes) <= {SEPARATOR, IRRELEVANT, RELEVANT}:
             bad = next(c for c in self.classes if c not in (SEPARATOR, IRRELEVANT, RELEVANT))
             raise UserError(f"labels hold class {bad!r}: use 0 (separator), 1 (irrelevant) or 2 (relevant)")

