@@ -35,7 +35,9 @@ def byte_level() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return wrapped(tokenizer)
 
@@ -84,7 +86,11 @@ PIECES = ["byte-level", "metaspace", "byte-fallback"]
 BY_PIECES = pytest.mark.parametrize("tokenizer", [TOKENIZERS[name] for name in PIECES], ids=PIECES)
 UNICODE = st.one_of(
     st.text(max_size=12),
-    st.lists(st.sampled_from([*"ro me,.'\t\n\x00\x7f", "\u0301", "\u6771", "\u0645", "\U0001f355", "\u200d", "\ufffd", "\u2581"])).map("".join),
+    st.lists(
+        st.sampled_from(
+            [*"ro me,.'\t\n\x00\x7f", "\u0301", "\u6771", "\u0645", "\U0001f355", "\u200d", "\ufffd", "\u2581"]
+        )
+    ).map("".join),
     st.sampled_from(CORPUS),
 )
 

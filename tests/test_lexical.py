@@ -85,7 +85,10 @@ def test_stems_that_are_one_word(left: str, right: str) -> None:
         ("rock'n'roll 'quoted'", ["rock'n'roll", "quoted"]),
         ("cafe\u0301 \u0939\u093f\u0928\u094d\u0926\u0940", ["cafe\u0301", "\u0939\u093f\u0928\u094d\u0926\u0940"]),
         ("\u6771\u4eac\u30bf\u30ef\u30fc", ["\u6771", "\u4eac", "\u30bf\u30ef\u30fc"]),
-        ("\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627", ["\u05e9\u05dc\u05d5\u05dd", "\u0645\u0631\u062d\u0628\u0627"]),
+        (
+            "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+            ["\u05e9\u05dc\u05d5\u05dd", "\u0645\u0631\u062d\u0628\u0627"],
+        ),
         ("pizza\U0001f355 \U0001f44d\U0001f3fd", ["pizza", "\U0001f355", "\U0001f44d\U0001f3fd"]),
         ("a_b\u200bc\x00d", ["a", "b", "c", "d"]),
         (" ,;!? \u0301", []),
@@ -147,13 +150,17 @@ def test_impossible_labels_are_refused(spans: list, classes: list, sentence: int
         Labels(spans=spans, classes=classes, sentence=sentence)
 
 
-VOCABULARY = st.sampled_from(["rome", "romes", "paris", "pizza", "pizzas", "x", ",", ", ", " ", "!", "\U0001f355", "\u0301"])
+VOCABULARY = st.sampled_from(
+    ["rome", "romes", "paris", "pizza", "pizzas", "x", ",", ", ", " ", "!", "\U0001f355", "\u0301"]
+)
 TEXT = st.one_of(st.lists(VOCABULARY, max_size=12).map(" ".join), st.text(max_size=20))
 
 
 @settings(deadline=None)
 @given(history=st.lists(TEXT, max_size=3), truth=st.lists(TEXT, max_size=3), response=TEXT)
-def test_relevant_words_never_exceed_what_the_truth_justifies(history: list[str], truth: list[str], response: str) -> None:
+def test_relevant_words_never_exceed_what_the_truth_justifies(
+    history: list[str], truth: list[str], response: str
+) -> None:
     labels = LABEL(history, truth, response)  # Labels itself checks order and overlap
     relevant = [response[s:e] for (s, e), c in zip(labels.spans, labels.classes, strict=True) if c == 2]
     allowed = [stem(query[s:e]) for query in truth for s, e in word_spans(query)]
@@ -163,7 +170,11 @@ def test_relevant_words_never_exceed_what_the_truth_justifies(history: list[str]
 
 
 @settings(deadline=None)
-@given(truth=st.lists(TEXT, min_size=1, max_size=3, unique_by=normalise_query).filter(lambda t: all(map(normalise_query, t))))
+@given(
+    truth=st.lists(TEXT, min_size=1, max_size=3, unique_by=normalise_query).filter(
+        lambda t: all(map(normalise_query, t))
+    )
+)
 def test_the_true_queries_themselves_are_all_relevant(truth: list[str]) -> None:
     assert {c for classes in classify_queries([], truth, truth) for c in classes} == {2}
 

@@ -121,8 +121,9 @@ class RewardConfig(Section):
     """Who scores: "lexical" (word labels against the true next queries) or module:function."""
     placement: Literal["token", "last"] = "token"
     """"token": each token gets its own reward (TPPO). "last": the same rewards summed onto the last token (the control)."""
-    scale: Literal["centred", "paper"] = "centred"
-    """Reward of an irrelevant / relevant token: centred is -1 / +1, paper is 1 / 2. Separators always get 0."""
+    scale: Literal["paper", "centred"] = "paper"
+    """Reward of an irrelevant / relevant token: paper is 1 / 2, centred is -1 / +1 (an early end then beats a poor query).
+    Separators always get 0."""
     coefficient: float = 1.0
     """Multiplies every reward."""
     length_penalty: bool = True

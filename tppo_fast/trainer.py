@@ -26,9 +26,9 @@ from tppo_fast.data.sessions import Session, read_sessions, split_by_user
 from tppo_fast.data.synthetic import generate_sessions
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import TrainingDiverged, UserError
-from tppo_fast.evaluate import summarise
+from tppo_fast.evaluate import score, summarise
 from tppo_fast.interrupt import Interrupted, InterruptGuard
-from tppo_fast.metrics import METRICS_FILE, MetricsLogger, write_atomic
+from tppo_fast.metrics import GLOSSARY, METRICS_FILE, MetricsLogger, write_atomic
 from tppo_fast.plugins import load_object
 from tppo_fast.ppo import PPO, Metrics
 from tppo_fast.progress import Progress
@@ -271,22 +271,30 @@ def sampling(config: Config, step: int) -> SamplingParams:
 
 
 def evaluate(run: Run) -> Metrics:
-    """Metrics of one sampled response to each held-out session, with the current policy."""
+    """Metrics of one response to each held-out session, with the current policy."""
     began = time.perf_counter()
-    config = run.config
     run.engine.load_weights(run.ppo.model.actor.named_weights(), version=run.ppo.step)
-    params = SamplingParams(
+    rollouts = run.engine.generate(run.eval_prompts, eval_sampling(run.config))
+    scores = score(rollouts, run.builder.parse, num_queries=run.config.data.num_queries)
+    users = [prompt.user_id for prompt in run.eval_prompts]
+    relevance = summarise({"relevance": scores["relevance"]}, users, seed=run.config.seed)["relevance"]
+    return {
+        **{name: float(values.mean()) for key, values in scores.items() if (name := f"eval/{key}") in GLOSSARY},
+        "eval/relevance_low": relevance.low,
+        "eval/relevance_high": relevance.high,
+        "time/eval": time.perf_counter() - began,
+    }
+
+
+def eval_sampling(config: Config, n: int = 1) -> SamplingParams:
+    """How to sample in an evaluation: the same seed every time, so that evaluations differ by the weights alone."""
+    return SamplingParams(
+        n=n,
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
         greedy=config.train.eval_greedy,
         seed=seeding.derive(config.seed, "eval"),
     )
-    rollouts = run.engine.generate(run.eval_prompts, params)
-    summary = summarise(rollouts, run.builder.parse, config.data.num_queries, seed=config.seed)
-    metrics = {f"eval/{name}": interval.mean for name, interval in summary.items()}
-    metrics["eval/relevance_low"], metrics["eval/relevance_high"] = summary["relevance"].low, summary["relevance"].high
-    metrics["time/eval"] = time.perf_counter() - began
-    return metrics
 
 
 def rollout_metrics(

@@ -1,6 +1,6 @@
 """Which implementation runs an op: the ``backend`` argument, else ``TPPO_KERNELS_BACKEND``, else the tensors' device.
 
-A backend is one module that defines the op names of ``reference`` (and the row kernels of the linear head).
+A backend is one module that defines the op names of ``reference``. CPU tensors take ``native`` where it was built.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from . import reference
+from . import native, reference
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "native")
 ENVIRONMENT = "TPPO_KERNELS_BACKEND"
 
 
@@ -18,7 +18,9 @@ def missing(name: str, device_type: str = "cpu") -> str | None:
     """Why a backend cannot run on such a device here, in one sentence, or None when it can."""
     if name == "reference":
         return None
-    return f"unknown backend {name!r} for {device_type}: choose one of {', '.join(BACKENDS)}"
+    if name == "native":
+        return native.missing(device_type)
+    return f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}"
 
 
 def choose(backend: str | None, device_type: str) -> str:
@@ -32,9 +34,9 @@ def choose(backend: str | None, device_type: str) -> str:
         if reason := missing(asked, device_type):
             raise ValueError(reason)
         return asked
-    return "reference"
+    return "native" if native.missing(device_type) is None else "reference"
 
 
 def implementation(backend: str | None, device_type: str) -> ModuleType:
     """The module of the chosen backend."""
-    return {"reference": reference}[choose(backend, device_type)]
+    return {"reference": reference, "native": native}[choose(backend, device_type)]

@@ -243,6 +243,31 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: KLEstimator) -> Tensor:
     raise ValueError(f"kl estimator {kind!r}: choose k1, k2 or k3")
 
 
+def check_ppo(
+    dual_clip: float | None,
+    ref_logp: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy: Tensor | None,
+    entropy_coef: float,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    value_clip: float | None,
+) -> None:
+    """Raises ValueError for options of ``ppo_loss`` that do not go together."""
+    if dual_clip is not None and dual_clip <= 1.0:
+        raise ValueError(f"dual_clip {dual_clip}: must be above 1 (or None)")
+    if kl_estimator not in ("k1", "k2", "k3"):
+        raise ValueError(f"kl estimator {kl_estimator!r}: choose k1, k2 or k3")
+    if kl_coef and ref_logp is None:
+        raise ValueError(f"kl_coef {kl_coef} needs ref_logp")
+    if entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef {entropy_coef} needs entropy")
+    if values is not None and (returns is None or (value_clip is not None and old_values is None)):
+        raise ValueError("the value loss needs returns, and old_values unless value_clip is None")
+
+
 def ppo_loss(
     logp: Float[Tensor, "A"],
     old_logp: Float[Tensor, "A"],
@@ -284,12 +309,9 @@ def ppo_loss(
     Raises:
         ValueError: a coefficient is set whose tensor is missing, or dual_clip is not above 1.
     """
-    if dual_clip is not None and dual_clip <= 1.0:
-        raise ValueError(f"dual_clip {dual_clip}: must be above 1 (or None)")
-    if kl_coef and ref_logp is None:
-        raise ValueError(f"kl_coef {kl_coef} needs ref_logp")
-    if entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef {entropy_coef} needs entropy")
+    check_ppo(
+        dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip
+    )
     logp, old_logp, advantages = _wide(logp), _wide(old_logp), _wide(advantages)
     zero = logp.new_zeros(())
 
@@ -306,9 +328,7 @@ def ppo_loss(
     loss = policy.sum()
 
     value_loss, value_clipped = zero, zero
-    if values is not None:
-        if returns is None or (value_clip is not None and old_values is None):
-            raise ValueError("the value loss needs returns, and old_values unless value_clip is None")
+    if values is not None and returns is not None:
         error = (_wide(values) - returns) ** 2
         if value_clip is not None and old_values is not None:
             near = old_values + (_wide(values) - old_values).clamp(-value_clip, value_clip)

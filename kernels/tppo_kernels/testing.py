@@ -23,7 +23,7 @@ def _finite_error(x: Tensor, truth: Tensor) -> Tensor:
 
 
 def close(actual: Tensor, eager: Tensor, truth: Tensor) -> str | None:
-    """None when ``actual`` obeys the rule, else one sentence; ``eager`` and ``truth`` are the reference, low and fp64."""
+    """None when ``actual`` obeys the rule, else one sentence; ``eager`` and ``truth`` are the reference's."""
     if actual.shape != truth.shape:
         return f"shape {tuple(actual.shape)} instead of {tuple(truth.shape)}"
     actual, eager, truth = actual.detach().cpu(), eager.detach().cpu(), truth.detach().double().cpu()

@@ -6,6 +6,7 @@ TABLE
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -57,6 +58,13 @@ def random_facets(session: Session) -> list[str]:
     rng = random.Random(f"{session.user_id} {session.history['search']}")
     left = [facet for facet in FACETS[domain] if facet not in asked]
     order = sorted(left, key=lambda _: rng.random())
+    return [forms(topic, facet)[0] for facet in order[:HORIZON]]
+
+
+def popular_facets(session: Session) -> list[str]:
+    """The right topic with the facets not yet asked that personas ask most, whoever the user is."""
+    domain, topic, _, asked = current(session)
+    order = [facet for facet in _popularity()[domain] if facet not in asked]
     return [forms(topic, facet)[0] for facet in order[:HORIZON]]
 
 
@@ -137,6 +145,17 @@ def _likeliest(session: Session, belief: Belief) -> list[str]:
 
 
 @lru_cache(maxsize=1)
+def _popularity() -> dict[str, list[str]]:
+    """Domain -> facets, those first that are most often relevant, counted over every persona and first facet."""
+    counts = {domain: dict.fromkeys(facets, 0) for domain, facets in FACETS.items()}
+    for domain, facets in FACETS.items():
+        for persona, state in itertools.product(range(PERSONAS), facets):
+            for facet in relevant_facets(persona, domain, state, frozenset({state})):
+                counts[domain][facet] += 1
+    return {domain: sorted(count, key=lambda facet: -count[facet]) for domain, count in counts.items()}
+
+
+@lru_cache(maxsize=1)
 def _surfaces() -> dict[str, tuple[str, str, str]]:
     """Every query the world can produce -> domain, topic, facet ("" for the bare topic)."""
     found: dict[str, tuple[str, str, str]] = {}
@@ -152,6 +171,7 @@ def _surfaces() -> dict[str, tuple[str, str, str]]:
 PREDICTORS: dict[str, Predictor] = {
     "copy the last query": copy_last,
     "right topic, random facets": random_facets,
+    "right topic, most popular facets": popular_facets,
     "exact Bayes, current session only": persona_blind,
     "exact Bayes, whole history": bayes,
     "the relevant queries themselves": oracle,

@@ -33,6 +33,8 @@ from tppo_fast.errors import UserError
 T = TypeVar("T")
 
 PERSONAS = 6
+FOLLOWERS = 5
+"""Facets that may follow each facet at all; every persona chooses three of them, in an order of its own."""
 HORIZON = 3
 """Steps that ``next_queries`` and ``relevant_queries`` look ahead."""
 STEP = (0.7, 0.2, 0.1)
@@ -41,6 +43,8 @@ DETOUR = 0.25
 """Share of steps that the persona would not take."""
 RELEVANT = 0.35
 """Least probability of being asked within ``HORIZON`` steps that makes a facet relevant."""
+POPULARITY = 1.0
+"""How much more often the lexicon's first facets follow others: the exponent of a Zipf law."""
 SYNONYM, REFORMULATION, OTHER_TOPIC = 0.2, 0.15, 0.2
 EARLIER_SESSIONS = 1
 START = ""
@@ -72,13 +76,27 @@ def generate_sessions(count: int, seed: int) -> list[Session]:
 def chains() -> tuple[Mapping[str, Mapping[str, tuple[str, ...]]], ...]:
     """Persona -> domain -> facet -> its three next facets, likeliest first."""
     rng = random.Random("tppo-fast world")
+    common = {
+        domain: {facet: _followers(rng, [f for f in facets if f != facet]) for facet in facets}
+        for domain, facets in FACETS.items()
+    }
     return tuple(
         {
-            domain: {facet: tuple(_sample(rng, [f for f in facets if f != facet], len(STEP))) for facet in facets}
-            for domain, facets in FACETS.items()
+            domain: {facet: tuple(_sample(rng, followers, len(STEP))) for facet, followers in facets.items()}
+            for domain, facets in common.items()
         }
         for _ in range(PERSONAS)
     )
+
+
+def _followers(rng: random.Random, facets: Sequence[str]) -> list[str]:
+    """``FOLLOWERS`` distinct facets; those early in the lexicon are popular and follow many others."""
+    weights = {facet: (rank + 1.0) ** -POPULARITY for rank, facet in enumerate(facets)}
+    chosen: list[str] = []
+    for _ in range(FOLLOWERS):
+        chosen.append(_draw(rng, weights))
+        del weights[chosen[-1]]
+    return chosen
 
 
 @lru_cache(maxsize=100_000)
@@ -219,6 +237,6 @@ def _draw(rng: random.Random, weights: Mapping[T, float]) -> T:
     point = rng.random() * sum(weights.values())
     for item, weight in weights.items():
         point -= weight
-        if point < 0:
+        if point < 0.0:
             return item
-    return item
+    return next(reversed(list(weights)))  # rounding left the point at the very end

@@ -201,15 +201,23 @@ def _spans_by_prefixes(tokenizer: PreTrainedTokenizerBase, ids: list[int], text:
     special = set(tokenizer.all_special_ids)
     spans: list[Span] = []
     settled = 0  # characters of the text that the tokens so far have completed
-    for n, i in enumerate(ids, start=1):
+    silent: list[int] = []  # positions of tokens that have shown nothing yet
+    for n, i in enumerate(ids):
         if i in special:
             spans.append((settled, settled))
             continue
-        prefix = _decode(tokenizer, ids[:n]) if n < len(ids) else text
+        prefix = _decode(tokenizer, ids[: n + 1]) if n + 1 < len(ids) else text
         common = max(settled, _common(prefix, text))
         unfinished = len(prefix) > common  # shows U+FFFD where the text will have a character
-        spans.append((settled, min(common + unfinished, len(text))))
-        settled = common
+        start, end = settled, min(common + unfinished, len(text))
+        spans.append((start, end))
+        if start == end:
+            silent.append(n)
+            continue
+        if silent and not text[start].isascii() and not _decode(tokenizer, [i]):  # they hold its first bytes
+            for position in silent:
+                spans[position] = (start, start + 1)
+        silent, settled = [], common
     return spans
 
 

@@ -1,0 +1,292 @@
+"""torch.library glue, once for every fused backend: schemas, shapes for tracing, autograd, and the public op on top.
+
+A backend gives plain launchers that write into tensors they are handed; this file makes custom ops of them, so that
+they trace under ``torch.compile(fullgraph=True)`` and differentiate. The namespace is the package's own name: two
+copies of the package (one loaded through Hugging Face ``kernels``) live in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+NAMESPACE = (__package__ or "tppo_kernels").replace(".", "_").replace("-", "_")
+PPO_METRICS = (
+    "policy_loss", "value_loss", "kl_loss", "entropy", "ratio", "ratio_sq", "approx_kl",
+    "clip_low", "clip_high", "dual_clip", "value_clip",
+)  # fmt: skip
+PPO_INPUTS = (
+    "logp", "old_logp", "advantages", "weights", "ref_logp", "entropy", "values", "old_values", "returns"
+)  # fmt: skip
+KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
+
+
+class LogitOptions(NamedTuple):
+    """How logits become z: see ``reference.logprobs_from_logits``. ``softcap`` 0 means none."""
+
+    temperature: float
+    softcap: float
+    logit_scale: float
+
+
+class PpoOptions(NamedTuple):
+    """The coefficients of ``reference.ppo_loss``; infinity stands for a clip that is not used."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    kl_coef: float
+    entropy_coef: float
+    value_coef: float
+    value_clip: float
+    kl_estimator: int
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays, everything else is computed in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _op(
+    name: str, schema: str, launch: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Any:
+    made = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=mutates, schema=schema)
+    made.register_fake(fake)
+    return made
+
+
+class Rows(NamedTuple):
+    """The row kernels of one backend; [A] results have the compute dtype. No autograd."""
+
+    forward: Callable[[Tensor, Tensor, LogitOptions], tuple[Tensor, Tensor, Tensor]]
+    """(logits [A, V], targets [A], options) -> (logp, entropy, lse), each [A]."""
+    backward: Callable[
+        [Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor | None, Tensor, LogitOptions], None
+    ]
+    """(logits, targets, forward's results, dL/dlogp, dL/dentropy, out [A, V], options): out may be logits itself."""
+
+
+def logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``logprobs_from_logits`` as custom ops ``<backend>_logprobs`` and its two backwards."""
+    options = "float temperature, float softcap, float logit_scale"
+    saved = "Tensor targets, Tensor logp, Tensor entropy, Tensor lse, Tensor? grad_logp, Tensor? grad_entropy"
+
+    def forward(logits, targets, temperature, softcap, logit_scale, inplace_backward):
+        del inplace_backward  # for autograd below
+        return rows.forward(logits, targets, LogitOptions(temperature, softcap, logit_scale))
+
+    def forward_fake(logits, *_):
+        return tuple(logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(3))
+
+    def backward_(logits, targets, logp, entropy, lse, grad_logp, grad_entropy, *numbers):
+        rows.backward(logits, targets, (logp, entropy, lse), grad_logp, grad_entropy, logits, LogitOptions(*numbers))
+
+    def backward(logits, targets, logp, entropy, lse, grad_logp, grad_entropy, *numbers):
+        out = logits.new_empty(logits.shape)
+        rows.backward(logits, targets, (logp, entropy, lse), grad_logp, grad_entropy, out, LogitOptions(*numbers))
+        return out
+
+    op = _op(
+        f"{backend}_logprobs", f"(Tensor logits, Tensor targets, {options}, bool inplace_backward) -> (Tensor, Tensor, Tensor)",
+        forward, forward_fake,
+    )  # fmt: skip
+    in_place = _op(
+        f"{backend}_logprobs_backward_",
+        f"(Tensor(a!) logits, {saved}, {options}) -> ()",
+        backward_,
+        lambda *_: None,
+        ("logits",),
+    )
+    new = _op(
+        f"{backend}_logprobs_backward", f"(Tensor logits, {saved}, {options}) -> Tensor",
+        backward, lambda logits, *_: logits.new_empty(logits.shape),
+    )  # fmt: skip
+
+    def setup(ctx, inputs, output):
+        logits, targets, *ctx.numbers, ctx.inplace = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(logits, targets, *output)
+
+    def gradient(ctx, grad_logp, grad_entropy, _):
+        logits, *saved = ctx.saved_tensors
+        if not ctx.inplace:
+            return new(logits, *saved, grad_logp, grad_entropy, *ctx.numbers), *(None,) * 5
+        in_place(logits, *saved, grad_logp, grad_entropy, *ctx.numbers)
+        return logits, *(None,) * 5
+
+    op.register_autograd(gradient, setup_context=setup)
+
+    def logprobs_from_logits(
+        logits: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float | None = None,
+        logit_scale: float = 1.0, inplace_backward: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        logp, entropy, _ = op(logits, targets, temperature, softcap or 0.0, logit_scale, inplace_backward)
+        return logp, entropy
+
+    return logprobs_from_logits
+
+
+def gae_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
+    """``gae`` as the custom op ``<backend>_gae``.
+
+    ``launch(rewards, values, cu_seqlens, lam, bootstrap, mask, gamma, advantages, returns, stats)`` fills the last
+    three.
+    """
+
+    def fake(rewards, *_):
+        dtype = compute_dtype(rewards.dtype)
+        empty = rewards.new_empty(rewards.shape, dtype=dtype)
+        return empty, torch.empty_like(empty), rewards.new_empty(3, dtype=dtype)
+
+    def run(rewards, values, cu_seqlens, lam, bootstrap, mask, gamma):
+        out = fake(rewards)
+        launch(rewards, values, cu_seqlens, lam, bootstrap, mask, gamma, *out)
+        return out
+
+    schema = (
+        "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor lam, Tensor? bootstrap, Tensor? mask, float gamma)"
+        " -> (Tensor, Tensor, Tensor)"
+    )
+    op = _op(f"{backend}_gae", schema, run, fake)
+
+    def gae(
+        rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, lam: float | Tensor = 0.95,
+        bootstrap: Tensor | None = None, mask: Tensor | None = None, return_stats: bool = False,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        dtype = torch.promote_types(compute_dtype(rewards.dtype), compute_dtype(values.dtype))
+
+        def vector(x: Tensor) -> Tensor:
+            return x.detach().to(dtype).contiguous()
+
+        if not isinstance(lam, Tensor):
+            lam = torch.full((cu_seqlens.shape[0] - 1,), lam, dtype=dtype, device=rewards.device)
+        out = op(
+            vector(rewards), vector(values), cu_seqlens.long().contiguous(), vector(lam),
+            None if bootstrap is None else vector(bootstrap), None if mask is None else mask.contiguous(), gamma,
+        )  # fmt: skip
+        return out if return_stats else out[:2]
+
+    return gae
+
+
+def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """``ppo_loss`` as the custom op ``<backend>_ppo``.
+
+    ``launch(inputs, options, normalizer, count, sums, grad_logp, grad_values)`` fills the last three: the loss and its
+    metrics, divided by ``normalizer`` or ``count`` (the loss and gradients alone).
+    """
+    tensors = ", ".join(f"Tensor{'?' if i > 2 else ''} {name}" for i, name in enumerate((*PPO_INPUTS, "normalizer")))
+    floats = ", ".join(f"float {name}" for name in ("count", *PpoOptions._fields[:-1]))
+
+    def fake(logp, *inputs):
+        loss, values = logp.new_empty(()), inputs[5]
+        return (
+            loss,
+            logp.new_empty(len(PPO_METRICS)),
+            torch.empty_like(logp),
+            logp.new_empty(0 if values is None else logp.shape),
+        )
+
+    def run(*args):
+        _, _, grad_logp, grad_values = fake(*args)
+        sums = args[0].new_empty(1 + len(PPO_METRICS))
+        inputs, normalizer, count, options = args[:9], args[9], args[10], PpoOptions(*args[11:])
+        launch(inputs, options, normalizer, count, sums, grad_logp, None if inputs[6] is None else grad_values)
+        return sums[0].clone(), sums[1:].clone(), grad_logp, grad_values
+
+    op = _op(
+        f"{backend}_ppo", f"({tensors}, {floats}, int kl_estimator) -> (Tensor, Tensor, Tensor, Tensor)", run, fake
+    )
+
+    def setup(ctx, inputs, output):
+        entropy, values, normalizer, count = inputs[5], inputs[6], inputs[9], inputs[10]
+        ctx.entropy = (
+            None if entropy is None else (entropy.shape, -inputs[11 + PpoOptions._fields.index("entropy_coef")] / count)
+        )
+        ctx.has_values = values is not None
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[2], output[3], normalizer)
+
+    def gradient(ctx, grad_loss, *_):
+        grad_logp, grad_values, normalizer = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * (11 + len(PpoOptions._fields))
+        grads[0] = grad_loss * grad_logp
+        if ctx.entropy is not None:
+            shape, slope = ctx.entropy
+            grads[5] = (grad_loss * slope if normalizer is None else grad_loss * slope / normalizer).expand(shape)
+        if ctx.has_values:
+            grads[6] = grad_loss * grad_values
+        return tuple(grads)
+
+    op.register_autograd(gradient, setup_context=setup)
+
+    def ppo_loss(
+        logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2,
+        dual_clip: float | None = None, weights: Tensor | None = None, ref_logp: Tensor | None = None,
+        kl_coef: float = 0.0, kl_estimator: str = "k3", entropy: Tensor | None = None, entropy_coef: float = 0.0,
+        values: Tensor | None = None, old_values: Tensor | None = None, returns: Tensor | None = None,
+        value_coef: float = 0.5, value_clip: float | None = 0.2, normalizer: float | Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        reference.check_ppo(
+            dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip
+        )
+        old_values = None if value_clip is None or values is None else old_values
+        returns = None if values is None else returns
+        inputs = (logp, old_logp, advantages, weights, ref_logp, entropy, values, old_values, returns)
+        _refuse_gradients(dict(zip(PPO_INPUTS, inputs, strict=True)))
+        dtype = compute_dtype(logp.dtype)
+        count = max(logp.shape[0], 1) if normalizer is None else 1.0 if isinstance(normalizer, Tensor) else normalizer
+        loss, metrics, _, _ = op(
+            *(None if x is None else x.to(dtype).contiguous() for x in inputs),
+            normalizer.to(logp.device, dtype) if isinstance(normalizer, Tensor) else None, float(count),
+            clip_low, clip_high, torch.inf if dual_clip is None else dual_clip, kl_coef, entropy_coef, value_coef,
+            torch.inf if value_clip is None else value_clip, KL_KINDS[kl_estimator],
+        )  # fmt: skip
+        return loss, dict(zip(PPO_METRICS, metrics.unbind(), strict=True))
+
+    return ppo_loss
+
+
+def _refuse_gradients(inputs: dict[str, Tensor | None]) -> None:
+    for name, x in inputs.items():
+        if name not in ("logp", "entropy", "values") and x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient and the fused loss gives it none: detach it, or use backend='reference'"
+            )
+
+
+def stats_op(backend: str, launch: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
+    """``whitening_stats`` as the custom op ``<backend>_stats``; without gradient."""
+    op = _op(
+        f"{backend}_stats", "(Tensor x, Tensor? mask) -> Tensor",
+        launch, lambda x, _: x.new_empty(3, dtype=compute_dtype(x.dtype)),
+    )  # fmt: skip
+
+    def whitening_stats(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return op(x.detach(), mask)
+
+    return whitening_stats
+
+
+def whiten_of(stats_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``whiten`` with a backend's own statistics."""
+
+    def whiten(
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        shift_mean: bool = True,
+        eps: float = 1e-8,
+        stats: Tensor | None = None,
+    ) -> Tensor:
+        if stats is None:  # through the statistics a gradient flows in torch alone
+            stats = (reference.whitening_stats if x.requires_grad else stats_of)(x, mask=mask)
+        return reference.whiten(x, mask=mask, shift_mean=shift_mean, eps=eps, stats=stats)
+
+    return whiten

@@ -1,0 +1,341 @@
+"""Every op of a fused backend over awkward shapes, against the specification: one tolerance rule, memory full of NaN.
+
+Runs on ``native`` here and on ``triton`` in the interpreter's process (see test_triton_interpreter.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import tppo_kernels as tk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tppo_kernels.testing import (
+    assert_close,
+    poisoned,
+    poisoned_memory,
+    random_logits,
+    random_ppo,
+    random_rollouts,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [
+    pytest.param(1, 1, id="one-entry"),
+    pytest.param(3, 17, id="less-than-a-vector"),
+    pytest.param(2, 2049, id="one-over-a-block"),
+    pytest.param(2, 32_003, id="prime-vocabulary"),
+    pytest.param(3, 50_257, id="gpt2-vocabulary"),
+]
+OPTIONS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"temperature": 0.7, "logit_scale": 0.5}, id="temperature-scale"),
+    pytest.param({"softcap": 5.0, "temperature": 1.3}, id="softcap"),
+]
+FLOATS = (torch.float32, torch.float64)
+
+
+def logprobs(x, targets, backend, upstream, **options):
+    """(logp, entropy, gradient) with upstream gradients of both signs, one row's both 0."""
+    x = x.detach().requires_grad_()
+    logp, entropy = tk.logprobs_from_logits(x, targets, backend=backend, **options)
+    torch.autograd.backward([logp, entropy], [u.to(logp.dtype) for u in upstream])
+    return logp, entropy, x.grad
+
+
+def check_logprobs(logits, targets, backend, **options):
+    rows = len(targets)
+    upstream = torch.linspace(-1.0, 2.0, rows), torch.linspace(1.0, -1.0, rows)
+    upstream[0][rows // 2] = upstream[1][rows // 2] = 0.0 if rows > 1 else 1.0
+    eager = logprobs(logits, targets, "reference", upstream, **options)
+    truth = logprobs(logits.double(), targets, "reference", upstream, **options)
+    inplace = options | {"inplace_backward": True}
+    with poisoned_memory():
+        got = logprobs(poisoned(logits), poisoned(targets), backend, upstream, **options)
+        again = logprobs(poisoned(logits), poisoned(targets), backend, upstream, **inplace)
+    assert_close(got, eager, truth, "logp, entropy, gradient")
+    for one, other in zip(got, again, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    return got
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocab"), SHAPES)
+def test_logprobs(rows, vocab, dtype, options, backend):
+    check_logprobs(*random_logits(rows, vocab, dtype), backend, **options)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param([-1e4] * 5 + [-1.1e4], id="very-negative"),
+        pytest.param([30.0, 0.0, -30.0, 0.0, 0.0, 0.0], id="one-dominant"),
+        pytest.param([0.0, -torch.inf, 1.0, -torch.inf, 2.0, -3.0], id="some-minus-inf"),
+        pytest.param([-torch.inf] * 3 + [0.5, 1.0, -1.0], id="starts-with-minus-inf"),
+        pytest.param([0.0, 1.0, torch.nan, 2.0, 0.0, 0.0], id="nan"),
+        pytest.param([-torch.inf] * 6, id="all-minus-inf"),
+        pytest.param([200.0, 100.0, -200.0, 0.0, 199.0, 1.0], id="wide"),
+    ],
+)
+@pytest.mark.parametrize("target", [0, 3])
+def test_hard_rows(row, target, backend):
+    """A row in pieces that fall into several blocks: its first, one in the middle, its last."""
+    logits = torch.full((1, 4099), -torch.inf if row[0] == -torch.inf else row[-1])
+    where = torch.tensor([0, 1, 2, 2050, 4097, 4098])
+    logits[0, where] = torch.tensor(row)
+    check_logprobs(logits, where[[target]], backend)
+
+
+def test_certain_token_has_an_exact_gradient(backend):
+    """p -> 1: 1 - p must come from the log-probability, for it is 0 when p is rounded first."""
+    logits, targets = torch.tensor([[12.0, 0.0, 0.0]]), torch.tensor([0])
+    _, _, gradient = logprobs(logits, targets, backend, (torch.ones(1), torch.zeros(1)))
+    _, _, truth = logprobs(logits.double(), targets, "reference", (torch.ones(1), torch.zeros(1)))
+    torch.testing.assert_close(gradient.double(), truth, rtol=1e-2, atol=0)
+
+
+def test_rows_without_gradient_are_exactly_zero(backend):
+    logits, targets = random_logits(3, 100)
+    logits[1, 5] = torch.nan
+    _, _, gradient = logprobs(logits, targets, backend, (torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3)))
+    assert (gradient[1] == 0).all()
+    assert (gradient[0] != 0).any()
+
+
+def test_rows_beyond_two_to_the_31_entries(backend):
+    """Two rows 2^31 entries apart, in memory that is reserved and never touched between them."""
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((2, 64), (2**31, 1))
+    logits, targets = random_logits(2, 64, torch.bfloat16)
+    far.copy_(logits)
+    got = tk.logprobs_from_logits(far, targets, backend=backend)
+    assert_close(got, *(tk.logprobs_from_logits(x, targets, backend="reference") for x in (logits, logits.double())))
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(0, 4), vocab=st.integers(1, 70), step=st.sampled_from([1, 2]), transposed=st.booleans(),
+    seed=st.integers(0, 3),
+)  # fmt: skip
+def test_logprobs_of_any_strides(backend, rows, vocab, step, transposed, seed):
+    logits, targets = random_logits(rows, vocab * step, seed=seed)
+    logits = (logits.T.contiguous().T if transposed else logits)[:, ::step]
+    targets = (targets // step).repeat_interleave(2)[::2]  # strided, and at an odd alignment
+    got = logprobs(logits, targets, backend, (torch.ones(rows), torch.ones(rows)))
+    eager = logprobs(logits, targets, "reference", (torch.ones(rows), torch.ones(rows)))
+    truth = logprobs(logits.double(), targets, "reference", (torch.ones(rows), torch.ones(rows)))
+    assert_close(got, eager, truth)
+
+
+def test_expanded_upstream_gradients(backend):
+    logits, targets = random_logits(4, 33)
+    results = []
+    for name, x in [(backend, logits), ("reference", logits), ("reference", logits.double())]:
+        x = x.detach().requires_grad_()
+        sum(tk.logprobs_from_logits(x, targets, backend=name)).sum().backward()
+        results.append(x.grad)
+    assert_close(*results)
+
+
+def test_only_one_output_used(backend):
+    logits, targets = random_logits(4, 33)
+    for pick in (0, 1):
+        results = []
+        for name, x in [(backend, logits), ("reference", logits), ("reference", logits.double())]:
+            x = x.detach().requires_grad_()
+            tk.logprobs_from_logits(x, targets, backend=name)[pick].sum().backward()
+            results.append(x.grad)
+        assert_close(*results)
+
+
+def test_second_backward_of_an_overwritten_gradient_is_loud(backend):
+    logits, targets = random_logits(2, 20)
+    logp, _ = tk.logprobs_from_logits(logits.requires_grad_() * 1, targets, inplace_backward=True, backend=backend)
+    logp.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.sum().backward()
+
+
+LENGTHS = [
+    pytest.param([], id="nothing"),
+    pytest.param([0, 0], id="empty-sequences"),
+    pytest.param([1], id="one-action"),
+    pytest.param([1] * 300, id="one-action-each"),
+    pytest.param([0, 5, 0, 0, 40, 1, 0], id="with-empty"),
+    pytest.param([5000], id="longer-than-a-tile"),
+    pytest.param([700, 1, 1300, 90, 2500], id="mixed"),
+]
+
+
+def as_dtype(x, dtype):
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in x.items()}
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.99, None), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize("options", [(), ("mask",), ("bootstrap",), ("mask", "bootstrap")], ids="+".join)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_gae(lengths, options, gamma, lam, backend):
+    x = random_rollouts(lengths, seed=len(lengths))
+    lam = "lam" if lam is None else lam
+
+    def run(name, dtype, wrap=lambda t: t):
+        y = {k: wrap(t) for k, t in as_dtype(x, dtype).items()}
+        extra = {k: y[k] for k in options} | {"lam": y["lam"] if lam == "lam" else lam}
+        return tk.gae(y["rewards"], y["values"], y["cu_seqlens"], gamma=gamma, return_stats=True, backend=name, **extra)
+
+    with poisoned_memory():
+        got = run(backend, torch.float32, poisoned)
+    assert_close(got, run("reference", torch.float32), run("reference", torch.float64), "advantages, returns, stats")
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(0, 40), max_size=30), seed=st.integers(0, 3))
+def test_gae_of_any_segmentation(backend, lengths, seed):
+    x = random_rollouts(lengths, seed=seed)
+    results = [tk.gae(**as_dtype(x, d), gamma=0.97, backend=b) for b, d in [(backend, FLOATS[0]), *((
+        "reference", d) for d in FLOATS)]]  # fmt: skip
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000, 70_000])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_whiten(count, masked, backend):
+    g = torch.Generator().manual_seed(count)
+    x, mask = torch.randn(count, generator=g) + 3.0, torch.rand(count, generator=g) < 0.5
+    mask = mask if masked else None
+    for op in (tk.whiten, tk.whitening_stats):
+        with poisoned_memory():
+            got = op(poisoned(x), mask=mask if mask is None else poisoned(mask), backend=backend)
+        assert_close(got, *(op(x.to(d), mask=mask, backend="reference") for d in FLOATS))
+
+
+TERMS = [
+    pytest.param((), {}, id="policy"),
+    pytest.param(("weights",), {"dual_clip": 1.5, "clip_high": 0.3}, id="weights-dual-clip"),
+    pytest.param(("ref_logp",), {"kl_coef": 0.1, "kl_estimator": "k1"}, id="k1"),
+    pytest.param(("ref_logp",), {"kl_coef": 0.1, "kl_estimator": "k2"}, id="k2"),
+    pytest.param(("ref_logp", "entropy"), {"kl_coef": 0.1, "entropy_coef": 0.01}, id="k3-entropy"),
+    pytest.param(("ref_logp", "entropy"), {}, id="metrics-alone"),
+    pytest.param(("values", "returns"), {"value_clip": None}, id="value"),
+    pytest.param(("values", "returns", "old_values"), {"value_clip": 0.2}, id="clipped-value"),
+    pytest.param(
+        ("weights", "ref_logp", "entropy", "values", "old_values", "returns"),
+        {"kl_coef": 0.2, "entropy_coef": 0.02, "dual_clip": 2.0, "normalizer": 77.0},
+        id="everything",
+    ),
+]
+
+
+def ppo(x, terms, backend, upstream, **options):
+    """(loss, its metrics, and the gradient of every input that has one)."""
+    x = {k: x[k].detach().clone() for k in ("logp", "old_logp", "advantages", *terms)}
+    learned = [x[k].requires_grad_() for k in ("logp", "entropy", "values") if k in x]
+    loss, metrics = tk.ppo_loss(**x, backend=backend, **options)
+    grads = torch.autograd.grad(loss, learned, torch.tensor(upstream, dtype=loss.dtype), allow_unused=True)
+    return [loss, *(metrics[k] for k in sorted(metrics)), *(g for g in grads if g is not None and g.any())]
+
+
+@pytest.mark.parametrize("actions", [0, 1, 33, 5000], ids=lambda n: f"{n}-actions")
+@pytest.mark.parametrize(("terms", "options"), TERMS)
+def test_ppo_loss(terms, options, actions, backend):
+    x = random_ppo(actions)
+    upstream = -1.5
+    with poisoned_memory():
+        got = ppo({k: poisoned(t) for k, t in x.items()}, terms, backend, upstream, **options)
+    wide = {k: t.double() for k, t in x.items()}
+    eager, truth = (ppo(y, terms, "reference", upstream, **options) for y in (x, wide))
+    assert_close(got, eager, truth, "loss, metrics, gradients")
+
+
+def test_ppo_normalizer_may_be_a_tensor(backend):
+    x = random_ppo(50)
+    number = ppo(x, ("entropy",), backend, 1.0, entropy_coef=0.1, normalizer=200.0)
+    tensor = ppo(x, ("entropy",), backend, 1.0, entropy_coef=0.1, normalizer=torch.tensor(200.0))
+    assert_close(tensor, number, [t.double() for t in number])
+
+
+def test_ppo_half_precision_gradient_has_the_input_dtype(backend):
+    x = random_ppo(50)
+    logp = x["logp"].bfloat16().requires_grad_()
+    loss, _ = tk.ppo_loss(logp, x["old_logp"], x["advantages"], backend=backend)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert logp.grad is not None
+    assert logp.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("log_ratio", [torch.nan, torch.inf, 100.0, -torch.inf])
+def test_ppo_of_an_exploded_ratio(log_ratio, backend):
+    """NaN and infinity show in the loss and the ratio, exactly as in the reference."""
+    logp, zeros = torch.tensor([log_ratio, 0.0]), torch.zeros(2)
+    mine, truth = (tk.ppo_loss(logp, zeros, -torch.ones(2), backend=b) for b in (backend, "reference"))
+    assert_close(mine[0], truth[0], truth[0].double())
+    assert_close(mine[1]["ratio"], truth[1]["ratio"], truth[1]["ratio"].double())
+
+
+def test_ppo_boundary_ratios_count_as_in_the_reference(backend):
+    ratios = torch.tensor([0.8, 1.2, 0.7999, 1.2001, 1.0, 0.5, 2.0]).log()
+    x = {"logp": ratios, "old_logp": torch.zeros(7), "advantages": torch.tensor([1.0, -1, -1, 1, 0, -2, 2])}
+    mine, eager, truth = (
+        ppo(y, (), b, 1.0)
+        for y, b in [(x, backend), (x, "reference"), ({k: t.double() for k, t in x.items()}, "reference")]
+    )
+    assert_close(mine, eager, truth)
+
+
+def test_ppo_refuses_a_gradient_it_would_drop(backend):
+    x = random_ppo(3)
+    with pytest.raises(ValueError, match="old_logp requires a gradient"):
+        tk.ppo_loss(x["logp"], x["old_logp"].requires_grad_(), x["advantages"], backend=backend)
+
+
+def whole_step(logits, targets, x, backend):
+    logp, entropy = tk.logprobs_from_logits(logits, targets, temperature=0.9, backend=backend)
+    advantages, returns, stats = tk.gae(
+        x["old_logp"], x["old_values"], torch.tensor([0, 2, 6]), return_stats=True, backend=backend
+    )
+    white = tk.whiten(advantages, stats=stats, backend=backend)
+    loss, metrics = tk.ppo_loss(
+        logp, logp.detach() + 0.1, white, entropy=entropy, entropy_coef=0.1, values=x["values"],
+        old_values=x["old_values"], returns=returns, backend=backend,
+    )  # fmt: skip
+    return loss + 0.0 * metrics["ratio"]
+
+
+def test_torch_compile_fullgraph(backend):
+    logits, targets = random_logits(6, 40)
+    x = random_ppo(6)
+    gradients = []
+    for run in (whole_step, torch.compile(whole_step, fullgraph=True, backend="aot_eager")):
+        leaf = logits.clone().requires_grad_()
+        run(leaf, targets, x, backend).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_opcheck(backend):
+    ops = getattr(torch.ops, tk.__name__)
+    logits, targets = random_logits(3, 20)
+    x = random_ppo(5)
+    names = ("logp", "old_logp", "advantages", "weights", "ref_logp", "entropy", "values", "old_values", "returns")
+    inputs = [x[k].requires_grad_(k in ("logp", "entropy", "values")) for k in names]
+    cases = {
+        "logprobs": (logits.clone().requires_grad_(), targets, 0.7, 0.0, 1.0, False),
+        "ppo": (*inputs, None, 5.0, 0.2, 0.2, 3.0, 0.1, 0.1, 0.5, 0.2, 3),
+        "gae": (x["old_logp"], x["old_values"], torch.tensor([0, 5]), torch.ones(1), None, None, 0.9),
+        "stats": (x["old_logp"], None),
+    }
+    for name, args in cases.items():
+        torch.library.opcheck(getattr(ops, f"{backend}_{name}").default, args)
+
+
+def test_same_inputs_same_bits(backend):
+    x, (logits, targets) = random_ppo(5000), random_logits(9, 3001)
+    upstream = torch.ones(9), torch.ones(9)
+    rollouts = random_rollouts([4000, 3, 90])
+    for run in (
+        lambda: ppo(x, ("entropy", "ref_logp"), backend, 1.0, entropy_coef=0.1, kl_coef=0.1),
+        lambda: logprobs(logits, targets, backend, upstream),
+        lambda: tk.gae(**rollouts, return_stats=True, backend=backend),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

@@ -1,0 +1,202 @@
+"""One conformance suite for every rollout engine, and what is special to each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import EOS, tokenizer
+
+from tppo_fast import config as settings
+from tppo_fast import model, packing
+from tppo_fast.data_types import Prompt
+from tppo_fast.errors import UserError
+from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
+from tppo_fast.rollout.hf_engine import HFEngine
+from tppo_fast.rollout.scripted import ScriptedEngine
+
+EngineMaker = Callable[[Path], RolloutEngine]
+
+
+def hf(folder: Path) -> RolloutEngine:
+    return HFEngine(model.load_causal_lm(str(folder)), model.load_tokenizer(str(folder)))
+
+
+def scripted(folder: Path) -> RolloutEngine:
+    """Answers what the Hugging Face engine would say first, so that the log-probabilities are real ones."""
+    tok = tokenizer()
+    inner = hf(folder)
+
+    def script(prompt: Prompt, index: int) -> tuple[list[int], list[float]]:
+        r = inner.generate([prompt], SamplingParams(max_new_tokens=12, n=index + 1, seed=7))[index]
+        return list(r.token_ids), list(r.logprobs)
+
+    engine = ScriptedEngine(script, decode=lambda ids: tok.decode(ids, skip_special_tokens=True), eos_token_ids=[EOS])
+    publish = engine.load_weights
+
+    def both(weights: Any, version: int) -> None:
+        pairs = list(weights)
+        publish(pairs, version)
+        inner.load_weights(pairs, version)
+
+    engine.load_weights = both  # type: ignore[method-assign]
+    return engine
+
+
+ENGINES = {"hf": hf, "scripted": scripted}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, tiny_model: Path) -> Any:
+    with contextlib.closing(ENGINES[request.param](tiny_model)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def actor(tiny_model: Path) -> model.Actor:
+    return model.build(settings.ModelConfig(path=str(tiny_model)), "cpu")[0].actor
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    tok = tokenizer()
+    texts = ["lisbon hotels", "pasta", "camera reviews, cheap flights to lisbon, tram map"]
+    return [
+        Prompt(token_ids=tok.encode(t), user_id=t, history=(t,), next_queries=("x",), relevant_queries=("x",)) for t in texts
+    ]
+
+
+def params(**changes: Any) -> SamplingParams:
+    return SamplingParams(**{"max_new_tokens": 12, "n": 2, "seed": 7, **changes})
+
+
+class TestConformance:
+    """What every engine promises."""
+
+    def test_refuses_to_generate_before_weights(self, engine: RolloutEngine, prompts: list[Prompt]) -> None:
+        with pytest.raises(UserError, match="before load_weights"):
+            engine.generate(prompts, params())
+
+    def test_order_and_count(self, engine: RolloutEngine, actor: model.Actor, prompts: list[Prompt]) -> None:
+        engine.load_weights(actor.named_weights(), version=3)
+        rollouts = engine.generate(prompts, params(n=3))
+        assert [r.prompt for r in rollouts] == [p for p in prompts for _ in range(3)]
+        assert {r.policy_version for r in rollouts} == {3}
+
+    def test_lengths_stop_and_text(self, engine: RolloutEngine, actor: model.Actor, prompts: list[Prompt]) -> None:
+        tok = tokenizer()
+        engine.load_weights(actor.named_weights(), version=0)
+        for limit in (1, 12):
+            for r in engine.generate(prompts, params(max_new_tokens=limit)):
+                assert 1 <= len(r.token_ids) == len(r.logprobs) <= limit
+                assert EOS not in r.token_ids[:-1]
+                assert (r.finish_reason == "stop") == (r.token_ids[-1] == EOS)
+                assert r.finish_reason == "stop" or len(r.token_ids) == limit
+                assert r.text == tok.decode(list(r.token_ids), skip_special_tokens=True)
+
+    def test_logprobs_are_the_policys(self, engine: RolloutEngine, actor: model.Actor, prompts: list[Prompt]) -> None:
+        engine.load_weights(actor.named_weights(), version=0)
+        rollouts = engine.generate(prompts, params())
+        batch = packing.pack(rollouts, [r.logprobs for r in rollouts])
+        with torch.no_grad():
+            logp, _ = actor.logprobs(actor.hidden(batch)[batch.state_index], batch.actions, 1.0)
+        torch.testing.assert_close(logp, batch.behaviour_logprobs, atol=1e-4, rtol=0)
+
+    def test_same_seed_same_rollouts(self, engine: RolloutEngine, actor: model.Actor, prompts: list[Prompt]) -> None:
+        engine.load_weights(actor.named_weights(), version=0)
+        assert engine.generate(prompts, params()) == engine.generate(prompts, params())
+
+    def test_publishing_is_by_value_and_complete(self, engine: RolloutEngine, actor: model.Actor, prompts: list[Prompt]) -> None:
+        weights = {name: tensor.clone() for name, tensor in actor.named_weights()}
+        engine.load_weights(weights.items(), version=0)
+        before = engine.generate(prompts, params())
+        for tensor in weights.values():
+            tensor.fill_(0.5)  # the trainer goes on; the engine must not notice
+        assert engine.generate(prompts, params()) == before
+        with pytest.raises(UserError, match="weight"):
+            engine.load_weights(list(actor.named_weights())[1:], version=1)
+
+    def test_does_not_disturb_the_global_generator(self, engine: RolloutEngine, actor: model.Actor, prompts: list[Prompt]) -> None:
+        engine.load_weights(actor.named_weights(), version=0)
+        state = torch.get_rng_state()
+        engine.generate(prompts, params())
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_close_twice(self, engine: RolloutEngine) -> None:
+        engine.close()
+        engine.close()
+
+
+def test_hf_logprobs_at_a_temperature(actor: model.Actor, tiny_model: Path, prompts: list[Prompt]) -> None:
+    engine = hf(tiny_model)
+    engine.load_weights(actor.named_weights(), version=0)
+    for temperature, greedy in ((0.5, False), (2.0, False), (0.7, True)):
+        rollouts = engine.generate(prompts, params(temperature=temperature, greedy=greedy))
+        batch = packing.pack(rollouts, [r.logprobs for r in rollouts])
+        with torch.no_grad():
+            logp, _ = actor.logprobs(actor.hidden(batch)[batch.state_index], batch.actions, temperature)
+        torch.testing.assert_close(logp, batch.behaviour_logprobs, atol=1e-4, rtol=0)
+
+
+def test_hf_samples_the_distribution_it_reports(actor: model.Actor, tiny_model: Path, prompts: list[Prompt]) -> None:
+    """First-token frequencies over many samples against exp(logprob): nothing was cut off or penalised."""
+    engine = hf(tiny_model)
+    engine.load_weights(actor.named_weights(), version=0)
+    rollouts = engine.generate(prompts[:1], params(n=4000, max_new_tokens=1))
+    counts = torch.bincount(torch.tensor([r.token_ids[0] for r in rollouts]), minlength=300) / len(rollouts)
+    ids = torch.tensor([[*prompts[0].token_ids]])
+    plain = model.load_causal_lm(str(tiny_model)).eval()
+    expected = plain(input_ids=ids).logits[0, -1].softmax(-1).detach()
+    deviation = (counts[: len(expected)] - expected) / (expected * (1 - expected) / len(rollouts)).sqrt()
+    assert deviation.abs().max() < 4.5  # standard errors, over some 290 tokens
+    assert (counts > 0).sum() > 200
+
+
+def test_hf_ignores_the_models_own_generation_settings(tiny_model: Path, actor: model.Actor, prompts: list[Prompt]) -> None:
+    lm = model.load_causal_lm(str(tiny_model))
+    lm.generation_config.top_k, lm.generation_config.repetition_penalty = 1, 3.0
+    engine = HFEngine(lm, tokenizer())
+    engine.load_weights(actor.named_weights(), version=0)
+    first = {r.token_ids[0] for r in engine.generate(prompts[:1], params(n=50, max_new_tokens=1))}
+    assert len(first) > 10
+
+
+def test_hf_batches_do_not_change_what_is_asked(tiny_model: Path, actor: model.Actor, prompts: list[Prompt]) -> None:
+    engine = HFEngine(model.load_causal_lm(str(tiny_model)), tokenizer(), batch_size=2)
+    engine.load_weights(actor.named_weights(), version=0)
+    assert [r.prompt for r in engine.generate(prompts, params(n=3))] == [p for p in prompts for _ in range(3)]
+
+
+def test_hf_names_what_does_not_fit(tiny_model: Path, actor: model.Actor) -> None:
+    engine = hf(tiny_model)
+    with pytest.raises(UserError, match="weight 'nonsense'"):
+        engine.load_weights([("nonsense", torch.zeros(2))], version=0)
+    name, tensor = next(iter(actor.named_weights()))
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        engine.load_weights([(name, tensor[:1])], version=0)
+
+
+@pytest.mark.parametrize("bad", [{"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.0}, {"n": 0}, {"max_new_tokens": 0}])
+def test_sampling_that_biases_the_ratio_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        params(**bad)
+
+
+def my_engine(config: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any]:
+    return config, tokenizer, device
+
+
+def test_build_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(engine: str) -> settings.Config:
+        return settings.build({"model": {"path": str(tiny_model)}, "rollout": {"engine": engine}})
+
+    device = torch.device("cpu")
+    assert isinstance(build_engine(config("hf"), tokenizer(), device), HFEngine)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert build_engine(config("test_rollout:my_engine"), None, device)[2] == device  # type: ignore[index]
+    with pytest.raises(UserError, match=r"rollout\.engine = 'vllmm'"):
+        build_engine(config("vllmm"), tokenizer(), device)

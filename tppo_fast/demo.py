@@ -1,0 +1,299 @@
+"""The whole method in minutes on any machine: supervise a small model, then TPPO and sentence-level PPO from the same start.
+
+Both runs share model, data, seeds, sampling and hyper-parameters; the second one sums the same token rewards onto the last
+token. What differs is credit assignment alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tppo_fast import checkpoint, evaluate, model, report, seeding, sft, trainer
+from tppo_fast import config as settings_module
+from tppo_fast.config import Config
+from tppo_fast.data.prompts import PromptBuilder
+from tppo_fast.data.sessions import Session, write_sessions
+from tppo_fast.data_types import Rollout
+from tppo_fast.errors import UserError
+from tppo_fast.metrics import read_metrics, write_atomic
+from tppo_fast.progress import Progress
+from tppo_fast.rewards import build_reward, token_spans
+from tppo_fast.rollout import build_engine
+
+METHODS = {"TPPO": "token", "sentence PPO": "last"}
+"""Method -> where the reward stands."""
+TABLE = ("relevance", "hit", "mrr", "distinct", "valid", "copy", "length")
+"""Columns of the final table."""
+RESPONSES = 2
+"""Responses to each held-out session in the final table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoSettings:
+    """What a person may choose; the defaults finish in minutes on two CPU cores."""
+
+    run_dir: Path = Path("runs/demo")
+    """Everything the demo writes."""
+    model: str = ""
+    """A causal LM to start from; empty makes a small one with its own tokenizer."""
+    data: str = "synthetic"
+    """Sessions file, or the embedded generator."""
+    seed: int = 0
+    """Decides data, initialisation and sampling."""
+    sft_steps: int = 300
+    """Supervised steps before PPO; 0 takes the model as it is."""
+    steps: int = 60
+    """PPO steps of each method."""
+    lr: float = 3e-4
+    """PPO learning rate; take about 1e-6 to 1e-5 for a pretrained model."""
+    fresh: bool = False
+    """Remove an earlier demo in ``run_dir`` first."""
+
+
+def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
+    """Run (or continue) the demo; returns method -> metric -> estimate on held-out sessions, and writes the report.
+
+    Raises:
+        UserError: ``run_dir`` holds a demo with other settings.
+    """
+    console = Console(stderr=True)
+    _open(options)
+    train_sessions, eval_sessions = _sessions(options)
+    start = _supervised(options, train_sessions, console)
+    configs = {name: _config(options, start, name) for name in METHODS}
+    for name, config in configs.items():
+        if not (config.run_dir / "policy").is_dir():
+            console.print(f"[bold]{name}[/]: {config.train.steps} steps of {config.rollout.prompts_per_step} prompts")
+            trainer.train(config, resume=bool(checkpoint.list_checkpoints(config.run_dir)))
+    evaluation = Evaluation(configs["TPPO"], start, train_sessions, eval_sessions)
+    folders = {"start": start, **{name: config.run_dir / "policy" for name, config in configs.items()}}
+    scores = evaluation.scores(folders)
+    users, examples = evaluation.users, evaluation.examples
+    table = {name: evaluate.summarise(s, users, seed=options.seed) for name, s in scores.items()}
+    verdicts = [_verdict(scores, users, a, b) for a, b in (("TPPO", "start"), ("sentence PPO", "start"), ("TPPO", "sentence PPO"))]
+    _print_table(table, verdicts)
+    path = options.run_dir / "report.html"
+    _write_report(path, options, configs, table, verdicts, examples)
+    console.print(f"report: {path}")
+    return table
+
+
+def _open(options: DemoSettings) -> None:
+    """Refuse to mix two demos in one folder."""
+    if options.fresh:
+        shutil.rmtree(options.run_dir, ignore_errors=True)
+    record = options.run_dir / "demo.json"
+    wanted = {k: str(v) for k, v in asdict(options).items() if k not in ("fresh", "run_dir")}
+    if record.exists():
+        found = json.loads(record.read_text())
+        if changed := sorted(k for k in wanted if found.get(k) != wanted[k]):
+            key = changed[0]
+            raise UserError(
+                f"{key} = {wanted[key]!r}, but the demo in {str(options.run_dir)!r} was started with {found.get(key)!r}: use "
+                "--fresh to start again, or another --run-dir"
+            )
+    options.run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(record, json.dumps(wanted, indent=2).encode())
+
+
+def _sessions(options: DemoSettings) -> tuple[list[Session], list[Session]]:
+    """Training and held-out sessions, also written beside the runs."""
+    config = settings_module.build({"seed": options.seed, "data": {"train": options.data}})
+    train_sessions, eval_sessions = trainer.load_sessions(config)
+    for name, sessions in (("train", train_sessions), ("eval", eval_sessions)):
+        write_sessions(options.run_dir / f"{name}.jsonl", sessions)
+    return train_sessions, eval_sessions
+
+
+def _supervised(options: DemoSettings, sessions: Sequence[Session], console: Console) -> Path:
+    """The starting policy: a supervised model in ``run_dir/start``."""
+    start = options.run_dir / "start"
+    if start.is_dir():
+        return start
+    base = Path(options.model) if options.model else _small_model(options, sessions)
+    config = _config(options, base, "TPPO")
+    seeding.seed_everything(options.seed)
+    actor_critic, tokenizer = model.build(config.model, trainer.resolve_device(config.device))
+    builder = PromptBuilder(tokenizer, config.data)
+    examples = list(zip(builder.prompts(sessions), builder.responses(sessions), strict=True))
+    if options.sft_steps:
+        console.print(f"[bold]SFT[/]: {options.sft_steps} steps on {len(examples)} sessions")
+        rate = 2e-3 if not options.model else 2e-5
+        plan = sft.SFTSettings(steps=options.sft_steps, batch_size=48 if not options.model else 8, lr=rate, seed=options.seed)
+        with Progress("sft", options.sft_steps, "step") as progress:
+            sft.supervise(actor_critic.actor, examples, plan, lambda loss: progress.update(1, loss=loss))
+    with checkpoint.atomic_folder(start) as temporary:
+        actor_critic.actor.save(temporary, tokenizer)
+    return start
+
+
+def _small_model(options: DemoSettings, sessions: Sequence[Session]) -> Path:
+    """A random Llama of about a million parameters and a byte-level BPE tokenizer trained on the sessions."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    texts = [" " + q for s in sessions for q in (*s.history.get("search", ()), *s.next_queries)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    plan = trainers.BpeTrainer(
+        vocab_size=640,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([*texts, "History:\n", "Next queries:"] , plan)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(options.seed)
+    folder = options.run_dir / "untrained"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _config(options: DemoSettings, start: Path, method: str) -> Config:
+    """One method's run; only ``reward.placement`` and the folder differ between methods."""
+    return settings_module.build(
+        {
+            "run_dir": str(options.run_dir / method.replace(" ", "-").lower()),
+            "seed": options.seed,
+            "model": {"path": str(start)},
+            "data": {"train": str(options.run_dir / "train.jsonl"), "eval": str(options.run_dir / "eval.jsonl")},
+            "rollout": {"prompts_per_step": 24, "samples_per_prompt": 4, "max_new_tokens": 32},
+            "reward": {"placement": METHODS[method]},
+            "ppo": {
+                "lr": options.lr,
+                "critic_lr": 3 * options.lr,
+                "lr_warmup_steps": 4,
+                "minibatches": 2,
+                "kl_coef": 0.02,
+                "value_clip": None,
+            },
+            "train": {"steps": options.steps, "eval_every": max(options.steps // 6, 1), "show_examples": int(method == "TPPO")},
+        }
+    )
+
+
+class Evaluation:
+    """The same held-out prompts, ``RESPONSES`` sampled responses each, for any number of policies."""
+
+    def __init__(self, config: Config, start: Path, train: Sequence[Session], held_out: Sequence[Session]) -> None:
+        self.config = config
+        self.tokenizer = model.load_tokenizer(str(start))
+        self._builder = PromptBuilder(self.tokenizer, config.data)
+        self._prompts = self._builder.prompts(held_out)
+        self._reward = build_reward(
+            config.reward,
+            self.tokenizer,
+            expected_length=self._builder.expected_length(train),
+            separator=config.data.separator,
+        )
+        self.users = [p.user_id for p in self._prompts for _ in range(RESPONSES)]
+        self.examples: list[report.Example] = []
+
+    def scores(self, folders: Mapping[str, Path]) -> dict[str, evaluate.Scores]:
+        """Policy -> per-response scores, the copy-last row first; keeps two labelled responses of each policy."""
+        count = self.config.data.num_queries
+        copied = evaluate.copy_last(self._prompts, num_queries=count)
+        out = {"copy the last query": {name: np.repeat(values, RESPONSES) for name, values in copied.items()}}
+        for name, folder in folders.items():
+            rollouts = self._respond(folder)
+            out[name] = evaluate.score(rollouts, self._builder.parse, num_queries=count)
+            self.examples += self._labelled(name, rollouts[: 2 * RESPONSES : RESPONSES])
+        return out
+
+    def _respond(self, folder: Path) -> list[Rollout]:
+        """Responses of the policy in ``folder`` to every prompt."""
+        at = self.config.model_copy(update={"model": self.config.model.model_copy(update={"path": str(folder)})})
+        with contextlib.closing(build_engine(at, self.tokenizer, trainer.resolve_device(at.device))) as engine:
+            engine.load_weights(model.load_causal_lm(str(folder)).state_dict().items(), version=0)
+            return engine.generate(self._prompts, trainer.eval_sampling(at, RESPONSES))
+
+    def _labelled(self, name: str, rollouts: Sequence[Rollout]) -> list[report.Example]:
+        examples = []
+        for rollout, values, kinds in zip(rollouts, *self._reward.explain(rollouts), strict=True):
+            text, spans = token_spans(self.tokenizer, rollout.token_ids)
+            past, true = " | ".join(rollout.prompt.history), " | ".join(rollout.prompt.next_queries)
+            tokens = [(text[a:b], k, float(v)) for (a, b), k, v in zip(spans, kinds, values.tolist(), strict=True)]
+            examples.append(report.Example(caption=f"{name}. History: {past}. True next: {true}", tokens=tokens))
+        return examples
+
+
+def _verdict(scores: dict[str, evaluate.Scores], users: list[str], a: str, b: str) -> str:
+    gap = evaluate.paired_difference(scores[a]["relevance"], scores[b]["relevance"], users)
+    return report.verdict(a, b, gap.mean, gap.low, gap.high, "eval/relevance")
+
+
+def _print_table(table: dict[str, dict[str, evaluate.Estimate]], verdicts: list[str]) -> None:
+    shown = Table(title="Held-out sessions: mean [95 % interval over users]")
+    for column in ("policy", *TABLE):
+        shown.add_column(column)
+    for name, row in table.items():
+        cells = [_cell(row.get(metric), metric == "relevance") for metric in TABLE]
+        shown.add_row(name, *cells)
+    console = Console()
+    console.print(shown)
+    for sentence in verdicts:
+        console.print(sentence)
+
+
+def _cell(value: evaluate.Estimate | None, interval: bool) -> str:
+    if value is None:
+        return "-"
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]" if interval else f"{value.mean:.3f}"
+
+
+def _write_report(
+    path: Path,
+    options: DemoSettings,
+    configs: dict[str, Config],
+    table: dict[str, dict[str, evaluate.Estimate]],
+    verdicts: list[str],
+    examples: list[report.Example],
+) -> None:
+    per_step = configs["TPPO"].rollout.prompts_per_step * configs["TPPO"].rollout.samples_per_prompt
+    runs = [report.Run(name=n, rows=read_metrics(c.run_dir), samples_per_step=per_step) for n, c in configs.items()]
+    rows = {
+        name: {f"eval/{m}": report.Estimate(mean=e.mean, low=e.low, high=e.high) for m, e in row.items() if m in TABLE}
+        for name, row in table.items()
+    }
+    given = {k: v for k, v in asdict(options).items() if k != "fresh" and v != getattr(DemoSettings(), k)}
+    flags = "".join(f" --{k.replace('_', '-')} {v}" for k, v in given.items())
+    report.write_report(
+        path,
+        report.Report(
+            title="TPPO against sentence-level PPO on the same signal",
+            verdict=" ".join(verdicts),
+            command=f"tppo-fast demo{flags}",
+            settings=configs["TPPO"].model_dump(mode="json"),
+            runs=runs,
+            table=rows,
+            examples=examples,
+        ),
+    )
+
+
