@@ -15,7 +15,10 @@ from tppo_fast.config import ModelConfig
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.model import Actor, ActorCritic, Critic
 
-CORPUS = ["lisbon hotels, lisbon tram map, cheap flights to lisbon", "pasta recipes, History:\n Next queries: camera reviews"]
+CORPUS = [
+    "lisbon hotels, lisbon tram map, cheap flights to lisbon",
+    "pasta recipes, History:\n Next queries: camera reviews",
+]
 EOS = 0
 
 
@@ -25,8 +28,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(CORPUS * 8, trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>", clean_up_tokenization_spaces=False)
+    bpe.train_from_iterator(
+        CORPUS * 8,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="</s>", pad_token="</s>", clean_up_tokenization_spaces=False
+    )
 
 
 def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
@@ -60,7 +68,9 @@ def prompt(token_ids: Sequence[int], user: str = "u") -> Prompt:
     return Prompt(token_ids=list(token_ids), user_id=user, history=("a",), next_queries=("b",), relevant_queries=("b",))
 
 
-def rollout(p: Prompt, token_ids: Sequence[int], logprobs: Sequence[float] | None = None, finish: str = "stop") -> Rollout:
+def rollout(
+    p: Prompt, token_ids: Sequence[int], logprobs: Sequence[float] | None = None, finish: str = "stop"
+) -> Rollout:
     given = [-1.0] * len(token_ids) if logprobs is None else list(logprobs)
     return Rollout(prompt=p, token_ids=list(token_ids), logprobs=given, text="", finish_reason=finish, policy_version=0)  # type: ignore[arg-type]
 

@@ -78,7 +78,12 @@ def test_bad_settings(values: dict[str, Any], overrides: tuple[str, ...], expect
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"a = [", "not valid TOML"), (b"\xff\xfe", "not UTF-8"), (b"a = 1\na = 2", "not valid TOML"), (None, "cannot be read")],
+    [
+        (b"a = [", "not valid TOML"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"a = 1\na = 2", "not valid TOML"),
+        (None, "cannot be read"),
+    ],
 )
 def test_bad_files(tmp_path: Path, content: bytes | None, expected: str) -> None:
     path = tmp_path / "c.toml"
@@ -101,7 +106,9 @@ def test_every_setting_has_a_sentence() -> None:
 
 
 def test_config_and_help_load_without_torch() -> None:
-    code = "import sys, tppo_fast.cli, tppo_fast.config; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, tppo_fast.cli, tppo_fast.config; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -112,9 +119,13 @@ def _mutated(rng: random.Random, text: str) -> bytes:
         kind = rng.randrange(7)
         at = rng.randrange(len(lines))
         if kind == 0:
-            lines.insert(at, rng.choice(["nonsense", "= 3", "[", "[ppo", "x = ", "\x00", '"""', "a.b.c = 1", "[[ppo]]"]))
+            lines.insert(
+                at, rng.choice(["nonsense", "= 3", "[", "[ppo", "x = ", "\x00", '"""', "a.b.c = 1", "[[ppo]]"])
+            )
         elif kind == 1:
-            lines[at] = lines[at].replace("=", rng.choice(["", "==", ":", "= -", "= 'x'", "= []", "= {}", "= nan", "= 1e999"]), 1)
+            lines[at] = lines[at].replace(
+                "=", rng.choice(["", "==", ":", "= -", "= 'x'", "= []", "= {}", "= nan", "= 1e999"]), 1
+            )
         elif kind == 2:
             del lines[at]
             lines = lines or [""]
@@ -161,7 +172,10 @@ def test_500_fuzzed_configs_end_in_a_config_or_one_sentence(tmp_path: Path) -> N
     for seed in range(500):
         rng = random.Random(seed)
         path.write_bytes(_mutated(rng, text))
-        words = rng.choices(["--ppo.lr", "1e-6", "--", "-x", "--=", "--a.b", "--ppo", "none", "--ppo.lr=", "--no-x", "--.", "é"], k=rng.randrange(4))
+        words = rng.choices(
+            ["--ppo.lr", "1e-6", "--", "-x", "--=", "--a.b", "--ppo", "none", "--ppo.lr=", "--no-x", "--.", "é"],
+            k=rng.randrange(4),
+        )
         try:
             settings.load(path, words)
             good += 1

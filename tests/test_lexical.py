@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tppo_fast.errors import UserError
 from tppo_fast.rewards.labels import Labels
 from tppo_fast.rewards.lexical import LexicalLabeller, classify_queries
-from tppo_fast.rewards.words import normalise_query, stem, word_spans
+from tppo_fast.words import normalise_query, stem, word_spans
 
 LABEL = LexicalLabeller()
 

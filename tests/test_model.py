@@ -17,7 +17,7 @@ from support import actor_critic, random_rollouts
 
 from tppo_fast import attention, model, packing
 from tppo_fast.config import ModelConfig
-from tppo_fast.data_types import RolloutBatch, Rollout
+from tppo_fast.data_types import Rollout, RolloutBatch
 from tppo_fast.errors import UserError
 from tppo_fast.model import Evaluation
 
@@ -88,7 +88,9 @@ def test_gradient_of_shared_prompts_equals_separate() -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=2, max_size=5), st.integers(0, 4), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=2, max_size=5), st.integers(0, 4), st.booleans()
+)
 def test_no_value_crosses_a_sequence(lengths: list[tuple[int, int]], which: int, share: bool) -> None:
     """Turn one sequence's embeddings into NaN: only its outputs may notice. And no gradient may reach it from the others."""
     m = MODEL
@@ -146,7 +148,9 @@ def test_where_the_value_gradient_goes(shared: bool, to_body: bool) -> None:
 def test_flash_attention_is_called_with_the_batch_structure(monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn needs a GPU; here its documented varlen contract, in plain torch, stands in for it."""
 
-    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap):  # noqa: ANN001, ANN202
+    def varlen(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap
+    ):
         assert causal
         assert softcap == 0.0
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
@@ -165,11 +169,22 @@ def test_flash_attention_is_called_with_the_batch_structure(monkeypatch: pytest.
     fake.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     batch = pack(random_rollouts([(9, 5), (1, 1), (4, 7)]))
-    q, k, v = torch.randn(1, 4, batch.num_tokens, 8), torch.randn(1, 2, batch.num_tokens, 8), torch.randn(1, 2, batch.num_tokens, 8)
+    q, k, v = (
+        torch.randn(1, 4, batch.num_tokens, 8),
+        torch.randn(1, 2, batch.num_tokens, 8),
+        torch.randn(1, 2, batch.num_tokens, 8),
+    )
     for window in (None, 4):
         outs = [
             attention.packed_attention(
-                torch.nn.Identity(), q, k, v, None, layout=attention.build_layout(batch, flash=flash), scaling=0.3, sliding_window=window
+                torch.nn.Identity(),
+                q,
+                k,
+                v,
+                None,
+                layout=attention.build_layout(batch, flash=flash),
+                scaling=0.3,
+                sliding_window=window,
             )[0]
             for flash in (False, True)
         ]
@@ -183,7 +198,9 @@ def test_flash_is_refused_with_the_reason() -> None:
 
 def test_architectures_that_cannot_be_packed_are_refused() -> None:
     torch.manual_seed(0)
-    config = t.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = t.MambaConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
     lm = t.MambaForCausalLM(config).eval()
     with pytest.raises(UserError, match="cannot"):
         model.check_packed_forward(model.Actor(lm, ModelConfig(path="memory")))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import tppo_kernels as tk
 from support import actor_critic, random_rollouts
 
-import tppo_kernels as tk
 from tppo_fast import config as settings
 from tppo_fast import losses, packing
 from tppo_fast.advantages import estimate, penalised_rewards
@@ -21,9 +21,13 @@ from tppo_fast.ppo import PPO, KLController
 LENGTHS = [(9, 5), (3, 2), (6, 7), (1, 1), (12, 4), (5, 6)]
 
 
-def build(lengths: Sequence[tuple[int, int]] = LENGTHS, *, n: int = 1, share: bool = False, model: Any = None, **ppo: Any) -> tuple[PPO, RolloutBatch]:
+def build(
+    lengths: Sequence[tuple[int, int]] = LENGTHS, *, n: int = 1, share: bool = False, model: Any = None, **ppo: Any
+) -> tuple[PPO, RolloutBatch]:
     """A PPO over a random tiny model, and a batch sampled from nowhere with random rewards."""
-    config = settings.build({"ppo": {"lr": 1e-3, **ppo}, "rollout": {"samples_per_prompt": n}, "model": {"path": "memory"}})
+    config = settings.build(
+        {"ppo": {"lr": 1e-3, **ppo}, "rollout": {"samples_per_prompt": n}, "model": {"path": "memory"}}
+    )
     model = model or actor_critic()
     reference = None if config.ppo.kl_placement == "off" else model.actor.frozen_copy()
     rollouts = random_rollouts(lengths, n=n)
@@ -118,7 +122,9 @@ def test_target_kl_stops_the_passes() -> None:
 
 def test_value_warmup_moves_the_critic_alone() -> None:
     for shared in (False, True):
-        ppo, batch = build(model=actor_critic(shared_body=shared), value_warmup_steps=1, kl_placement="loss", entropy_coef=0.1)
+        ppo, batch = build(
+            model=actor_critic(shared_body=shared), value_warmup_steps=1, kl_placement="loss", entropy_coef=0.1
+        )
         before = copy.deepcopy(ppo.model.state_dict())
         for expect_policy_change in (False, True):
             ppo.update(ppo.prepare(batch)[0])

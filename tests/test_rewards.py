@@ -47,7 +47,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = make_tokenizer()
-PLAIN = {"length_penalty": False}
+PLAIN = {"length_penalty": False, "scale": "centred"}
 
 
 def response(
@@ -80,11 +80,17 @@ def test_lexical_classes_and_centred_rewards() -> None:
 
 
 def test_paper_scale_and_coefficient() -> None:
-    assert rewards(scale="paper", coefficient=0.5, **PLAIN)([ROLLOUT])[0].tolist() == [1.0, 1.0, 0.0, 0.5, 0.0]
+    assert rewards(scale="paper", coefficient=0.5, length_penalty=False)([ROLLOUT])[0].tolist() == [
+        1.0,
+        1.0,
+        0.0,
+        0.5,
+        0.0,
+    ]
 
 
 def test_length_penalty_counts_positions_from_one() -> None:
-    (values,) = rewards(expected_length=1.0, length_alpha=2.0)([ROLLOUT])
+    (values,) = rewards(scale="centred", expected_length=1.0, length_alpha=2.0)([ROLLOUT])
     expected = torch.tensor([1.0, 1.0, 0.0, -1.0, 0.0]) * lwp([1, 2, 3, 4, 5], 1.0, 2.0)
     torch.testing.assert_close(values, expected)
     assert values[3].item() == pytest.approx(-0.5, abs=1e-6)  # position 4 is sl + 3
@@ -208,7 +214,7 @@ def test_an_own_labeller_is_aligned_and_scaled() -> None:
         start = text.index("lisbon")
         return Labels(spans=[(start, start + 6)], classes=[2], sentence=1)
 
-    reward = rewards(label_with(first_word), scale="paper", **PLAIN)
+    reward = rewards(label_with(first_word), scale="paper", length_penalty=False)
     assert reward.explain([ROLLOUT])[1] == [[2, 0, 0, 0, 0]]
     assert reward([ROLLOUT])[0].tolist() == [2.0, 0.0, 0.0, 0.0, 0.0]
 

@@ -66,7 +66,8 @@ def prompts() -> list[Prompt]:
     tok = tokenizer()
     texts = ["lisbon hotels", "pasta", "camera reviews, cheap flights to lisbon, tram map"]
     return [
-        Prompt(token_ids=tok.encode(t), user_id=t, history=(t,), next_queries=("x",), relevant_queries=("x",)) for t in texts
+        Prompt(token_ids=tok.encode(t), user_id=t, history=(t,), next_queries=("x",), relevant_queries=("x",))
+        for t in texts
     ]
 
 
@@ -110,7 +111,9 @@ class TestConformance:
         engine.load_weights(actor.named_weights(), version=0)
         assert engine.generate(prompts, params()) == engine.generate(prompts, params())
 
-    def test_publishing_is_by_value_and_complete(self, engine: RolloutEngine, actor: model.Actor, prompts: list[Prompt]) -> None:
+    def test_publishing_is_by_value_and_complete(
+        self, engine: RolloutEngine, actor: model.Actor, prompts: list[Prompt]
+    ) -> None:
         weights = {name: tensor.clone() for name, tensor in actor.named_weights()}
         engine.load_weights(weights.items(), version=0)
         before = engine.generate(prompts, params())
@@ -120,7 +123,9 @@ class TestConformance:
         with pytest.raises(UserError, match="weight"):
             engine.load_weights(list(actor.named_weights())[1:], version=1)
 
-    def test_does_not_disturb_the_global_generator(self, engine: RolloutEngine, actor: model.Actor, prompts: list[Prompt]) -> None:
+    def test_does_not_disturb_the_global_generator(
+        self, engine: RolloutEngine, actor: model.Actor, prompts: list[Prompt]
+    ) -> None:
         engine.load_weights(actor.named_weights(), version=0)
         state = torch.get_rng_state()
         engine.generate(prompts, params())
@@ -156,7 +161,9 @@ def test_hf_samples_the_distribution_it_reports(actor: model.Actor, tiny_model: 
     assert (counts > 0).sum() > 200
 
 
-def test_hf_ignores_the_models_own_generation_settings(tiny_model: Path, actor: model.Actor, prompts: list[Prompt]) -> None:
+def test_hf_ignores_the_models_own_generation_settings(
+    tiny_model: Path, actor: model.Actor, prompts: list[Prompt]
+) -> None:
     lm = model.load_causal_lm(str(tiny_model))
     lm.generation_config.top_k, lm.generation_config.repetition_penalty = 1, 3.0
     engine = HFEngine(lm, tokenizer())

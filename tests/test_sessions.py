@@ -112,7 +112,9 @@ def test_parquet_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
         pytest.param(changed(history={"search": ["a", None]}), ["history.search[1] = None"], id="null entry"),
         pytest.param(changed(next_queries=[]), ["next_queries = [] is empty"], id="no next queries"),
         pytest.param(changed(next_queries=["a", ""]), ["next_queries[1] = ''", "blank"], id="blank query"),
-        pytest.param(changed(relevant_queries=[]), ["relevant_queries", "leave the field out"], id="no relevant queries"),
+        pytest.param(
+            changed(relevant_queries=[]), ["relevant_queries", "leave the field out"], id="no relevant queries"
+        ),
         pytest.param(changed(next_queries=[["a"]]), ["next_queries[0] = ['a'] is not text"], id="nested list"),
         pytest.param(changed(next_queries=["a\0b"]), ["NUL"], id="NUL"),
         pytest.param(changed(user_id="\ud800"), ["unpaired surrogate", r"\ud800"], id="surrogate"),
@@ -166,7 +168,9 @@ def test_damaged_parquet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 this is no parquet file PAR1")
     assert "not a readable Parquet file" in message(path)
-    write_table(Table.from_arrays([array(["u"]), array([1]), array([["x"]])], names=["user_id"] * 2 + ["history"]), path)
+    write_table(
+        Table.from_arrays([array(["u"]), array([1]), array([["x"]])], names=["user_id"] * 2 + ["history"]), path
+    )
     assert "not a readable Parquet file" in message(path)
     assert capfd.readouterr() == ("", "")  # no log lines, no progress bars
 

@@ -12,7 +12,7 @@ import pytest
 
 from tppo_fast.data import baselines, synthetic
 from tppo_fast.data.lexicon import FACETS, SYNONYMS, TOPICS
-from tppo_fast.data.relevance import normalise, relevance
+from tppo_fast.data.relevance import relevance
 from tppo_fast.data.rows import Session, to_row
 from tppo_fast.data.sessions import read_sessions, split_by_user, write_sessions
 from tppo_fast.data.synthetic import PERSONAS, START, asked_within, detours, generate_sessions, relevant_facets, step
@@ -46,7 +46,11 @@ GOLDEN = "?"
 
 
 def test_vocabulary_is_small_and_unambiguous() -> None:
-    words = {word for text in (*sum(TOPICS.values(), ()), *sum(FACETS.values(), ()), *SYNONYMS.values()) for word in text.split()}
+    words = {
+        word
+        for text in (*sum(TOPICS.values(), ()), *sum(FACETS.values(), ()), *SYNONYMS.values())
+        for word in text.split()
+    }
     assert 120 <= len(words) <= 250
     names = [*sum(TOPICS.values(), ()), *sum(FACETS.values(), ()), *SYNONYMS.values()]
     assert len(names) == len(set(names))
@@ -123,7 +127,9 @@ def test_relevance_is_the_chain_enumerated() -> None:
             counts[walk.state] += 1
     for facet, chance in exact.items():
         assert counts[facet] / 4000 == pytest.approx(chance, abs=0.04)
-    assert set(relevant_facets(persona, domain, state, asked)) == {f for f, p in exact.items() if p >= synthetic.RELEVANT}
+    assert set(relevant_facets(persona, domain, state, asked)) == {
+        f for f, p in exact.items() if p >= synthetic.RELEVANT
+    }
 
 
 def test_relevant_queries_do_not_depend_on_what_was_asked_next(sessions: list[Session]) -> None:
@@ -182,7 +188,6 @@ def test_the_posterior_is_calibrated(sessions: list[Session]) -> None:
 def test_relevance_by_hand(queries: list[str], expected: float) -> None:
     relevant = ["kyoto map", "kyoto food", "kyoto trains"]
     assert relevance(queries, relevant=relevant, history=["KYOTO trains"], num_queries=3) == pytest.approx(expected)
-    assert normalise(" A\tb ") == "a b"
 
 
 def test_at_least_one_session() -> None:

@@ -35,7 +35,14 @@ def values(folder: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "data": {"synthetic_sessions": 40, "max_prompt_tokens": 180},
         "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 8},
         "ppo": {"lr": 1e-3, "minibatches": 2, "kl_target": 0.05, "lr_schedule": "linear"},
-        "train": {"steps": 6, "eval_every": 3, "eval_prompts": 4, "save_every": 2, "show_examples": 0, "tensorboard": False},
+        "train": {
+            "steps": 6,
+            "eval_every": 3,
+            "eval_prompts": 4,
+            "save_every": 2,
+            "show_examples": 0,
+            "tensorboard": False,
+        },
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
@@ -145,7 +152,9 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
         if path.exists() and f'{{"step": {step},' in path.read_text():
             return
         time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()[1] if process.poll() is not None else ''}")
+    raise AssertionError(
+        f"step {step} was not reached: {process.communicate()[1] if process.poll() is not None else ''}"
+    )
 
 
 def test_killed_and_resumed_is_bitwise_the_same(tiny_model: Path, whole_run: Path, tmp_path: Path) -> None:
@@ -204,7 +213,9 @@ def test_a_damaged_checkpoint_is_named(tiny_model: Path, tmp_path: Path) -> None
         trainer.train(config(tiny_model, run_dir, train__steps=3), resume=True)
 
 
-def test_divergence_leaves_a_report_and_no_policy(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_leaves_a_report_and_no_policy(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = trainer.PPO.prepare
 
     def poisoned(self: Any, batch: Any) -> Any:

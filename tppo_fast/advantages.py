@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import tppo_kernels as tk
 from torch import Tensor
 
-import tppo_kernels as tk
 from tppo_fast.config import PPOConfig
 
 if TYPE_CHECKING:

@@ -120,7 +120,9 @@ def packed_attention(
     if layout is None:
         raise RuntimeError("packed attention was called without the batch's layout")
     if unused.get("s_aux") is not None:
-        raise UserError(f"model.path: {type(module).__name__} uses attention sinks, which are not supported; use another model")
+        raise UserError(
+            f"model.path: {type(module).__name__} uses attention sinks, which are not supported; use another model"
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, d]
     if layout.flash:
         return _flash(q, k, v, layout, scaling, sliding_window, softcap)[None], None

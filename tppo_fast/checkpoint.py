@@ -55,7 +55,9 @@ def check_resumable(run_dir: Path, config: Config) -> Path:
     """
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
-        raise UserError(f"run_dir = {str(run_dir)!r}: there is no checkpoint to resume; leave out --resume to start afresh")
+        raise UserError(
+            f"run_dir = {str(run_dir)!r}: there is no checkpoint to resume; leave out --resume to start afresh"
+        )
     saved = _read_state(checkpoints[-1])["config"]
     now = config.model_dump(mode="json")
     for section in now:
@@ -87,7 +89,9 @@ def load(folder: Path, ppo: PPO) -> None:
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"checkpoint {str(folder)!r} cannot be loaded ({error}): remove it to resume the one before") from None
+        raise UserError(
+            f"checkpoint {str(folder)!r} cannot be loaded ({error}): remove it to resume the one before"
+        ) from None
 
 
 class atomic_folder:
@@ -127,7 +131,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {str(folder)!r} is damaged ({error}): remove it to resume the one before") from None
+        raise UserError(
+            f"checkpoint {str(folder)!r} is damaged ({error}): remove it to resume the one before"
+        ) from None
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

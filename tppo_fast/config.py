@@ -121,9 +121,9 @@ class RewardConfig(Section):
     """Who scores: "lexical" (word labels against the true next queries) or module:function."""
     placement: Literal["token", "last"] = "token"
     """"token": each token gets its own reward (TPPO). "last": the same rewards summed onto the last token (the control)."""
-    scale: Literal["paper", "centred"] = "paper"
-    """Reward of an irrelevant / relevant token: paper is 1 / 2, centred is -1 / +1 (an early end then beats a poor query).
-    Separators always get 0."""
+    scale: Literal["paper", "binary", "centred"] = "paper"
+    """Reward of an irrelevant / relevant token; separators always get 0. "paper": 1 / 2, so that any token pays.
+    "binary": 0 / 1, so that only relevant ones do. "centred": -1 / +1, so that ending early beats a poor query."""
     coefficient: float = 1.0
     """Multiplies every reward."""
     length_penalty: bool = True
@@ -204,7 +204,7 @@ class PPOConfig(Section):
     def _adaptive(self) -> PPOConfig:
         if self.kl_target is not None and self.kl_placement == "off":
             raise ValueError(
-                f"ppo.kl_target = {self.kl_target} has no effect with ppo.kl_placement = \"off\"; "
+                f'ppo.kl_target = {self.kl_target} has no effect with ppo.kl_placement = "off"; '
                 "choose reward or loss, or remove kl_target"
             )
         return self

@@ -80,7 +80,10 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
     scores = evaluation.scores(folders)
     users, examples = evaluation.users, evaluation.examples
     table = {name: evaluate.summarise(s, users, seed=options.seed) for name, s in scores.items()}
-    verdicts = [_verdict(scores, users, a, b) for a, b in (("TPPO", "start"), ("sentence PPO", "start"), ("TPPO", "sentence PPO"))]
+    verdicts = [
+        _verdict(scores, users, a, b)
+        for a, b in (("TPPO", "start"), ("sentence PPO", "start"), ("TPPO", "sentence PPO"))
+    ]
     _print_table(table, verdicts)
     path = options.run_dir / "report.html"
     _write_report(path, options, configs, table, verdicts, examples)
@@ -129,7 +132,9 @@ def _supervised(options: DemoSettings, sessions: Sequence[Session], console: Con
     if options.sft_steps:
         console.print(f"[bold]SFT[/]: {options.sft_steps} steps on {len(examples)} sessions")
         rate = 2e-3 if not options.model else 2e-5
-        plan = sft.SFTSettings(steps=options.sft_steps, batch_size=48 if not options.model else 8, lr=rate, seed=options.seed)
+        plan = sft.SFTSettings(
+            steps=options.sft_steps, batch_size=48 if not options.model else 8, lr=rate, seed=options.seed
+        )
         with Progress("sft", options.sft_steps, "step") as progress:
             sft.supervise(actor_critic.actor, examples, plan, lambda loss: progress.update(1, loss=loss))
     with checkpoint.atomic_folder(start) as temporary:
@@ -147,12 +152,12 @@ def _small_model(options: DemoSettings, sessions: Sequence[Session]) -> Path:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     plan = trainers.BpeTrainer(
-        vocab_size=640,
+        vocab_size=2048,
         special_tokens=["<pad>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([*texts, "History:\n", "Next queries:"] , plan)
+    bpe.train_from_iterator([*texts, "History:\n", "Next queries:"], plan)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
     )
@@ -184,7 +189,7 @@ def _config(options: DemoSettings, start: Path, method: str) -> Config:
             "model": {"path": str(start)},
             "data": {"train": str(options.run_dir / "train.jsonl"), "eval": str(options.run_dir / "eval.jsonl")},
             "rollout": {"prompts_per_step": 24, "samples_per_prompt": 4, "max_new_tokens": 32},
-            "reward": {"placement": METHODS[method]},
+            "reward": {"placement": METHODS[method], "scale": "binary"},
             "ppo": {
                 "lr": options.lr,
                 "critic_lr": 3 * options.lr,
@@ -193,7 +198,11 @@ def _config(options: DemoSettings, start: Path, method: str) -> Config:
                 "kl_coef": 0.02,
                 "value_clip": None,
             },
-            "train": {"steps": options.steps, "eval_every": max(options.steps // 6, 1), "show_examples": int(method == "TPPO")},
+            "train": {
+                "steps": options.steps,
+                "eval_every": max(options.steps // 6, 1),
+                "show_examples": int(method == "TPPO"),
+            },
         }
     )
 
@@ -295,5 +304,3 @@ def _write_report(
             examples=examples,
         ),
     )
-
-

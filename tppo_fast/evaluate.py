@@ -14,11 +14,12 @@ from itertools import pairwise
 import numpy as np
 from scipy import stats
 
+from tppo_fast.data.relevance import relevance
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.rewards.labels import RELEVANT
 from tppo_fast.rewards.lexical import classify_queries
-from tppo_fast.rewards.words import normalise_query
+from tppo_fast.words import normalise_query
 
 METRICS: dict[str, str] = {
     "relevance": "Share of the num_queries slots filled with a relevant, unrepeated query that is not in the history.",
@@ -71,13 +72,14 @@ def score_queries(prompt: Prompt, queries: Sequence[str], *, num_queries: int) -
     forms = [form for form in map(normalise_query, queries) if form]
     history = {normalise_query(query) for query in prompt.history}
     truth = {normalise_query(query) for query in prompt.next_queries}
-    relevant = {normalise_query(query) for query in prompt.relevant_queries} - history
     slots = forms[:num_queries]
     rank = next((rank for rank, form in enumerate(slots, start=1) if form in truth), None)
     classes = [c for query in classify_queries(prompt.history, prompt.next_queries, queries) for c in query]
     words = [form.split() for form in forms]
     return {
-        "relevance": len(relevant.intersection(slots)) / num_queries,
+        "relevance": relevance(
+            slots, relevant=prompt.relevant_queries, history=prompt.history, num_queries=num_queries
+        ),
         "hit": float(rank is not None),
         "mrr": 1.0 / rank if rank else 0.0,
         "exact": _share([form in truth for form in forms]),

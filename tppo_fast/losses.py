@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import tppo_kernels as tk
+
 from tppo_fast.config import PPOConfig
 from tppo_fast.data_types import LossOutput, TrainBatch
 from tppo_fast.model import Evaluation

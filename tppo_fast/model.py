@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import tppo_kernels as tk
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import tppo_kernels as tk
 from tppo_fast import attention
 from tppo_fast.config import ModelConfig
 from tppo_fast.data_types import RolloutBatch
@@ -45,7 +45,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # transformers raises many kinds for a bad folder
         raise _unreadable(path, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path = {path!r}: its tokenizer has no eos_token, so no response could ever end; set one")
+        raise UserError(
+            f"model.path = {path!r}: its tokenizer has no eos_token, so no response could ever end; set one"
+        )
     return tokenizer
 
 
@@ -221,7 +223,9 @@ def build(config: ModelConfig, device: torch.device | str) -> tuple[ActorCritic,
     lm = load_causal_lm(config.path, trust_remote_code=config.trust_remote_code, attn_implementation=attention.NAME)
     tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
     if config.gradient_checkpointing:
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # its old name
+        enable = (
+            getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        )  # its old name
         enable({"use_reentrant": False})
     lm.train(config.gradient_checkpointing)  # dropout is 0 either way; checkpointing only works in training mode
     actor = Actor(lm.to(device), config)
@@ -246,14 +250,18 @@ def check_packed_forward(actor: Actor, tolerance: float = 1e-3) -> None:
     for prompt, response in pairs:
         p = Prompt(token_ids=prompt, user_id="", history=(), next_queries=(), relevant_queries=())
         zeros = [0.0] * len(response)
-        rollouts.append(Rollout(prompt=p, token_ids=response, logprobs=zeros, text="", finish_reason="stop", policy_version=0))
+        rollouts.append(
+            Rollout(prompt=p, token_ids=response, logprobs=zeros, text="", finish_reason="stop", policy_version=0)
+        )
     batch = pack(rollouts, [r.logprobs for r in rollouts]).to(actor.device)
     exact = actor.config.model_copy(update={"dtype": "float32", "attention": "sdpa"})
     kept, actor.config = actor.config, exact
     try:
         packed, _ = actor.logprobs(actor.hidden(batch)[batch.state_index], batch.actions, 1.0)
     except TypeError as error:
-        raise UserError(f"model.path: {type(actor.lm).__name__} cannot run packed ({error}); use another model") from None
+        raise UserError(
+            f"model.path: {type(actor.lm).__name__} cannot run packed ({error}); use another model"
+        ) from None
     finally:
         actor.config = kept
     own = _own_logprobs(actor, pairs)

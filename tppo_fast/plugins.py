@@ -1,9 +1,10 @@
-"""Settings of the form ``module:function``: the user's own rewards, losses and engines."""
+"""``module:function`` in the config -> the object, or one sentence that says why not."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,52 @@ from tppo_fast.errors import UserError
 
 
 def load_object(spec: str, setting: str) -> Callable[..., Any]:
-    """The callable that ``module:function`` names; the current folder is searched too.
+    """Import the callable that ``spec`` names.
+
+    The current directory joins the END of the import path, for this process: a file beside the config is found, and
+    cannot shadow an installed package.
+
+    Args:
+        spec: ``package.module:attribute``.
+        setting: the config field it came from, for the messages.
 
     Raises:
-        UserError: the module cannot be imported, or has no such callable.
+        UserError: no ``module:attribute``, no such module, a module that fails to import, no such attribute, or one
+            that cannot be called.
     """
-    module_name, _, name = spec.partition(":")
-    if not (module_name and name):
+    module_name, _, attribute = spec.partition(":")
+    if not (module_name and attribute):
         raise UserError(f"{setting} = {spec!r}: write a built-in name or module:function")
+    module = _import(module_name, f"{setting} = {spec!r}")
+    if not hasattr(module, attribute):
+        where = getattr(module, "__file__", None) or "a folder without __init__.py"
+        raise UserError(f"{setting} = {spec!r}: module {module_name!r} ({where}) has no attribute {attribute!r}")
+    loaded = getattr(module, attribute)
+    if not callable(loaded):
+        raise UserError(f"{setting} = {spec!r}: {attribute!r} is a {type(loaded).__name__}, not a function")
+    return loaded
+
+
+def _import(name: str, field: str) -> Any:
     here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
+    if here not in sys.path:
+        sys.path.append(here)
+    importlib.invalidate_caches()  # the file may be younger than the path's cached listing
     try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{setting} = {spec!r}: module {module_name!r} cannot be imported ({reason})") from None
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise UserError(f"{setting} = {spec!r}: module {module_name!r} has no callable {name!r}")
-    return found
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UserError(
+                f"{field}: there is no module {error.name!r}; install it, or start from the folder that holds it"
+            ) from None
+        raise UserError(f"{field}: importing {name!r} failed with {raised(error)}") from error
+    except Exception as error:
+        raise UserError(f"{field}: importing {name!r} failed with {raised(error)}") from error
+
+
+def raised(error: BaseException) -> str:
+    """An exception of a user's code in words: type, message, and the file and line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}{f' ({message})' if message else ''}{place}"

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import tppo_kernels as tk
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-import tppo_kernels as tk
 from tppo_fast import packing, seeding
 from tppo_fast.advantages import estimate, penalised_rewards
 from tppo_fast.config import Config, PPOConfig
@@ -175,7 +175,9 @@ class PPO:
         groups = packing.microbatches(batch.rollouts, sequences, ppo.microbatch_tokens)
         for group in groups:
             part = packing.to_device(packing.select_train(batch, group), self.device)
-            evaluation = self.model(part.rollouts, temperature=self.config.rollout.temperature, train_policy=train_policy)
+            evaluation = self.model(
+                part.rollouts, temperature=self.config.rollout.temperature, train_policy=train_policy
+            )
             out = self.loss(evaluation, part, ppo, self.kl.coefficient, train_policy)
             (out.loss / count).backward()
             for name, value in {**out.metrics, "loss": out.loss.detach()}.items():

@@ -47,7 +47,9 @@ def supervise(
     optimizer = torch.optim.AdamW(actor.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, settings.warmup_steps, settings.steps)
     for step in range(settings.steps):
-        order = torch.randint(len(examples), (settings.batch_size,), generator=seeding.generator(settings.seed, "sft", step))
+        order = torch.randint(
+            len(examples), (settings.batch_size,), generator=seeding.generator(settings.seed, "sft", step)
+        )
         batch = _packed([examples[i] for i in order.tolist()])
         optimizer.zero_grad(set_to_none=True)
         loss = _backward(actor, batch, settings.microbatch_tokens)

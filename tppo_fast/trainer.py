@@ -164,9 +164,7 @@ def setup(config: Config) -> Run:
     expected = config.reward.expected_length
     if expected is None and config.reward.length_penalty:
         expected = builder.expected_length(train_sessions)
-    reward = build_reward(
-        config.reward, tokenizer, expected_length=expected or 0.0, separator=config.data.separator
-    )
+    reward = build_reward(config.reward, tokenizer, expected_length=expected or 0.0, separator=config.data.separator)
     prompts = builder.prompts(train_sessions)
     eval_prompts = builder.prompts(eval_sessions[: config.train.eval_prompts])
     _check_lengths(config, actor_critic.actor, [*prompts, *eval_prompts])
@@ -230,11 +228,15 @@ def _open_run_dir(config: Config, resume: bool) -> Path | None:
     if resume:
         return checkpoint.check_resumable(config.run_dir, config)
     if checkpoint.list_checkpoints(config.run_dir) or (config.run_dir / "policy").exists():
-        raise UserError(f"run_dir = {str(config.run_dir)!r} holds a run already: continue it with --resume, or choose another")
+        raise UserError(
+            f"run_dir = {str(config.run_dir)!r} holds a run already: continue it with --resume, or choose another"
+        )
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run_dir = {str(config.run_dir)!r} cannot be made ({error.strerror}): choose another") from None
+        raise UserError(
+            f"run_dir = {str(config.run_dir)!r} cannot be made ({error.strerror}): choose another"
+        ) from None
     for left in (config.run_dir / "tensorboard", config.run_dir / METRICS_FILE):  # of a run that saved nothing
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return None

@@ -52,9 +52,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _op(
+def define(
     name: str, schema: str, launch: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
 ) -> Any:
+    """The custom op ``<namespace>::<name>``: ``launch`` runs it, ``fake`` gives its results' shapes."""
     made = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=mutates, schema=schema)
     made.register_fake(fake)
     return made
@@ -91,18 +92,18 @@ def logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]
         rows.backward(logits, targets, (logp, entropy, lse), grad_logp, grad_entropy, out, LogitOptions(*numbers))
         return out
 
-    op = _op(
+    op = define(
         f"{backend}_logprobs", f"(Tensor logits, Tensor targets, {options}, bool inplace_backward) -> (Tensor, Tensor, Tensor)",
         forward, forward_fake,
     )  # fmt: skip
-    in_place = _op(
+    in_place = define(
         f"{backend}_logprobs_backward_",
         f"(Tensor(a!) logits, {saved}, {options}) -> ()",
         backward_,
         lambda *_: None,
         ("logits",),
     )
-    new = _op(
+    new = define(
         f"{backend}_logprobs_backward", f"(Tensor logits, {saved}, {options}) -> Tensor",
         backward, lambda logits, *_: logits.new_empty(logits.shape),
     )  # fmt: skip
@@ -153,7 +154,7 @@ def gae_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor lam, Tensor? bootstrap, Tensor? mask, float gamma)"
         " -> (Tensor, Tensor, Tensor)"
     )
-    op = _op(f"{backend}_gae", schema, run, fake)
+    op = define(f"{backend}_gae", schema, run, fake)
 
     def gae(
         rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, lam: float | Tensor = 0.95,
@@ -200,7 +201,7 @@ def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         launch(inputs, options, normalizer, count, sums, grad_logp, None if inputs[6] is None else grad_values)
         return sums[0].clone(), sums[1:].clone(), grad_logp, grad_values
 
-    op = _op(
+    op = define(
         f"{backend}_ppo", f"({tensors}, {floats}, int kl_estimator) -> (Tensor, Tensor, Tensor, Tensor)", run, fake
     )
 
@@ -263,7 +264,7 @@ def _refuse_gradients(inputs: dict[str, Tensor | None]) -> None:
 
 def stats_op(backend: str, launch: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
     """``whitening_stats`` as the custom op ``<backend>_stats``; without gradient."""
-    op = _op(
+    op = define(
         f"{backend}_stats", "(Tensor x, Tensor? mask) -> Tensor",
         launch, lambda x, _: x.new_empty(3, dtype=compute_dtype(x.dtype)),
     )  # fmt: skip

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import library
 from .library import PPO_INPUTS, LogitOptions, PpoOptions, Rows
+from .linear_loss import linear_logprobs_op, linear_token_loss_op
 
 ABI_VERSION = 1
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -102,16 +103,15 @@ def _described(x: Tensor) -> _Logits:
 def _rows_forward(logits: Tensor, targets: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     targets = targets.long().contiguous()
-    logp, entropy, lse = out = tuple(
-        torch.empty(len(logits), dtype=library.compute_dtype(logits.dtype)) for _ in range(3)
-    )
+    dtype = library.compute_dtype(logits.dtype)
+    logp, entropy, lse = (torch.empty(len(logits), dtype=dtype) for _ in range(3))
     bad = _lib().tppo_row_forward(
         byref(_described(logits)), targets.data_ptr(), logp.data_ptr(), entropy.data_ptr(), lse.data_ptr(),
         byref(_LogitOptions(*options)), torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
         raise IndexError(f"target {int(targets[bad])} at {bad}: outside of the vocabulary of {logits.shape[1]}")
-    return out
+    return logp, entropy, lse
 
 
 def _rows_backward(
@@ -170,4 +170,5 @@ gae = library.gae_op("native", _gae)
 ppo_loss = library.ppo_op("native", _ppo)
 whitening_stats = library.stats_op("native", _stats)
 whiten = library.whiten_of(whitening_stats)
-linear_logprobs, linear_token_loss = reference.linear_logprobs, reference.linear_token_loss
+linear_logprobs = linear_logprobs_op("native", rows)
+linear_token_loss = linear_token_loss_op(rows, linear_logprobs)

@@ -101,7 +101,9 @@ def _history(value: object, where: str) -> dict[str, tuple[str, ...]]:
     history: dict[str, tuple[str, ...]] = {}
     for kind, entries in value.items():
         if not isinstance(kind, str) or not kind.strip() or not kind.isprintable():
-            raise UserError(f"{where}: history has the kind {show(kind)}: name it with printable text, such as 'search'")
+            raise UserError(
+                f"{where}: history has the kind {show(kind)}: name it with printable text, such as 'search'"
+            )
         checked = () if entries is None else _texts(entries, f"history.{kind}", where)
         if checked:
             history[kind] = checked

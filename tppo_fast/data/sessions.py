@@ -142,7 +142,9 @@ def _decode(line: bytes, number: int, where: str) -> str:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         bad = line[error.start : error.start + 1]
-        raise UserError(f"{where}: byte {bad!r} at position {error.start} is not UTF-8: save the file as UTF-8") from None
+        raise UserError(
+            f"{where}: byte {bad!r} at position {error.start} is not UTF-8: save the file as UTF-8"
+        ) from None
 
 
 def _json(text: str, where: str) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from tppo_fast.plugins import load_object
 from tppo_fast.rewards.alignment import project, token_spans
 from tppo_fast.rewards.base import RewardFunction, TokenRewards, build_reward, label_with
 from tppo_fast.rewards.display import examples_table
 from tppo_fast.rewards.labels import CLASS_NAMES, Labeller, Labels
 from tppo_fast.rewards.length_penalty import lwp
 from tppo_fast.rewards.lexical import LexicalLabeller
-from tppo_fast.rewards.loading import load_object
-from tppo_fast.rewards.words import normalise_query
+from tppo_fast.words import normalise_query
 
 __all__ = [
     "CLASS_NAMES",

@@ -13,11 +13,11 @@ import torch
 from tppo_fast.config import RewardConfig
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
+from tppo_fast.plugins import load_object, raised
 from tppo_fast.rewards.alignment import project, token_spans
 from tppo_fast.rewards.labels import Labeller, Labels
 from tppo_fast.rewards.length_penalty import lwp
 from tppo_fast.rewards.lexical import LexicalLabeller
-from tppo_fast.rewards.loading import load_object, raised
 from tppo_fast.rewards.output import checked_items, checked_labels, checked_numbers
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     Rewards = Sequence[float] | Sequence[Sequence[float]] | Sequence[Tensor] | Sequence[Labels] | Tensor | np.ndarray
 
-SCALES = {"centred": (0.0, -1.0, 1.0), "paper": (0.0, 1.0, 2.0)}
-"""Reward of a separator, irrelevant, relevant token. Centred: length as such pays nothing. Paper: TPPO, section 3.2."""
+SCALES = {"paper": (0.0, 1.0, 2.0), "binary": (0.0, 0.0, 1.0), "centred": (0.0, -1.0, 1.0)}
+"""Reward of a separator, irrelevant, relevant token. Paper: TPPO, section 3.2."""
 
 
 class RewardFunction(Protocol):

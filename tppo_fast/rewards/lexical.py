@@ -24,7 +24,7 @@ import snowballstemmer
 
 from tppo_fast.errors import UserError
 from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, SEPARATOR, Labels, Span
-from tppo_fast.rewards.words import normalise_query, normalise_word, stem, word_spans
+from tppo_fast.words import normalise_query, normalise_word, stem, word_spans
 
 
 def classify_queries(

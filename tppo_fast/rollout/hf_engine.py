@@ -47,7 +47,9 @@ class HFEngine:
         self._batch_size = batch_size
         self._version: int | None = None
         own = lm.generation_config.eos_token_id
-        self._eos = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
+        self._eos = sorted(
+            {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
+        )
         # the model's own generation settings (top-k, penalties, ...) must not touch the distribution
         lm.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=self._eos[0])
 
@@ -110,11 +112,15 @@ class HFEngine:
         for name, tensor in weights:
             if name not in own or own[name].shape != tensor.shape:
                 shape = tuple(own[name].shape) if name in own else "no such weight"
-                raise UserError(f"weight {name!r} of shape {tuple(tensor.shape)}: the engine has {shape}; load the same model")
+                raise UserError(
+                    f"weight {name!r} of shape {tuple(tensor.shape)}: the engine has {shape}; load the same model"
+                )
             own[name].copy_(tensor)
             seen.add(name)
         if missing := sorted(own.keys() - seen):
-            raise UserError(f"weight {missing[0]!r} was not published ({len(missing)} missing): publish the whole policy")
+            raise UserError(
+                f"weight {missing[0]!r} was not published ({len(missing)} missing): publish the whole policy"
+            )
         self._version = version
 
     def close(self) -> None:

@@ -1,0 +1,281 @@
+"""The chunked head of a fused backend against the specification, which lets autograd do everything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import tppo_kernels as tk
+from torch.utils._python_dispatch import TorchDispatchMode
+from tppo_kernels.testing import assert_close, poisoned, poisoned_memory, random_head, random_ppo
+
+OPTIONS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"temperature": 0.7, "logit_scale": 0.5}, id="temperature-scale"),
+    pytest.param({"softcap": 5.0}, id="softcap"),
+]
+SIZES = [
+    pytest.param(1, 1, id="one-action"),
+    pytest.param(21, 8, id="odd-last-chunk"),
+    pytest.param(24, 64, id="one-chunk"),
+]
+
+
+def token_loss(logp, entropy, old_logp, advantages, values, returns):
+    """A PPO loss of every kind of term, with the reference's formula on both sides."""
+    return tk.ppo_loss(
+        logp, old_logp, advantages, entropy=entropy, entropy_coef=0.05, values=values, returns=returns, value_clip=None,
+        normalizer=1.0, backend="reference",
+    )  # fmt: skip
+
+
+def inputs(actions, dtype, vocab=130, hidden_size=6):
+    hidden, weight, targets = random_head(actions, hidden_size, vocab, dtype)
+    x = random_ppo(actions, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    bias = torch.linspace(-1, 1, vocab).to(dtype)
+    return {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets, "old": x["logp"] - 3.0,
+            "advantages": x["advantages"], "values": x["values"], "returns": x["returns"]}  # fmt: skip
+
+
+def run_loss(
+    x, backend, *, learned=("hidden", "weight", "bias", "values"), upstream=2.0, loss_fn=token_loss, **options
+):
+    x = {k: t.detach().requires_grad_(k in learned) for k, t in x.items()}
+    rows = (x["old"], x["advantages"], x["values"], x["returns"])
+    loss, stats = tk.linear_token_loss(
+        x["hidden"], x["weight"], x["targets"], loss_fn, rows, bias=x["bias"], backend=backend, **options
+    )
+    grads = torch.autograd.grad(loss, [x[k] for k in learned], torch.tensor(upstream, dtype=loss.dtype))
+    return [loss, *(stats[k] for k in sorted(stats)), *grads]
+
+
+def wide(x):
+    return {k: t.double() if t.is_floating_point() else t for k, t in x.items()}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("actions", "chunk_size"), SIZES)
+def test_token_loss_and_its_gradients(actions, chunk_size, options, backend):
+    x = inputs(actions, torch.float32)
+    with poisoned_memory():
+        got = run_loss({k: poisoned(t) for k, t in x.items()}, backend, chunk_size=chunk_size, **options)
+    eager, truth = (run_loss(y, "reference", chunk_size=chunk_size, **options) for y in (x, wide(x)))
+    assert_close(got, eager, truth, "loss, metrics, gradients")
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=["bf16-logits", "fp32-logits"])
+def test_token_loss_in_bf16(logits_dtype, backend):
+    x = inputs(40, torch.bfloat16)
+    options = {"chunk_size": 16, "logits_dtype": logits_dtype}
+    got, eager = run_loss(x, backend, **options), run_loss(x, "reference", **options)
+    truth = run_loss(wide(x), "reference", chunk_size=16)
+    assert got[-4].dtype == got[-3].dtype == torch.bfloat16
+    for mine, theirs, exact in zip(
+        got, eager, truth, strict=True
+    ):  # eager's own error is the measure: ReLU-like clips flip
+        size = exact.norm().clamp_min(1e-3)
+        assert (mine.double() - exact).norm() / size <= 2 * (theirs.double() - exact).norm() / size + 2.0**-8
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("actions", "chunk_size"), SIZES)
+def test_logprobs_and_their_gradients(actions, chunk_size, options, backend):
+    x = inputs(actions, torch.float32)
+    upstream = torch.linspace(-1, 1, 2 * actions).reshape(2, actions)
+    upstream[:, actions // 2 :: 3] = 0.0
+
+    def run(y, name):
+        leaves = [y[k].detach().requires_grad_() for k in ("hidden", "weight", "bias")]
+        out = tk.linear_logprobs(
+            *leaves[:2], y["targets"], bias=leaves[2], chunk_size=chunk_size, backend=name, **options
+        )
+        return [*out, *torch.autograd.grad(out, leaves, [u.to(out[0].dtype) for u in upstream])]
+
+    with poisoned_memory():
+        got = run({k: poisoned(t) for k, t in x.items()}, backend)
+    assert_close(got, run(x, "reference"), run(wide(x), "reference"), "logp, entropy, gradients")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_first_ratio_is_exactly_one(dtype, backend):
+    """Old log-probabilities without gradient, new ones inside the loss: the same bits, so exp(new - old) is 1."""
+    x, seen = inputs(37, dtype, hidden_size=64), []
+
+    def loss_fn(logp, entropy):
+        seen.append((logp.detach(), entropy.detach()))
+        return (logp - entropy).sum(), {}
+
+    with torch.no_grad():
+        old = tk.linear_logprobs(x["hidden"], x["weight"], x["targets"], chunk_size=8, backend=backend)
+    differentiable = tk.linear_logprobs(
+        x["hidden"].requires_grad_(), x["weight"], x["targets"], chunk_size=8, backend=backend
+    )
+    loss, _ = tk.linear_token_loss(x["hidden"], x["weight"], x["targets"], loss_fn, chunk_size=8, backend=backend)
+    loss.backward()
+    for i in range(2):
+        assert torch.equal(torch.cat([part[i] for part in seen]), old[i])
+        assert torch.equal(differentiable[i], old[i])
+
+
+@pytest.mark.parametrize(
+    "learned", [("hidden",), ("weight",), ("bias",), ("values",), ("hidden", "bias")], ids="+".join
+)
+def test_frozen_parts_get_no_gradient(learned, backend):
+    x = inputs(20, torch.float64)
+    both = [run_loss(x, name, learned=learned, chunk_size=8) for name in (backend, "reference")]
+    assert_close(both[0], both[1], both[1])
+
+
+def test_frozen_weight_costs_no_weight_gradient(backend):
+    class Products(TorchDispatchMode):
+        shapes: list[tuple[int, ...]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.addmm.out, torch.ops.aten.mm.out):
+                self.shapes.append(tuple(out.shape))
+            return out
+
+    x = inputs(16, torch.float32)
+    with Products() as products:
+        run_loss(x, backend, learned=("hidden",), chunk_size=16)
+    assert sorted(products.shapes) == [(16, 6), (16, 130)]  # logits and dX: two units, no dW
+
+
+def test_tied_and_low_rank_heads(backend):
+    """The weight is a function of parameters: an embedding used twice, and W + B A."""
+    x = inputs(12, torch.float64)
+    tokens = torch.randint(130, (12,))
+
+    def gradients(name):
+        table = x["weight"].clone().requires_grad_()
+        a, b = (torch.ones(s, dtype=torch.float64, requires_grad=True) for s in ((2, 6), (130, 2)))
+        for weight in (table, table.detach() + b @ a):
+            loss, _ = tk.linear_token_loss(
+                table[tokens] + x["hidden"], weight, x["targets"], lambda logp, _: (-logp.sum(), {}), backend=name
+            )
+            loss.backward()
+        return [table.grad, a.grad, b.grad]
+
+    mine, truth = gradients(backend), gradients("reference")
+    assert_close(mine, truth, truth)
+
+
+def test_rows_without_gradient_are_left_out(backend):
+    """Half of the rows are masked, one chunk entirely, and their hidden states are NaN-free but huge."""
+    x = inputs(24, torch.float64)
+    kept = torch.arange(24) % 3 == 0
+    kept[8:16] = False
+
+    def loss_fn(logp, entropy, *rows):
+        mask = rows[0]
+        return torch.where(mask, logp - 0.1 * entropy, 0.0).sum(), {"kept": mask.sum()}
+
+    results = []
+    for name in (backend, "reference"):
+        leaves = [x[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")]
+        with poisoned_memory():
+            loss, stats = tk.linear_token_loss(
+                *leaves[:2], x["targets"], loss_fn, (kept,), bias=leaves[2], chunk_size=8, backend=name
+            )
+        loss.backward()
+        assert stats["kept"] == kept.sum()
+        results.append([loss, *(leaf.grad for leaf in leaves)])
+    assert_close(*results, results[1])
+    assert (results[0][1][~kept] == 0).all()
+
+
+@pytest.mark.parametrize("learned", [("hidden", "weight", "bias", "values"), ("hidden",)], ids=len)
+def test_no_action_has_gradient_zero(learned, backend):
+    x = inputs(0, torch.float32)
+    with poisoned_memory():
+        loss, *rest = run_loss(x, backend, learned=learned)
+    assert loss == 0
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in rest)
+
+
+def test_a_loss_that_ignores_its_rows(backend):
+    x = inputs(5, torch.float32)
+    loss, _ = tk.linear_token_loss(
+        x["hidden"].requires_grad_(),
+        x["weight"],
+        x["targets"],
+        lambda logp, entropy: (logp.new_ones(()), {}),
+        backend=backend,
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(0.2)
+    assert torch.equal(x["hidden"].grad, torch.zeros_like(x["hidden"]))
+
+
+def test_normalizers_add_up_and_may_be_tensors(backend):
+    x = inputs(20, torch.float64)
+    whole = run_loss(x, backend, chunk_size=4)
+    parts = [
+        run_loss({k: t if k in ("weight", "bias") else t[s] for k, t in x.items()}, backend, chunk_size=4,
+                 normalizer=torch.tensor(20.0, dtype=torch.float64))
+        for s in (slice(0, 8), slice(8, 20))
+    ]  # fmt: skip
+    torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0])
+    torch.testing.assert_close(parts[0][-3] + parts[1][-3], whole[-3])  # the weight's gradient
+
+
+def test_second_backward_is_loud(backend):
+    x = inputs(5, torch.float32)
+    loss, _ = tk.linear_token_loss(
+        x["hidden"].requires_grad_(), x["weight"], x["targets"], lambda logp, _: (logp.sum(), {}), backend=backend
+    )
+    (3 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+def test_loss_that_is_no_sum_is_named(backend):
+    x = inputs(5, torch.float32)
+    with pytest.raises(ValueError, match=r"loss of shape \(5,\): return the sum"):
+        tk.linear_token_loss(x["hidden"], x["weight"], x["targets"], lambda logp, _: (logp, {}), backend=backend)
+    with pytest.raises(ValueError, match="chunk_size 0"):
+        tk.linear_logprobs(x["hidden"], x["weight"], x["targets"], chunk_size=0, backend=backend)
+
+
+def test_one_chunk_of_logits_at_a_time(backend):
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.entries = max(self.entries, out.numel())
+            return out
+
+    x = inputs(64, torch.float32, vocab=500)
+    with Largest() as largest:
+        run_loss(x, backend, chunk_size=8)
+    assert largest.entries <= 8 * 500
+
+
+def test_same_bits_every_time(backend):
+    x = inputs(50, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*(run_loss(x, backend, chunk_size=16) for _ in range(2)), strict=True))
+
+
+def test_compiled_with_the_loss_in_the_graph(backend):
+    x = inputs(20, torch.float32)
+
+    def step(hidden, weight):
+        rows = (x["old"], x["advantages"], x["values"], x["returns"])
+        return tk.linear_token_loss(hidden, weight, x["targets"], token_loss, rows, chunk_size=8, backend=backend)[0]
+
+    gradients = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [x[k].clone().requires_grad_() for k in ("hidden", "weight")]
+        run(*leaves).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*gradients)
+
+
+def test_opcheck(backend):
+    x = inputs(5, torch.float32)
+    args = [x[k].requires_grad_() for k in ("hidden", "weight", "bias")]
+    op = getattr(getattr(torch.ops, tk.__name__), f"{backend}_linear_logprobs").default
+    torch.library.opcheck(op, (*args, x["targets"], 0.7, 0.0, 1.0, 2, None))
+    torch.library.opcheck(op, (*args[:2], None, x["targets"], 1.0, 5.0, 1.0, None, torch.float32))
