@@ -22,9 +22,12 @@ ROWS: list[dict[str, Any]] = [
     for n in range(4)
 ]  # fmt: skip
 ODD: list[Any] = [
-    None, True, 0, -1, 10**30, 1e308, float("nan"), float("-inf"), "", " ", "\0", "\ud800", "\u2028", "x" * 5000, "{}", [],
-    [[]], [None], [""], ["a", 1], {}, {"search": None}, {"search": [[]]}, {"": ["a"]}, {"search": ["a"], "\n": ["b"]},
+    None, True, 0, -1, 10**30, 1e308, float("nan"), float("-inf"), "", " ", "\0", "\ud800", "\u2028", "x" * 5000, "{}",
+    [], [[]], [None], [""], ["a", 1], {}, {"search": None}, {"search": [[]]}, {"": ["a"]}, {"search": ["a"], "\n": ["b"]},
 ]  # fmt: skip
+
+
+JUNK = [b"\xff", b"\0", b"\n", b'"', b"{", b"[" * 5000, b"9" * 5000, b"\xef\xbb\xbf"]
 
 
 def structure(rng: random.Random) -> list[Any]:
@@ -58,8 +61,7 @@ def damage(data: bytes, rng: random.Random) -> bytes:
             rng.randbytes(end - start),
             b"",
             bytes(out[start:end]) * 3,
-            bytes(out[start:end])
-            + rng.choice([b"\xff", b"\0", b"\n", b'"', b"{", b"[" * 5000, b"9" * 5000, b"\xef\xbb\xbf"]),
+            bytes(out[start:end]) + rng.choice(JUNK),
         ]
         out[start:end] = rng.choice(replacement)
         if rng.random() < 0.1:
@@ -126,5 +128,6 @@ def test_500_damaged_files(
         assert len(refusal) < 700, (seed, refusal)
     refused = [text for text in outcomes if text != "read"]
     assert len(refused) > len(outcomes) // 3  # the damage is real
-    assert len({text.partition(": ")[2][-60:] if "bytes" not in make.__name__ else text for text in refused}) > 3
+    reasons = {text.partition(": ")[2] for text in refused}
+    assert len(reasons) > 5  # and of many kinds
     assert capfd.readouterr() == ("", "")

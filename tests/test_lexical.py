@@ -117,7 +117,14 @@ def test_the_separator_splits_by_its_visible_part(separator: str) -> None:
 
 
 def test_a_separator_made_of_letters_is_class_0() -> None:
-    assert LexicalLabeller(separator=" OR ")([], ["rome or paris"], "rome OR paris").classes == [2, 0, 2]
+    assert LexicalLabeller(separator=" OR ")([], ["rome or paris"], "rome OR paris").classes == [2, 0, 1]
+
+
+def test_words_are_judged_as_part_of_their_query() -> None:
+    """Relevant words of several true queries thrown together in one query pay for one of them alone."""
+    truth = ["tent manual", "tent reviews", "tent repair"]
+    assert classify_queries([], truth, ["tent manual reviews repair"]) == [[2, 2, 1, 1]]
+    assert classify_queries([], truth, ["tent sizes", "tent manual"]) == [[2, 1], [2, 2]]
 
 
 @pytest.mark.parametrize(

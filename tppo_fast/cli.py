@@ -65,6 +65,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--model", default="", help="Start from this causal LM instead of a small one made on the spot.")
 @click.option("--data", default="synthetic", show_default=True, help="Sessions: a .jsonl or .parquet file.")
+@click.option("--sessions", type=click.IntRange(20), default=None, help="How many sessions to generate.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--sft-steps", type=click.IntRange(0), default=None, help="Supervised steps before PPO.")
 @click.option("--steps", type=click.IntRange(1), default=None, help="PPO steps of each method.")

@@ -48,6 +48,8 @@ class DemoSettings:
     """A causal LM to start from; empty makes a small one with its own tokenizer."""
     data: str = "synthetic"
     """Sessions file, or the embedded generator."""
+    sessions: int = 4000
+    """Generated sessions, when no file is given."""
     seed: int = 0
     """Decides data, initialisation and sampling."""
     sft_steps: int = 300
@@ -111,7 +113,8 @@ def _open(options: DemoSettings) -> None:
 
 def _sessions(options: DemoSettings) -> tuple[list[Session], list[Session]]:
     """Training and held-out sessions, also written beside the runs."""
-    config = settings_module.build({"seed": options.seed, "data": {"train": options.data}})
+    data = {"train": options.data, "synthetic_sessions": options.sessions}
+    config = settings_module.build({"seed": options.seed, "data": data})
     train_sessions, eval_sessions = trainer.load_sessions(config)
     for name, sessions in (("train", train_sessions), ("eval", eval_sessions)):
         write_sessions(options.run_dir / f"{name}.jsonl", sessions)

@@ -9,7 +9,7 @@ from typing import Any
 
 import snowballstemmer
 
-from tppo_fast.rewards.labels import Span
+Span = tuple[int, int]
 
 _APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}\N{FULLWIDTH APOSTROPHE}"
 _HAN = ((0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))

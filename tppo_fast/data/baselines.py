@@ -1,6 +1,14 @@
 """What can be reached on the embedded sessions, without any model: the floor, and the exact ceiling.
 
-TABLE
+Mean relevance of 4000 sessions, seed 0, printed by ``python -m tppo_fast.data.baselines`` (no randomness is left in it):
+
+    copy the last query                 0.000
+    right topic, random facets          0.229
+    right topic, most popular facets    0.625
+    exact Bayes, current session only   0.760
+    exact Bayes, whole history          0.945   the ceiling: no policy can expect more
+    the relevant queries themselves     1.000
+    what the users asked next           0.618   the noisy log itself, which imitation aims at
 """
 
 from __future__ import annotations
@@ -69,7 +77,7 @@ def popular_facets(session: Session) -> list[str]:
 
 
 def bayes(session: Session) -> list[str]:
-    """The best possible response from the visible history: the exact posterior over personas, then the likeliest queries.
+    """The best possible response to the visible history: exact posterior over personas, then the likeliest queries.
 
     Relevance adds up over slots, so the three queries most likely to be relevant maximise its expectation.
     """
@@ -83,7 +91,7 @@ def persona_blind(session: Session) -> list[str]:
 
 
 def posterior(session: Session) -> Belief:
-    """P(persona, current state | history), normalised, by the forward algorithm through every session in the history."""
+    """P(persona, current state | history), normalised: the forward algorithm through every session of the history."""
     personas = dict.fromkeys(range(PERSONAS), 1.0 / PERSONAS)
     belief: Belief = {}
     for domain, _, facets in walks(session.history["search"]):

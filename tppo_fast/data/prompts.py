@@ -20,11 +20,11 @@ History = dict[str, list[str]]
 class PromptBuilder:
     """Renders and tokenises sessions for one policy.
 
-    Prompt and response are encoded separately and their ids concatenated: in sampling the policy continues the prompt's
-    own ids, and tokens merged across the border (" paris" after a colon) would be ids that it never sees there. The
-    template is plain text: a chat template is used only by who writes its markers into ``data.template``. Of the special
-    tokens that the tokenizer adds by itself, those before the text (bos) are kept and those after it are dropped, since
-    an end token there would end the prompt.
+    Prompt and response are encoded separately and their ids concatenated: in sampling the policy continues the
+    prompt's own ids, and tokens merged across the border (" paris" after a colon) would be ids that it never sees there.
+    The template is plain text: a chat template is used only by who writes its markers into ``data.template``. Of the
+    special tokens that the tokenizer adds by itself, those before the text (bos) are kept and those after it are
+    dropped, since an end token there would end the prompt.
 
     Texts are cleaned before use, in prompt, response and ``Prompt`` fields alike: whitespace becomes single spaces, and
     the separator's core (``,``) and the tokenizer's special tokens become a space, so that one query stays one query
@@ -64,7 +64,7 @@ class PromptBuilder:
 
         A history that does not fit in ``max_prompt_tokens`` loses its oldest entries, one at a time from the kind with
         most entries left (in a tie, ``search`` gives last); the template is never cut. ``Prompt.history`` still holds
-        every search entry (every entry, where nothing was searched), oldest first, so that a repetition is known as one.
+        every search entry (every entry, where nothing was searched), oldest first, so that repetitions are recognised.
 
         Raises:
             UserError: even the newest entry alone is too long, or a session holds no usable text.
@@ -109,9 +109,9 @@ class PromptBuilder:
     def expected_length(self, sessions: Sequence[Session]) -> float:
         """sl of the length penalty (TPPO, section 3.3), in tokens, the separators included and eos not.
 
-        ``sl = n * median(tokens of one query) + (n - 1) * tokens of one separator`` with n = ``num_queries``; the median
-        is over the first n next queries of every session, each encoded with ``response_prefix``, and the separator is
-        encoded without its trailing spaces, which belong to the query after it.
+        ``sl = n * median(tokens of one query) + (n - 1) * tokens of one separator`` with n = ``num_queries``; the
+        median is over the first n next queries of every session, each encoded with ``response_prefix``, and the
+        separator is encoded without its trailing spaces, which belong to the query after it.
 
         Raises:
             UserError: no sessions.

@@ -1,4 +1,4 @@
-"""One session, and the validation of one row of untrusted data into it. The schema is in ``tppo_fast.data.sessions``."""
+"""One session, and the validation of one row of untrusted data into it. Schema: ``tppo_fast.data.sessions``."""
 
 from __future__ import annotations
 

@@ -172,8 +172,8 @@ def _read_parquet(path: Path) -> Iterator[Session]:
             except Exception as error:  # untrusted bytes: Arrow and datasets raise a dozen unrelated types
                 reason = show(str(error).partition("\n")[0])
                 raise UserError(
-                    f"{place} row {number}: not a readable Parquet file of sessions ({type(error).__name__}: {reason}): "
-                    "write it again, or convert it to .jsonl"
+                    f"{place} row {number}: not a readable Parquet file of sessions ({type(error).__name__}: "
+                    f"{reason}): write it again, or convert it to .jsonl"
                 ) from None
             if row is None:
                 return
@@ -189,7 +189,8 @@ def _parquet_rows(path: Path) -> Generator[dict[str, Any], None, None]:
         link = Path(folder, "sessions.parquet")
         link.symlink_to(path.resolve())  # datasets reads *, [ ], :: and hidden folders in a path as its own syntax
         reader = ParquetDatasetReader(str(link), split=Split.TRAIN, cache_dir=folder, streaming=True)
-        for table in reader.read().with_format("arrow").iter(batch_size=1000):
+        dataset: Any = reader.read()  # typed as any of four classes; streaming gives the iterable one
+        for table in dataset.with_format("arrow").iter(batch_size=1000):
             columns = dict(zip(table.column_names, table.columns, strict=True))
             for index in range(table.num_rows):
                 yield {name: column[index].as_py() for name, column in columns.items()}

@@ -1,21 +1,22 @@
 """Search sessions from a known world, so that relevance has a ground truth that can be computed exactly.
 
-The world (fixed; ``seed`` only chooses users and what they do): 3 domains x 16 topics x 16 facets, 6 personas. A persona
-is, per domain, a Markov chain over facets: a session starts with any facet, and after each one three facets may follow,
-with probabilities ``STEP``, never one already asked in the session. A user has one persona and several sessions on different
-topics. A session asks for its topic, then for ``topic facet`` (specialisation), where
+The world is fixed (``seed`` only chooses users and what they do): 3 domains x 16 topics x 16 facets, 6 personas. A
+persona is, per domain, a Markov chain over facets: a session starts with any facet, and after each one three facets may
+follow, with probabilities ``STEP``, never one already asked in the session. Some facets are popular with everybody. A
+user has one persona and several sessions on different topics. A session asks for its topic, then for ``topic facet``
+(specialisation), where
 
 - a facet with a synonym is sometimes asked by it, and a query is sometimes repeated in other words or word order
   (reformulation, in the history only);
 - sometimes a query on another topic slips in (in the history only);
-- with probability ``DETOUR`` a step is a facet the persona would not ask next: logs are noisy, so imitating them exactly
-  is not the best policy. A detour does not move the chain.
+- with probability ``DETOUR`` a step is a facet the persona would not ask next: logs are noisy, so that perfect
+  imitation is not the best policy. A detour does not move the chain.
 
 What the policy must do: read the topic off the current session and the persona off the whole history.
 
-``next_queries`` are the session's next 3 steps. ``relevant_queries`` do not depend on them: they are every form of every
-facet that the persona, from the current facet and without detours, asks within the next 3 steps with a probability of
-at least ``RELEVANT``, by enumeration of the chain. The baselines and the exact ceiling are in ``tppo_fast.data.baselines``.
+``next_queries`` are the session's next 3 steps. ``relevant_queries`` do not depend on them: they are every form of
+every facet that the persona, from the current facet and without detours, asks within the next 3 steps with a
+probability of at least ``RELEVANT``, by enumeration of the chain. What can be reached: ``tppo_fast.data.baselines``.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from tppo_fast.errors import UserError
 T = TypeVar("T")
 
 PERSONAS = 6
-FOLLOWERS = 5
+FOLLOWERS = 6
 """Facets that may follow each facet at all; every persona chooses three of them, in an order of its own."""
 HORIZON = 3
 """Steps that ``next_queries`` and ``relevant_queries`` look ahead."""
 STEP = (0.7, 0.2, 0.1)
 """Probability of a persona's first, second and third choice of the next facet."""
-DETOUR = 0.25
+DETOUR = 0.2
 """Share of steps that the persona would not take."""
 RELEVANT = 0.35
 """Least probability of being asked within ``HORIZON`` steps that makes a facet relevant."""
-POPULARITY = 1.0
+POPULARITY = 1.5
 """How much more often the lexicon's first facets follow others: the exponent of a Zipf law."""
 SYNONYM, REFORMULATION, OTHER_TOPIC = 0.2, 0.15, 0.2
 EARLIER_SESSIONS = 1
@@ -54,9 +55,8 @@ START = ""
 def generate_sessions(count: int, seed: int) -> list[Session]:
     """``count`` sessions of about ``count / 2`` users, one after the other.
 
-    The same seed gives the same sessions on every machine and Python version. Two seeds share the world, and their users
-    share ids: never train on one seed and evaluate on another without giving the users new ids; hold out users with
-    ``split_by_user`` instead.
+    The same seed gives the same sessions on every machine and Python version. User ids do not depend on the seed: to
+    hold out users, split one seed's sessions with ``split_by_user``.
 
     Raises:
         UserError: count below 1.

@@ -2,10 +2,9 @@
 
 The rules, where the paper leaves them open:
     words      ``words.word_spans``; compared by Snowball stem of the NFKC-casefolded form.
-    relevant   the stem occurs in the true next queries (each distinct query counted once).
-    repetition must not pay: within one generated query a stem is relevant at most as often as the true query that uses
-               it most often; over the response at most as often as all true queries together use it. Only relevant
-               occurrences use up the allowance, so a wrong repetition takes nothing from a later right word.
+    matching   each generated query is matched with at most one true query and the other way round, the pairs that share
+               most stems first: words are judged as part of the query they stand in, and nothing counts twice.
+    relevant   the stem occurs in the matched true query, at most as often as there.
     novelty    a generated query that equals a query of the history, or an earlier query of the same response, is
                irrelevant word by word, whatever the true next queries hold.
     separator  each occurrence of the separator is a span of class 0; other punctuation lies outside every span.
@@ -35,19 +34,17 @@ def classify_queries(
     Returns:
         One list per query, one class (1 irrelevant, 2 relevant) per word of ``query_words(query)``.
     """
-    per_query, in_total = _allowance(tuple(next_queries), language)
     known = {normalise_query(query) for query in history}
-    used: Counter[str] = Counter()
-    classes = []
-    for query in queries:
+    stems = [[stem(query[start:end], language) for start, end in query_words(query)] for query in queries]
+    fresh: list[int] = []
+    for index, query in enumerate(queries):
         form = normalise_query(query)
-        stems = [stem(query[start:end], language) for start, end in query_words(query)]
-        if form in known:
-            classes.append([IRRELEVANT] * len(stems))
-        else:
-            classes.append(_spend(stems, per_query, in_total, used))
+        if form not in known:
+            fresh.append(index)
         known.add(form)
-    return classes
+    truth = _true_stems(tuple(next_queries), language)
+    matched = _match({index: Counter(stems[index]) for index in fresh}, truth)
+    return [_spend(words, Counter(matched.get(index, ()))) for index, words in enumerate(stems)]
 
 
 def query_words(query: str) -> list[Span]:
@@ -56,26 +53,29 @@ def query_words(query: str) -> list[Span]:
 
 
 @lru_cache(maxsize=1 << 12)
-def _allowance(next_queries: tuple[str, ...], language: str) -> tuple[Counter[str], Counter[str]]:
-    """How often each stem may be relevant in one query, and in the whole response."""
-    per_query: Counter[str] = Counter()
-    in_total: Counter[str] = Counter()
-    for query in {normalise_query(query): query for query in next_queries}.values():
-        counts = Counter(stem(query[start:end], language) for start, end in query_words(query))
-        per_query |= counts
-        in_total += counts
-    return per_query, in_total
+def _true_stems(next_queries: tuple[str, ...], language: str) -> list[Counter[str]]:
+    """The stems of each distinct true query."""
+    distinct = {normalise_query(query): query for query in next_queries}.values()
+    return [Counter(stem(query[start:end], language) for start, end in query_words(query)) for query in distinct]
 
 
-def _spend(stems: list[str], per_query: Counter[str], in_total: Counter[str], used: Counter[str]) -> list[int]:
-    here: Counter[str] = Counter()
+def _match(generated: dict[int, Counter[str]], truth: list[Counter[str]]) -> dict[int, Counter[str]]:
+    """Generated query -> its true query: greedily by shared stems, ties to the shorter and then the earlier true query."""
+    shared = [((stems & true).total(), -true.total(), -i, -j) for i, stems in generated.items() for j, true in enumerate(truth)]
+    matched: dict[int, Counter[str]] = {}
+    taken: set[int] = set()
+    for overlap, _, i, j in sorted(shared, reverse=True):
+        if overlap and -i not in matched and -j not in taken:
+            matched[-i] = truth[-j]
+            taken.add(-j)
+    return matched
+
+
+def _spend(stems: list[str], allowance: Counter[str]) -> list[int]:
     classes = []
     for word in stems:
-        relevant = here[word] < per_query[word] and used[word] < in_total[word]
-        if relevant:
-            here[word] += 1
-            used[word] += 1
-        classes.append(RELEVANT if relevant else IRRELEVANT)
+        classes.append(RELEVANT if allowance[word] > 0 else IRRELEVANT)
+        allowance[word] -= 1
     return classes
 
 

@@ -1,0 +1,90 @@
+"""The shell: exit codes, one sentence on stderr, help that needs no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+from tppo_fast import cli
+from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.interrupt import Interrupted
+
+
+def tppo(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tppo_fast.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def raising(error: BaseException) -> object:
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("ppo.lr = -1: must be\npositive"), 2, "error: ppo.lr = -1: must be positive"),
+        (TrainingDiverged({"step": 7}), 1, "step 7"),
+        (Interrupted("stopped after step 3; continue with --resume"), 130, "--resume"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (click.exceptions.Abort(), 130, "interrupted"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "Permission denied"),
+        (MemoryError(), 1, "microbatch_tokens"),
+        (RuntimeError("CUDA out of memory. Tried"), 1, "microbatch_tokens"),
+        (click.UsageError("no such option"), 2, "no such option"),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(raising(error)) == code  # type: ignore[arg-type]
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(raising(RuntimeError("a bug")))  # type: ignore[arg-type]
+
+
+def test_help_is_instant_and_lists_every_setting() -> None:
+    began = time.monotonic()
+    out = tppo("train", "--help").stdout
+    assert time.monotonic() - began < 3.0
+    for name in ("--ppo.clip_high", "--rollout.temperature", "--seed", "--resume"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "Missing argument 'CONFIG'"),
+        (["train", "nowhere.toml"], "nowhere.toml"),
+        (["trian"], "No such command 'trian'"),
+        (["demo", "--steps", "0"], "--steps"),
+        (["demo", "--seed", "x"], "--seed"),
+    ],
+)
+def test_usage_errors(arguments: list[str], said: str) -> None:
+    done = tppo(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_setting_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[ppo]\nlearning_rate = 1e-5\n")
+    done = tppo("train", str(tmp_path / "c.toml"), "--ppo.clip_hihg", "0.3")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "ppo.learning_rate" in done.stderr
+
+
+def test_version() -> None:
+    assert "tppo-fast" in tppo("--version").stdout

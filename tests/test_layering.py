@@ -1,0 +1,109 @@
+"""The arrows of CONTRIBUTING, the public names, and the rules that keep `kernels/` a folder."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tppo_fast
+import tppo_kernels
+
+ROOT = Path(__file__).parents[1]
+
+ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrows go one way
+    "errors": set(),
+    "config": {"errors"},
+    "words": set(),
+    "plugins": {"errors"},
+    "seeding": set(),
+    "interrupt": set(),
+    "data_types": set(),
+    "progress": set(),
+    "metrics": {"errors"},
+    "attention": {"data_types", "errors"},
+    "packing": {"data_types", "errors"},
+    "advantages": {"config"},
+    "checkpoint": {"config", "errors", "model", "ppo", "seeding"},
+    "model": {"attention", "config", "data_types", "errors", "packing"},
+    "losses": {"config", "data_types", "model"},
+    "ppo": {
+        "advantages", "config", "data_types", "errors", "losses", "metrics", "model", "packing", "seeding",
+    },
+    "sft": {"data_types", "errors", "model", "packing", "seeding"},
+    "data": {"config", "data_types", "errors", "words"},
+    "rewards": {"config", "data_types", "errors", "plugins", "words"},
+    "rollout": {"config", "data_types", "errors", "model", "plugins"},
+    "evaluate": {"data", "data_types", "errors", "rewards", "words"},
+    "report": {"errors", "metrics"},
+    "doctor": {"errors"},
+}  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def files(part: str) -> list[Path]:
+    folder = ROOT / "tppo_fast" / part
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_arrows(part: str) -> None:
+    for path in files(part):
+        used = {n.split(".")[1] for n in imported(path) if n.startswith("tppo_fast.")} - {part}
+        assert used <= ALLOWED[part], f"{path.name} imports {sorted(used - ALLOWED[part])}"
+
+
+def test_every_module_has_its_place() -> None:
+    top = {p.stem for p in (ROOT / "tppo_fast").glob("*.py")} | {p.parent.name for p in (ROOT / "tppo_fast").glob("*/__init__.py")}
+    assert top == set(ALLOWED) | {"__init__", "trainer", "demo", "cli"}
+
+
+def test_kernels_import_nothing_of_the_trainer() -> None:
+    for path in (ROOT / "kernels" / "tppo_kernels").rglob("*.py"):
+        assert not [n for n in imported(path) if n.split(".")[0] in {"tppo_fast", "transformers", "vllm"}], path
+
+
+def test_only_the_vllm_engine_imports_vllm() -> None:
+    for path in (ROOT / "tppo_fast").rglob("*.py"):
+        if path.name != "vllm_engine.py":
+            assert not [n for n in imported(path) if n.split(".")[0] == "vllm"], path
+
+
+def test_kernels_is_a_folder_and_shadows_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "kernels").exists()
+    code = "import importlib.util as u; s = u.find_spec('kernels'); raise SystemExit(s is not None and s.origin is not None and 'tppo' in s.origin)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_public_names() -> None:
+    assert tppo_fast.__all__ == ["Config", "train"]
+    for name in tppo_fast.__all__:
+        assert callable(getattr(tppo_fast, name))
+    with pytest.raises(AttributeError, match="nonsense"):
+        tppo_fast.nonsense  # noqa: B018
+    assert {"gae", "linear_logprobs", "logprobs_from_logits", "ppo_loss", "whiten"} <= set(tppo_kernels.__all__)
+    assert tppo_kernels.__all__ == sorted(tppo_kernels.__all__)
+    for name in tppo_kernels.__all__:
+        assert getattr(tppo_kernels, name).__doc__
+
+
+def test_no_pickles_are_loaded() -> None:
+    for path in (ROOT / "tppo_fast").rglob("*.py"):
+        text = path.read_text()
+        assert "torch.load" not in text, path
+        assert "import pickle" not in text, path
+        assert "trust_remote_code=True" not in text, path
