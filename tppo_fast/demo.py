@@ -134,9 +134,9 @@ def _supervised(options: DemoSettings, sessions: Sequence[Session], console: Con
     examples = list(zip(builder.prompts(sessions), builder.responses(sessions), strict=True))
     if options.sft_steps:
         console.print(f"[bold]SFT[/]: {options.sft_steps} steps on {len(examples)} sessions")
-        rate = 2e-3 if not options.model else 2e-5
+        rate = 3e-3 if not options.model else 2e-5
         plan = sft.SFTSettings(
-            steps=options.sft_steps, batch_size=48 if not options.model else 8, lr=rate, seed=options.seed
+            steps=options.sft_steps, batch_size=32 if not options.model else 8, lr=rate, seed=options.seed
         )
         with Progress("sft", options.sft_steps, "step") as progress:
             sft.supervise(actor_critic.actor, examples, plan, lambda loss: progress.update(1, loss=loss))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tppo_kernels import backend as backends
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,6 +21,11 @@ if INTERPRETED:
     spec.loader.exec_module(interpreter_patch)
     interpreter_patch.patch()
     np.seterr(all="ignore")  # exp2 of a padded column may overflow: it is never stored
+    from tppo_kernels.triton_ops.common import BLOCKS
+
+    BLOCKS.update(gae=(128, 4), carry=(4, 0))  # the interpreter scans one entry at a time; and chains of tiles are short
+settings.register_profile("ops", deadline=None, max_examples=6 if INTERPRETED else 25)
+settings.load_profile("ops")
 
 
 @pytest.fixture(autouse=True)

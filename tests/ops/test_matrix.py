@@ -115,7 +115,7 @@ def test_rows_beyond_two_to_the_31_entries(backend):
     assert_close(got, *(tk.logprobs_from_logits(x, targets, backend="reference") for x in (logits, logits.double())))
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(0, 4), vocab=st.integers(1, 70), step=st.sampled_from([1, 2]), transposed=st.booleans(),
     seed=st.integers(0, 3),
@@ -165,8 +165,8 @@ LENGTHS = [
     pytest.param([1], id="one-action"),
     pytest.param([1] * 300, id="one-action-each"),
     pytest.param([0, 5, 0, 0, 40, 1, 0], id="with-empty"),
-    pytest.param([1500], id="longer-than-a-tile"),
-    pytest.param([70, 1, 600, 90, 700], id="mixed"),
+    pytest.param([700], id="longer-than-a-tile"),
+    pytest.param([70, 1, 300, 90, 140], id="mixed"),
 ]
 
 
@@ -208,7 +208,7 @@ def test_gae_keeps_a_sequences_nan_to_itself(backend):
         assert advantages.isnan().tolist() == [False] * 4 + [True] * 2 + [False] * 6
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(0, 40), max_size=30), seed=st.integers(0, 3))
 def test_gae_of_any_segmentation(backend, lengths, seed):
     x = random_rollouts(lengths, seed=seed)
@@ -352,7 +352,7 @@ def test_opcheck(backend):
 def test_same_inputs_same_bits(backend):
     x, (logits, targets) = random_ppo(5000), random_logits(9, 3001)
     upstream = torch.ones(9), torch.ones(9)
-    rollouts = random_rollouts([4000, 3, 90])
+    rollouts = random_rollouts([300, 3, 90])
     for run in (
         lambda: ppo(x, ("entropy", "ref_logp"), backend, 1.0, entropy_coef=0.1, kl_coef=0.1),
         lambda: logprobs(logits, targets, backend, upstream),

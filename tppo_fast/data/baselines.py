@@ -3,12 +3,12 @@
 Mean relevance of 4000 sessions, seed 0, printed by ``python -m tppo_fast.data.baselines`` (no randomness is left in it):
 
     copy the last query                 0.000
-    right topic, random facets          0.229
-    right topic, most popular facets    0.625
-    exact Bayes, current session only   0.760
-    exact Bayes, whole history          0.945   the ceiling: no policy can expect more
+    right topic, random facets          0.429
+    right topic, most popular facets    0.691
+    exact Bayes, current session only   0.839
+    exact Bayes, whole history          0.958   the ceiling: no policy can expect more
     the relevant queries themselves     1.000
-    what the users asked next           0.618   the noisy log itself, which imitation aims at
+    what the users asked next           0.703   the noisy log itself, which imitation aims at
 """
 
 from __future__ import annotations

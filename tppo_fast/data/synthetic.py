@@ -1,6 +1,6 @@
 """Search sessions from a known world, so that relevance has a ground truth that can be computed exactly.
 
-The world is fixed (``seed`` only chooses users and what they do): 3 domains x 16 topics x 16 facets, 6 personas. A
+The world is fixed (``seed`` only chooses users and what they do): 3 domains x 16 topics x 10 facets, 4 personas. A
 persona is, per domain, a Markov chain over facets: a session starts with any facet, and after each one three facets may
 follow, with probabilities ``STEP``, never one already asked in the session. Some facets are popular with everybody. A
 user has one persona and several sessions on different topics. A session asks for its topic, then for ``topic facet``
@@ -33,7 +33,7 @@ from tppo_fast.errors import UserError
 
 T = TypeVar("T")
 
-PERSONAS = 6
+PERSONAS = 4
 FOLLOWERS = 6
 """Facets that may follow each facet at all; every persona chooses three of them, in an order of its own."""
 HORIZON = 3

@@ -16,10 +16,9 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "gae": (1024, 4),
     "stats": (4096, 8),
     "ppo": (1024, 4),
+    "carry": (256, 0),
 }
-"""Entries and warps of a program, per kernel; tests that interpret may enlarge the entries."""
-CARRY_TILES = 256
-"""Tiles to the right that are composed at once when a sequence spans tiles."""
+"""Entries and warps of a program, per kernel, and how many tiles of a long sequence are composed at once (carry)."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -74,6 +73,12 @@ def exp_tail(x):
 def exp_minus_line(x, y):
     """exp(x) - 1 - x, where y is exp(x)."""
     return tl.where(tl.abs(x) < 0.35, exp_tail(x), y - 1.0 - x)
+
+
+@triton.jit
+def exp_minus_1(x, y):
+    """exp(x) - 1, where y is exp(x)."""
+    return tl.where(tl.abs(x) < 0.35, exp_tail(x) + x, y - 1.0)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import CARRY_TILES, block, counter, is_last_program, on_device
+from .common import block, counter, is_last_program, on_device
 
 
 @triton.jit
@@ -236,7 +236,7 @@ def gae(
         gae_tiles[(tiles,)](*inputs, *sizes, totals, tiles, TILE=size, num_warps=warps)
         gae_apply[(tiles,)](
             *inputs, *sizes, totals, tiles, advantages, returns, partial, stats, counter(rewards),
-            TILE=size, CARRY=CARRY_TILES, num_warps=warps,
+            TILE=size, CARRY=block("carry")[0], num_warps=warps,
         )  # fmt: skip
 
 
@@ -250,6 +250,6 @@ def stats(x: Tensor, mask: Tensor | None) -> Tensor:
     with on_device(x):
         stats_kernel[(programs,)](
             x, None if mask is None else mask.contiguous().view(torch.uint8), x.numel(), partial, out, counter(x), programs,
-            BLOCK=size, CARRY=CARRY_TILES, num_warps=warps,
+            BLOCK=size, CARRY=block("carry")[0], num_warps=warps,
         )  # fmt: skip
     return out

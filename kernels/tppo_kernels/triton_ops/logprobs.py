@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..library import LogitOptions, Rows
-from .common import LN2, LOG2E, NEG_INF, block, exp_minus_line, on_device, tanh
+from .common import LN2, LOG2E, NEG_INF, block, exp_minus_1, on_device, tanh
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def row_backward(
     dz = -p * (c + e * (d + entropy))
     logp = tl.where(logp < -1e30, -1e30, logp)
     py = tl.exp(logp)
-    dz_target = -c * (exp_minus_line(logp, py) + logp) - e * py * (logp + entropy)  # 1 - p without cancellation
+    dz_target = -c * exp_minus_1(logp, py) - e * py * (logp + entropy)  # 1 - p without cancellation
     dz = tl.where(columns == y, dz_target, dz) * slope
     tl.store(out_ptr, dz.to(out_ptr.dtype.element_ty), mask=inside)
 
