@@ -41,13 +41,14 @@ def test_again_takes_what_is_there(options: demo.DemoSettings, capsys: pytest.Ca
 
 def test_two_demos_do_not_mix(options: demo.DemoSettings, tiny_model: Path) -> None:
     other = demo.DemoSettings(run_dir=options.run_dir, model=str(tiny_model), sft_steps=3, steps=1, sessions=60)
-    with pytest.raises(UserError, match="sft_steps = '3'.*'2'.*--fresh"):
+    with pytest.raises(UserError, match=r"sft_steps = '3'.*'2'.*--fresh"):
         demo.run_demo(other)
 
 
-def test_methods_differ_in_one_setting(options: demo.DemoSettings) -> None:
+def test_methods_differ_in_credit_assignment_alone(options: demo.DemoSettings) -> None:
     a, b = (demo._config(options, Path("x"), name).model_dump() for name in demo.METHODS)
     assert (a["reward"].pop("placement"), b["reward"].pop("placement")) == ("token", "last")
+    assert (a["ppo"].pop("gamma"), b["ppo"].pop("gamma")) == (0.7, 1.0)
     assert a.pop("run_dir") != b.pop("run_dir")
-    a["train"].pop("show_examples"), b["train"].pop("show_examples")
+    assert (a["train"].pop("show_examples"), b["train"].pop("show_examples")) == (3, 0)
     assert a == b

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tppo_kernels
 
 import tppo_fast
-import tppo_kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +67,9 @@ def test_arrows(part: str) -> None:
 
 
 def test_every_module_has_its_place() -> None:
-    top = {p.stem for p in (ROOT / "tppo_fast").glob("*.py")} | {p.parent.name for p in (ROOT / "tppo_fast").glob("*/__init__.py")}
+    top = {p.stem for p in (ROOT / "tppo_fast").glob("*.py")} | {
+        p.parent.name for p in (ROOT / "tppo_fast").glob("*/__init__.py")
+    }
     assert top == set(ALLOWED) | {"__init__", "trainer", "demo", "cli"}
 
 
@@ -85,7 +87,7 @@ def test_only_the_vllm_engine_imports_vllm() -> None:
 def test_kernels_is_a_folder_and_shadows_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "tests" / "kernels").exists()
-    code = "import importlib.util as u; s = u.find_spec('kernels'); raise SystemExit(s is not None and s.origin is not None and 'tppo' in s.origin)"
+    code = "import importlib.util as u, sys; s = u.find_spec('kernels'); sys.exit('tppo' in str(s and s.origin))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -12,6 +12,10 @@ from tppo_fast.rewards.lexical import LexicalLabeller, classify_queries
 from tppo_fast.words import normalise_query, stem, word_spans
 
 LABEL = LexicalLabeller()
+VOCABULARY = st.sampled_from(
+    ["rome", "romes", "paris", "pizza", "pizzas", "x", ",", ", ", " ", "!", "\U0001f355", "\u0301"]
+)
+TEXT = st.one_of(st.lists(VOCABULARY, max_size=12).map(" ".join), st.text(max_size=20))
 
 
 def by_word(labels: Labels, text: str) -> list[tuple[str, int]]:
@@ -117,7 +121,7 @@ def test_the_separator_splits_by_its_visible_part(separator: str) -> None:
 
 
 def test_a_separator_made_of_letters_is_class_0() -> None:
-    assert LexicalLabeller(separator=" OR ")([], ["rome or paris"], "rome OR paris").classes == [2, 0, 1]
+    assert LexicalLabeller(separator=" OR ")([], ["rome or paris"], "rome OR paris").classes == [2, 0, 2]
 
 
 def test_words_are_judged_as_part_of_their_query() -> None:
@@ -125,6 +129,25 @@ def test_words_are_judged_as_part_of_their_query() -> None:
     truth = ["tent manual", "tent reviews", "tent repair"]
     assert classify_queries([], truth, ["tent manual reviews repair"]) == [[2, 2, 1, 1]]
     assert classify_queries([], truth, ["tent sizes", "tent manual"]) == [[2, 1], [2, 2]]
+    assert classify_queries([], truth, ["tent manual", "tent manual now"]) == [[2, 2], [2, 1, 1]]
+
+
+def test_queries_past_the_asked_number_are_irrelevant() -> None:
+    truth = ["tent manual", "tent reviews"]
+    assert classify_queries([], truth, ["tent x", "tent manual"], num_queries=1) == [[2, 1], [1, 1]]
+    assert LexicalLabeller(num_queries=1)([], truth, "tent x, tent manual").classes == [2, 1, 0, 1, 1]
+
+
+@settings(deadline=None)
+@given(truth=st.lists(TEXT, max_size=3), response=TEXT, more=TEXT)
+def test_labels_are_causal(truth: list[str], response: str, more: str) -> None:
+    """Without a history to copy, what is appended as a further word changes no earlier label."""
+    before = LABEL([], truth, response + " x")
+    after = LABEL([], truth, response + " x " + more)
+    queries = [normalise_query(q) for q in (response + " x " + more).split(",")]
+    if len(set(queries)) == len(queries):  # no query repeats another one: the novelty rule has nothing to say
+        kept = len(before.classes)
+        assert after.classes[:kept] == before.classes
 
 
 @pytest.mark.parametrize(
@@ -155,12 +178,6 @@ def test_other_languages_stem_by_their_own_algorithm() -> None:
 def test_impossible_labels_are_refused(spans: list, classes: list, sentence: int, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         Labels(spans=spans, classes=classes, sentence=sentence)
-
-
-VOCABULARY = st.sampled_from(
-    ["rome", "romes", "paris", "pizza", "pizzas", "x", ",", ", ", " ", "!", "\U0001f355", "\u0301"]
-)
-TEXT = st.one_of(st.lists(VOCABULARY, max_size=12).map(" ".join), st.text(max_size=20))
 
 
 @settings(deadline=None)

@@ -21,10 +21,10 @@ from tppo_fast.data_types import Rollout, RolloutBatch
 from tppo_fast.errors import UserError
 from tppo_fast.model import Evaluation
 
-SMALL = dict(
-    vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2, num_key_value_heads=2, head_dim=16,
-)  # fmt: skip
+SMALL = {
+    "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
 ARCHITECTURES = {
     "llama": (t.LlamaConfig, t.LlamaForCausalLM, {}),
     "gpt2": (t.GPT2Config, t.GPT2LMHeadModel, {}),

@@ -86,7 +86,7 @@ def test_microbatches_cover_once_within_budget(group: list, share: bool, budget:
 
 def test_refuses_bad_input() -> None:
     good = rollout(prompt([1]), [2, 3])
-    with pytest.raises(UserError, match="2 tokens.*1 rewards"):
+    with pytest.raises(UserError, match=r"2 tokens.*1 rewards"):
         packing.pack([good], [[1.0]])
     with pytest.raises(UserError, match="2 entries for 1 rollouts"):
         packing.pack([good], [[1.0, 2.0], [3.0]])

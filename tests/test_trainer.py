@@ -114,7 +114,8 @@ def test_sharing_prompts_changes_only_rounding(tiny_model: Path, whole_run: Path
 def test_learns_what_it_is_paid_for(tiny_model: Path, tmp_path: Path) -> None:
     trainer.train(
         config(
-            tiny_model, tmp_path / "r", ppo={"lr": 1e-2, "kl_placement": "off", "epochs": 3}, reward={"source": "test_trainer:pay_for_first_letter"},
+            tiny_model, tmp_path / "r", ppo={"lr": 1e-2, "kl_placement": "off", "epochs": 3},
+            reward={"source": "test_trainer:pay_for_first_letter"},
             rollout={"prompts_per_step": 8, "samples_per_prompt": 8, "max_new_tokens": 1}, train__steps=25, train__eval_every=0,
         )
     )  # fmt: skip
@@ -206,10 +207,10 @@ def test_a_damaged_checkpoint_is_named(tiny_model: Path, tmp_path: Path) -> None
     trainer.train(config(tiny_model, run_dir, train__steps=2, train__eval_every=0))
     newest = checkpoint.list_checkpoints(run_dir)[-1]
     (newest / "optimizer.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match="step_000002.*cannot be loaded"):
+    with pytest.raises(UserError, match=r"step_000002.*cannot be loaded"):
         trainer.train(config(tiny_model, run_dir, train__steps=3), resume=True)
     (newest / "state.json").write_text("{")
-    with pytest.raises(UserError, match="step_000002.*damaged"):
+    with pytest.raises(UserError, match=r"step_000002.*damaged"):
         trainer.train(config(tiny_model, run_dir, train__steps=3), resume=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def build_layout(batch: RolloutBatch, *, flash: bool = False) -> Layout:
     """The layout of a batch. Segments with a prefix always take SDPA blocks: flash-attn varlen has no such mask."""
     cu = batch.cu_seqlens.tolist()
     prefix = batch.prefix.tolist()
-    lengths = [b - a for a, b in zip(cu, cu[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(cu)]
     if flash and max(prefix, default=-1) < 0:
         empty = batch.token_ids.new_zeros(0)
         return Layout(True, batch.cu_seqlens, max(lengths, default=0), [], empty)

@@ -68,7 +68,8 @@ def check_resumable(run_dir: Path, config: Config) -> Path:
             key = next(k for k in is_now if was.get(k) != is_now[k])
             section, was, is_now = f"{section}.{key}", was.get(key), is_now[key]
         raise UserError(
-            f"{section} = {is_now!r}, but the run in {str(run_dir)!r} has {was!r}: use the same value to resume, or another run_dir"
+            f"{section} = {is_now!r}, but the run in {str(run_dir)!r} has {was!r}: use the same value to resume, or "
+            "another run_dir"
         )
     return checkpoints[-1]
 

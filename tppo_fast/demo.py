@@ -1,7 +1,7 @@
 """The whole method in minutes on any machine: supervise a small model, then TPPO and sentence-level PPO from the same start.
 
-Both runs share model, data, seeds, sampling and hyper-parameters; the second one sums the same token rewards onto the last
-token. What differs is credit assignment alone.
+Both runs share model, data, seeds, sampling, token labels and optimizer. Sentence-level PPO gets the same token rewards summed
+onto the last token, undiscounted: what differs is credit assignment (``METHODS``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +31,12 @@ from tppo_fast.progress import Progress
 from tppo_fast.rewards import build_reward, token_spans
 from tppo_fast.rollout import build_engine
 
-METHODS = {"TPPO": "token", "sentence PPO": "last"}
-"""Method -> where the reward stands."""
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "TPPO": {"reward": {"placement": "token"}, "ppo": {"gamma": 0.7}},
+    "sentence PPO": {"reward": {"placement": "last"}, "ppo": {"gamma": 1.0}},
+}
+"""Method -> its own settings. A reward on every token allows a discount, which cuts the variance of later tokens; a single
+reward on the last token would only be shrunk by it."""
 TABLE = ("relevance", "hit", "mrr", "distinct", "valid", "copy", "length")
 """Columns of the final table."""
 RESPONSES = 2
@@ -48,16 +53,16 @@ class DemoSettings:
     """A causal LM to start from; empty makes a small one with its own tokenizer."""
     data: str = "synthetic"
     """Sessions file, or the embedded generator."""
-    sessions: int = 4000
+    sessions: int = 8000
     """Generated sessions, when no file is given."""
     seed: int = 0
     """Decides data, initialisation and sampling."""
-    sft_steps: int = 300
+    sft_steps: int = 700
     """Supervised steps before PPO; 0 takes the model as it is."""
     steps: int = 60
     """PPO steps of each method."""
-    lr: float = 3e-4
-    """PPO learning rate; take about 1e-6 to 1e-5 for a pretrained model."""
+    lr: float | None = None
+    """PPO learning rate, decaying linearly; None: 1e-3 for the small model, 1e-5 for a model of your own."""
     fresh: bool = False
     """Remove an earlier demo in ``run_dir`` first."""
 
@@ -70,6 +75,8 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
     """
     console = Console(stderr=True)
     _open(options)
+    if not options.model:
+        torch.set_num_threads(1)
     train_sessions, eval_sessions = _sessions(options)
     start = _supervised(options, train_sessions, console)
     configs = {name: _config(options, start, name) for name in METHODS}
@@ -134,10 +141,8 @@ def _supervised(options: DemoSettings, sessions: Sequence[Session], console: Con
     examples = list(zip(builder.prompts(sessions), builder.responses(sessions), strict=True))
     if options.sft_steps:
         console.print(f"[bold]SFT[/]: {options.sft_steps} steps on {len(examples)} sessions")
-        rate = 3e-3 if not options.model else 2e-5
-        plan = sft.SFTSettings(
-            steps=options.sft_steps, batch_size=32 if not options.model else 8, lr=rate, seed=options.seed
-        )
+        batch_size, rate = (8, 2e-5) if options.model else (32, 3e-3)
+        plan = sft.SFTSettings(steps=options.sft_steps, batch_size=batch_size, lr=rate, seed=options.seed)
         with Progress("sft", options.sft_steps, "step") as progress:
             sft.supervise(actor_critic.actor, examples, plan, lambda loss: progress.update(1, loss=loss))
     with checkpoint.atomic_folder(start) as temporary:
@@ -168,12 +173,14 @@ def _small_model(options: DemoSettings, sessions: Sequence[Session]) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=344,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=bpe.token_to_id("</s>"),
+        pad_token_id=bpe.token_to_id("<pad>"),
         bos_token_id=None,
     )
     torch.manual_seed(options.seed)
@@ -184,27 +191,33 @@ def _small_model(options: DemoSettings, sessions: Sequence[Session]) -> Path:
 
 
 def _config(options: DemoSettings, start: Path, method: str) -> Config:
-    """One method's run; only ``reward.placement`` and the folder differ between methods."""
+    """One method's run."""
+    lr = options.lr or (1e-5 if options.model else 1e-3)
+    own = METHODS[method]
     return settings_module.build(
         {
             "run_dir": str(options.run_dir / method.replace(" ", "-").lower()),
             "seed": options.seed,
+            "threads": 0 if options.model else 1,  # small matrices: a second thread costs more than it brings
             "model": {"path": str(start)},
             "data": {"train": str(options.run_dir / "train.jsonl"), "eval": str(options.run_dir / "eval.jsonl")},
-            "rollout": {"prompts_per_step": 24, "samples_per_prompt": 4, "max_new_tokens": 32},
-            "reward": {"placement": METHODS[method], "scale": "binary"},
+            "rollout": {"prompts_per_step": 32, "samples_per_prompt": 4, "max_new_tokens": 32},
+            "reward": {"scale": "binary", "length_penalty": False, **own["reward"]},
             "ppo": {
-                "lr": options.lr,
-                "critic_lr": 3 * options.lr,
-                "lr_warmup_steps": 4,
+                "lr": lr,
+                "lr_schedule": "linear",
+                "critic_lr": 3 * lr,
                 "minibatches": 2,
-                "kl_coef": 0.02,
                 "value_clip": None,
+                "value_warmup_steps": min(2, options.steps - 1),
+                "kl_coef": 0.02,
+                **own["ppo"],
             },
             "train": {
                 "steps": options.steps,
                 "eval_every": max(options.steps // 6, 1),
-                "show_examples": int(method == "TPPO"),
+                "eval_prompts": 200,
+                "show_examples": 3 if method == "TPPO" else 0,
             },
         }
     )
@@ -223,6 +236,7 @@ class Evaluation:
             self.tokenizer,
             expected_length=self._builder.expected_length(train),
             separator=config.data.separator,
+            num_queries=config.data.num_queries,
         )
         self.users = [p.user_id for p in self._prompts for _ in range(RESPONSES)]
         self.examples: list[report.Example] = []
@@ -247,7 +261,8 @@ class Evaluation:
 
     def _labelled(self, name: str, rollouts: Sequence[Rollout]) -> list[report.Example]:
         examples = []
-        for rollout, values, kinds in zip(rollouts, *self._reward.explain(rollouts), strict=True):
+        rewards, classes = self._reward.explain(rollouts)
+        for rollout, values, kinds in zip(rollouts, rewards, classes or [], strict=True):
             text, spans = token_spans(self.tokenizer, rollout.token_ids)
             past, true = " | ".join(rollout.prompt.history), " | ".join(rollout.prompt.next_queries)
             tokens = [(text[a:b], k, float(v)) for (a, b), k, v in zip(spans, kinds, values.tolist(), strict=True)]

@@ -37,7 +37,7 @@ def supervise(
     actor: Actor,
     examples: Sequence[tuple[Prompt, Sequence[int]]],
     settings: SFTSettings,
-    on_step: Callable[[float], None] = lambda loss: None,
+    on_step: Callable[[float], None] = lambda _: None,
 ) -> None:
     """Train ``actor`` in place on (prompt, response tokens) pairs; ``on_step`` gets each step's loss in nats per token.
 

@@ -164,7 +164,13 @@ def setup(config: Config) -> Run:
     expected = config.reward.expected_length
     if expected is None and config.reward.length_penalty:
         expected = builder.expected_length(train_sessions)
-    reward = build_reward(config.reward, tokenizer, expected_length=expected or 0.0, separator=config.data.separator)
+    reward = build_reward(
+        config.reward,
+        tokenizer,
+        expected_length=expected or 0.0,
+        separator=config.data.separator,
+        num_queries=config.data.num_queries,
+    )
     prompts = builder.prompts(train_sessions)
     eval_prompts = builder.prompts(eval_sessions[: config.train.eval_prompts])
     _check_lengths(config, actor_critic.actor, [*prompts, *eval_prompts])
@@ -199,10 +205,8 @@ def resolve_device(name: str) -> torch.device:
 def load_sessions(config: Config) -> tuple[list[Session], list[Session]]:
     """(training, held-out) sessions as configured."""
     data = config.data
-    if data.train == "synthetic":
-        sessions = generate_sessions(data.synthetic_sessions, config.seed)
-    else:
-        sessions = read_sessions(data.train)
+    synthetic = data.train == "synthetic"
+    sessions = generate_sessions(data.synthetic_sessions, config.seed) if synthetic else read_sessions(data.train)
     if data.eval is not None:
         return sessions, read_sessions(data.eval)
     return split_by_user(sessions, data.eval_fraction, config.seed)

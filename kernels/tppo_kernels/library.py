@@ -93,7 +93,8 @@ def logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]
         return out
 
     op = define(
-        f"{backend}_logprobs", f"(Tensor logits, Tensor targets, {options}, bool inplace_backward) -> (Tensor, Tensor, Tensor)",
+        f"{backend}_logprobs",
+        f"(Tensor logits, Tensor targets, {options}, bool inplace_backward) -> (Tensor, Tensor, Tensor)",
         forward, forward_fake,
     )  # fmt: skip
     in_place = define(

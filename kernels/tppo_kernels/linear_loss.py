@@ -210,7 +210,7 @@ class _Call:
 def _chunk_loss(
     call: _Call, logp: Tensor, entropy: Tensor, rows: Sequence[Tensor], learned: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(the chunk's loss, its gradients with respect to logp, entropy and the learned rows), divided by the normaliser."""
+    """(the chunk's loss, its gradients with respect to logp, entropy and the learned rows), all normalised."""
     with torch.enable_grad():
         leaves = [
             x.detach().requires_grad_(need)
@@ -250,11 +250,11 @@ class _LinearTokenLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grad_outputs):
         if ctx.grads is None:
             raise RuntimeError("linear_token_loss: a second backward, and its gradients are spent: call the op again")
         grads, ctx.grads = ctx.grads, None
-        return tuple(None if g is None else _scaled(*g, grad) for g in grads)
+        return tuple(None if g is None else _scaled(g[0], g[1], grad_outputs[0]) for g in grads)
 
 
 def _forward_chunk(

@@ -23,7 +23,9 @@ if INTERPRETED:
     np.seterr(all="ignore")  # exp2 of a padded column may overflow: it is never stored
     from tppo_kernels.triton_ops.common import BLOCKS
 
-    BLOCKS.update(gae=(128, 4), carry=(4, 0))  # the interpreter scans one entry at a time; and chains of tiles are short
+    BLOCKS.update(
+        gae=(128, 4), carry=(4, 0)
+    )  # the interpreter scans one entry at a time; and chains of tiles are short
 settings.register_profile("ops", deadline=None, max_examples=6 if INTERPRETED else 25)
 settings.load_profile("ops")
 

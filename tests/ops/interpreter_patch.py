@@ -50,7 +50,9 @@ def patch() -> None:
     def patched_binary(self, a, b, op):
         if not (is_bf16(a) and is_bf16(b)):
             return binary(self, a, b, op)
-        return handle(op(up(a).data, up(b).data), tl.int1) if op in comparisons else down(binary(self, up(a), up(b), op))
+        return (
+            handle(op(up(a).data, up(b).data), tl.int1) if op in comparisons else down(binary(self, up(a), up(b), op))
+        )
 
     builder.cast_impl = lambda self, x, wanted: converted(x, wanted) or cast(self, x, wanted)
     builder.create_fp_to_fp = lambda self, x, wanted, mode: converted(x, wanted) or to_fp(self, x, wanted, mode)

@@ -1,4 +1,4 @@
-"""The Triton kernels through Triton's interpreter, which must be chosen before triton is imported: in its own process."""
+"""The Triton kernels through Triton's interpreter: in its own process, as it is chosen when triton is imported."""
 
 from __future__ import annotations
 

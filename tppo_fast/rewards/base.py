@@ -52,7 +52,12 @@ def label_with(labeller: Labeller) -> RewardFunction:
 
 
 def build_reward(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, *, expected_length: float, separator: str
+    config: RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    expected_length: float,
+    separator: str,
+    num_queries: int | None = None,
 ) -> TokenRewards:
     """The reward of a run.
 
@@ -61,6 +66,7 @@ def build_reward(
         tokenizer: the policy's, with which responses were decoded.
         expected_length: sl of the length penalty, in tokens, measured on the training sessions.
         separator: text between the queries of a response.
+        num_queries: how many queries a response should hold; the lexical labeller calls later ones irrelevant.
 
     Raises:
         UserError: a source that cannot be loaded, or an expected length that is not a number of tokens.
@@ -69,7 +75,7 @@ def build_reward(
     if config.length_penalty and not (math.isfinite(length) and length >= 0.0):
         raise UserError(f"reward.expected_length = {length}: give a number of tokens, 0 or more")
     if config.source == "lexical":
-        source: RewardFunction = label_with(LexicalLabeller(separator=separator))
+        source: RewardFunction = label_with(LexicalLabeller(separator=separator, num_queries=num_queries))
     elif ":" not in config.source:
         raise UserError(f'reward.source = {config.source!r}: write "lexical", or module:function for your own')
     else:

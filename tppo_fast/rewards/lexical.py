@@ -2,9 +2,14 @@
 
 The rules, where the paper leaves them open:
     words      ``words.word_spans``; compared by Snowball stem of the NFKC-casefolded form.
-    matching   each generated query is matched with at most one true query and the other way round, the pairs that share
-               most stems first: words are judged as part of the query they stand in, and nothing counts twice.
-    relevant   the stem occurs in the matched true query, at most as often as there.
+    relevant   a true next query holds the stem together with all relevant stems before it in the same generated query:
+               words are judged as part of the query they stand in.
+    causal     a word's label depends on the words before it, never on later ones (novelty is the exception): a reward that
+               a later action takes back could not be credited to that action.
+    repetition must not pay: within one generated query a stem is relevant at most as often as in that true query, over the
+               response at most as often as in all distinct true queries together. Only relevant occurrences use up the
+               allowance, so a wrong repetition takes nothing from a later right word.
+    length     queries after the first ``num_queries`` are irrelevant.
     novelty    a generated query that equals a query of the history, or an earlier query of the same response, is
                irrelevant word by word, whatever the true next queries hold.
     separator  each occurrence of the separator is a span of class 0; other punctuation lies outside every span.
@@ -27,7 +32,12 @@ from tppo_fast.words import normalise_query, normalise_word, stem, word_spans
 
 
 def classify_queries(
-    history: Sequence[str], next_queries: Sequence[str], queries: Sequence[str], language: str = "english"
+    history: Sequence[str],
+    next_queries: Sequence[str],
+    queries: Sequence[str],
+    *,
+    num_queries: int | None = None,
+    language: str = "english",
 ) -> list[list[int]]:
     """The class of every word of every generated query, by the rules at the top of this file.
 
@@ -35,16 +45,18 @@ def classify_queries(
         One list per query, one class (1 irrelevant, 2 relevant) per word of ``query_words(query)``.
     """
     known = {normalise_query(query) for query in history}
-    stems = [[stem(query[start:end], language) for start, end in query_words(query)] for query in queries]
-    fresh: list[int] = []
-    for index, query in enumerate(queries):
-        form = normalise_query(query)
-        if form not in known:
-            fresh.append(index)
-        known.add(form)
     truth = _true_stems(tuple(next_queries), language)
-    matched = _match({index: Counter(stems[index]) for index in fresh}, truth)
-    return [_spend(words, Counter(matched.get(index, ()))) for index, words in enumerate(stems)]
+    left = sum(truth, Counter())
+    classes = []
+    for place, query in enumerate(queries):
+        form = normalise_query(query)
+        stems = [stem(query[start:end], language) for start, end in query_words(query)]
+        if form in known or (num_queries is not None and place >= num_queries):
+            classes.append([IRRELEVANT] * len(stems))
+        else:
+            classes.append(_judge(stems, truth, left))
+        known.add(form)
+    return classes
 
 
 def query_words(query: str) -> list[Span]:
@@ -59,23 +71,18 @@ def _true_stems(next_queries: tuple[str, ...], language: str) -> list[Counter[st
     return [Counter(stem(query[start:end], language) for start, end in query_words(query)) for query in distinct]
 
 
-def _match(generated: dict[int, Counter[str]], truth: list[Counter[str]]) -> dict[int, Counter[str]]:
-    """Generated query -> its true query: greedily by shared stems, ties to the shorter and then the earlier true query."""
-    shared = [((stems & true).total(), -true.total(), -i, -j) for i, stems in generated.items() for j, true in enumerate(truth)]
-    matched: dict[int, Counter[str]] = {}
-    taken: set[int] = set()
-    for overlap, _, i, j in sorted(shared, reverse=True):
-        if overlap and -i not in matched and -j not in taken:
-            matched[-i] = truth[-j]
-            taken.add(-j)
-    return matched
-
-
-def _spend(stems: list[str], allowance: Counter[str]) -> list[int]:
+def _judge(stems: list[str], truth: list[Counter[str]], left: Counter[str]) -> list[int]:
+    """Classes of one query's words, from left to right; relevant ones are taken out of ``left``."""
+    here: Counter[str] = Counter()
+    alive = truth  # the true queries that hold every relevant word so far
     classes = []
     for word in stems:
-        classes.append(RELEVANT if allowance[word] > 0 else IRRELEVANT)
-        allowance[word] -= 1
+        holding = [true for true in alive if true[word] > here[word]] if left[word] > 0 else []
+        if holding:
+            alive = holding
+            here[word] += 1
+            left[word] -= 1
+        classes.append(RELEVANT if holding else IRRELEVANT)
     return classes
 
 
@@ -89,6 +96,8 @@ class LexicalLabeller:
 
     separator: str = ", "
     """Text between queries; its visible part splits a response wherever it stands, as in ``PromptBuilder.parse``."""
+    num_queries: int | None = None
+    """Queries a response should hold; words of later ones are irrelevant. None sets no limit."""
     language: str = "english"
     """Snowball algorithm for the stems."""
 
@@ -104,9 +113,8 @@ class LexicalLabeller:
         ends = [*(start for start, _ in breaks), len(response_text)]
         queries = [response_text[start:end] for start, end in zip(starts, ends, strict=True)]
         labelled = [(span, SEPARATOR) for span in breaks]
-        for offset, query, classes in zip(
-            starts, queries, classify_queries(history, next_queries, queries, self.language), strict=True
-        ):
+        judged = classify_queries(history, next_queries, queries, num_queries=self.num_queries, language=self.language)
+        for offset, query, classes in zip(starts, queries, judged, strict=True):
             spans = query_words(query)
             labelled += [((s + offset, e + offset), c) for (s, e), c in zip(spans, classes, strict=True)]
         labelled.sort()

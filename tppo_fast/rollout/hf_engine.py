@@ -42,14 +42,13 @@ class HFEngine:
 
     def __init__(self, lm: Any, tokenizer: Any, *, batch_size: int = 256) -> None:
         """``lm`` is a transformers causal LM that this engine may keep for itself; ``batch_size`` bounds one generate call."""
-        self._lm = lm.eval().requires_grad_(False)
+        self._lm: Any = lm.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._version: int | None = None
         own = lm.generation_config.eos_token_id
-        self._eos = sorted(
-            {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
-        )
+        stops: list[int] = own if isinstance(own, list) else [] if own is None else [own]
+        self._eos: list[int] = sorted({tokenizer.eos_token_id, *stops})
         # the model's own generation settings (top-k, penalties, ...) must not touch the distribution
         lm.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=self._eos[0])
 

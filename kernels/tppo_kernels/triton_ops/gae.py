@@ -1,3 +1,6 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+# A kernel is called with launch options, and its body is Triton's language, not Python's.
 """Packed generalised advantage estimation: a reverse segmented scan in two launches at any segmentation.
 
 With (A, V) the advantage and value of the next unmasked action, every action is an affine map of them,
@@ -75,7 +78,7 @@ def _tile(
     t = tile * TILE + index
     inside = t < actions
     at = tl.minimum(t, actions - 1)
-    first = _sequence_of_one(tile * TILE, starts_ptr, 0, sequences)
+    first = _sequence_of_one(tile * TILE, starts_ptr, tile * 0, sequences)
     final = _sequence_of_one(tl.minimum(tile * TILE + TILE, actions) - 1, starts_ptr, first, sequences)
     b = _sequence_of(at, starts_ptr, tl.zeros([TILE], tl.int32) + first, tl.zeros([TILE], tl.int32) + final + 1)
     last = t + 1 == tl.load(starts_ptr + b + 1)
@@ -108,7 +111,7 @@ def _tile(
         return index, t, inside, kept, v, a, b1, c, d, e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["actions", "sequences", "tiles"])
 def gae_tiles(
     rewards_ptr, values_ptr, starts_ptr, lam_ptr, bootstrap_ptr, mask_ptr, gamma, actions, sequences, totals_ptr,
     tiles, TILE: tl.constexpr,
@@ -128,7 +131,9 @@ def gae_tiles(
 def _carry(totals_ptr, tile, tiles, CARRY: tl.constexpr):
     """(A, V) that enters a tile from its right."""
     index = tl.arange(0, CARRY)
-    a, b, c, d, e = 1.0, 0.0, 0.0, 1.0, 0.0
+    a = tl.full([], 1.0, tl.float32)
+    b = tl.full([], 0.0, tl.float32)
+    c, d, e = b, a, b
     start = tile + 1
     open_ = start < tiles
     while open_:
@@ -184,7 +189,7 @@ def _merge_stats(partial_ptr, stats_ptr, programs, CARRY: tl.constexpr):
     tl.store(stats_ptr + 2, tl.sum(squares, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["actions", "sequences", "tiles"])
 def gae_apply(
     rewards_ptr, values_ptr, starts_ptr, lam_ptr, bootstrap_ptr, mask_ptr, gamma, actions, sequences, totals_ptr,
     tiles, advantages_ptr, returns_ptr, partial_ptr, stats_ptr, counter_ptr, TILE: tl.constexpr, CARRY: tl.constexpr,
@@ -203,7 +208,7 @@ def gae_apply(
         _merge_stats(partial_ptr, stats_ptr, tiles, CARRY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "programs"])
 def stats_kernel(
     x_ptr, mask_ptr, count, partial_ptr, stats_ptr, counter_ptr, programs, BLOCK: tl.constexpr, CARRY: tl.constexpr
 ):
@@ -249,7 +254,7 @@ def stats(x: Tensor, mask: Tensor | None) -> Tensor:
     partial, out = x.new_empty(programs, 3), x.new_empty(3)
     with on_device(x):
         stats_kernel[(programs,)](
-            x, None if mask is None else mask.contiguous().view(torch.uint8), x.numel(), partial, out, counter(x), programs,
-            BLOCK=size, CARRY=block("carry")[0], num_warps=warps,
+            x, None if mask is None else mask.contiguous().view(torch.uint8), x.numel(), partial, out, counter(x),
+            programs, BLOCK=size, CARRY=block("carry")[0], num_warps=warps,
         )  # fmt: skip
     return out

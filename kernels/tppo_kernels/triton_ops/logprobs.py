@@ -1,3 +1,6 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+# A kernel is called with launch options, and its body is Triton's language, not Python's.
 """Log-probability and entropy of every row in one read of the logits, and their gradient, possibly in place.
 
 Everything inside is in base 2: x * (factor * log2 e) - m is one fused multiply-add, and exp2 one instruction.
@@ -63,7 +66,7 @@ def row_forward(
     tl.store(lse_ptr + row, (m + log_total) * LN2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def row_backward(
     x_ptr, target_ptr, logp_ptr, entropy_ptr, lse_ptr, grad_logp_ptr, grad_entropy_ptr, out_ptr, vocab, row_stride,
     out_stride, blocks, inner, outer, CAPPED: tl.constexpr, BLOCK: tl.constexpr,

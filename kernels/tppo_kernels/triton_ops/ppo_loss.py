@@ -1,3 +1,6 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+# A kernel is called with launch options, and its body is Triton's language, not Python's.
 """The PPO objective with every optional term: loss, metrics and gradients in one launch, without a host sync."""
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def _put(row, k: tl.constexpr, slots, x):
     return tl.where(slots == k, tl.sum(x, 0), row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["actions", "programs"])
 def ppo_kernel(
     logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, ref_logp_ptr, entropy_ptr, values_ptr, old_values_ptr,
     returns_ptr, normalizer_ptr, count, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, value_coef, value_clip,

@@ -1,0 +1,41 @@
+"""Every kernel in its shipped configurations compiles for GPUs that are not here: no spills, shared memory within
+limits.
+
+Also tensor-core instructions where a kernel has a dot. One process per target; the table is kept by
+``python tests/ops/aot.py sm_90 benchmarks/results/aot/sm_90.json``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+KERNELS = {"row_forward", "row_backward", "gae_tiles", "gae_apply", "stats_kernel", "ppo_kernel"}
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
+]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles_without_spills(target, tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "aot.py"), target, str(tmp_path / "table.json")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = json.loads((tmp_path / "table.json").read_text())["kernels"]
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["stack"] == 0, row
+        assert row["shared"] <= row["shared_limit"], row
+        assert bool(row["tensor_core"]) == row["has_dot"], row
+        assert row["instructions"] > 0, row
