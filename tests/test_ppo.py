@@ -15,7 +15,7 @@ from tppo_fast import config as settings
 from tppo_fast import losses, packing
 from tppo_fast.advantages import estimate, penalised_rewards
 from tppo_fast.data_types import LossOutput, RolloutBatch
-from tppo_fast.errors import TrainingDiverged
+from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.ppo import PPO, KLController
 
 LENGTHS = [(9, 5), (3, 2), (6, 7), (1, 1), (12, 4), (5, 6)]
@@ -204,7 +204,12 @@ def test_a_loss_of_ones_own() -> None:
     ppo.loss = reinforce
     metrics = ppo.update(ppo.prepare(batch)[0])
     assert metrics["custom/mine"] == pytest.approx(1.0)
-    assert metrics["ppo/ess"] == 1.0 and "ppo/approx_kl" not in metrics  # noqa: PT018
+    assert metrics["ppo/ess"] == 1.0
+    assert "ppo/approx_kl" not in metrics
+    ppo, batch = build(target_kl=0.1)
+    ppo.loss = reinforce
+    with pytest.raises(UserError, match="approx_kl"):
+        ppo.update(ppo.prepare(batch)[0])
 
 
 def test_bfloat16_runs_close_to_float32() -> None:

@@ -15,7 +15,7 @@ from tppo_fast import packing, seeding
 from tppo_fast.advantages import estimate, penalised_rewards
 from tppo_fast.config import Config, PPOConfig
 from tppo_fast.data_types import RolloutBatch, TrainBatch
-from tppo_fast.errors import TrainingDiverged
+from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.losses import LossFunction
 from tppo_fast.metrics import GLOSSARY
 from tppo_fast.model import Actor, ActorCritic
@@ -135,15 +135,14 @@ class PPO:
         norms: list[tuple[float, float]] = []
         epochs_done = 0
         for epoch in range(ppo.epochs):
-            kl_before, actions_before = totals["approx_kl"], totals["actions"]
+            before = dict(totals)
             for sequences in self._minibatches(batch.rollouts.num_sequences, epoch):
                 sums = self._accumulate_gradient(batch, sequences, train_policy)
                 norms.append(self._optimizer_step(sums, train_policy))
                 for name, value in sums.items():
                     totals[name] += value
             epochs_done += 1
-            kl = (totals["approx_kl"] - kl_before) / (totals["actions"] - actions_before)
-            if ppo.target_kl is not None and kl > ppo.target_kl:
+            if ppo.target_kl is not None and _approx_kl(totals, before) > ppo.target_kl:
                 break
         self.step += 1
         metrics = self._summary(totals)
@@ -230,3 +229,11 @@ class PPO:
     def load_state(self, state: dict[str, Any]) -> None:
         self.step, self.kl.coefficient = state["step"], state["kl_coef"]
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _approx_kl(totals: dict[str, float], before: dict[str, float]) -> float:
+    """The mean approx_kl of the last pass."""
+    if "approx_kl" not in totals:
+        raise UserError("ppo.target_kl is set, but ppo.loss reports no approx_kl: report it, or remove ppo.target_kl")
+    actions = totals["actions"] - before.get("actions", 0.0)
+    return (totals["approx_kl"] - before.get("approx_kl", 0.0)) / actions

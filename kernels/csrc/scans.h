@@ -7,7 +7,7 @@ void gae_of(const void* rewards_, const void* values_, const int64_t* starts, co
   auto lam = static_cast<const C*>(lam_), bootstrap = static_cast<const C*>(bootstrap_);
   auto advantages = static_cast<C*>(advantages_), returns = static_cast<C*>(returns_);
   const C gamma = C(gamma_);
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (starts[sequences] > kSmallWork / 2)
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (starts[sequences] > 4 * kSmallWork)
   for (int64_t b = 0; b < sequences; ++b) {
     const C decay = gamma * lam[b];
     C next_value = bootstrap ? bootstrap[b] : C(0), advantage = 0;

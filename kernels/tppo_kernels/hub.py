@@ -1,10 +1,10 @@
 """Writes this package as a local kernel of Hugging Face ``kernels`` (0.17).
 
-    python -m tppo_kernels.hub DESTINATION
+python -m tppo_kernels.hub DESTINATION
 
-    from kernels import get_local_kernel
-    tk = get_local_kernel(Path("DESTINATION").resolve())
-    logp, entropy = tk.logprobs_from_logits(logits, targets)
+from kernels import get_local_kernel
+tk = get_local_kernel(Path("DESTINATION").resolve())
+logp, entropy = tk.logprobs_from_logits(logits, targets)
 """
 
 from __future__ import annotations

@@ -141,19 +141,19 @@ def gae_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
     three.
     """
 
-    def fake(rewards, *_):
+    def fake(rewards, *others):
         dtype = compute_dtype(rewards.dtype)
         empty = rewards.new_empty(rewards.shape, dtype=dtype)
-        return empty, torch.empty_like(empty), rewards.new_empty(3, dtype=dtype)
+        return empty, torch.empty_like(empty), rewards.new_empty(3 if others[-1] else 0, dtype=dtype)
 
-    def run(rewards, values, cu_seqlens, lam, bootstrap, mask, gamma):
-        out = fake(rewards)
-        launch(rewards, values, cu_seqlens, lam, bootstrap, mask, gamma, *out)
+    def run(*args):
+        out = fake(*args)
+        launch(*args[:-1], *out)
         return out
 
     schema = (
-        "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor lam, Tensor? bootstrap, Tensor? mask, float gamma)"
-        " -> (Tensor, Tensor, Tensor)"
+        "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor lam, Tensor? bootstrap, Tensor? mask,"
+        " float gamma, bool return_stats) -> (Tensor, Tensor, Tensor)"
     )
     op = define(f"{backend}_gae", schema, run, fake)
 
@@ -171,6 +171,7 @@ def gae_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         out = op(
             vector(rewards), vector(values), cu_seqlens.long().contiguous(), vector(lam),
             None if bootstrap is None else vector(bootstrap), None if mask is None else mask.contiguous(), gamma,
+            return_stats,
         )  # fmt: skip
         return out if return_stats else out[:2]
 

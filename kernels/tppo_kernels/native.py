@@ -141,7 +141,8 @@ def _gae(
         dtype, *map(_pointer, (rewards, values, cu_seqlens, lam, bootstrap, mask)), gamma, len(cu_seqlens) - 1,
         advantages.data_ptr(), returns.data_ptr(), threads,
     )  # fmt: skip
-    _lib().tppo_stats(dtype, advantages.data_ptr(), _pointer(mask), len(advantages), stats.data_ptr(), threads)
+    if stats.numel():
+        _lib().tppo_stats(dtype, advantages.data_ptr(), _pointer(mask), len(advantages), stats.data_ptr(), threads)
 
 
 def _ppo(

@@ -98,7 +98,8 @@ def launch_everything() -> None:
     )
     x = random_rollouts([1024, 1024])
     for options in ((), ("bootstrap",), ("mask", "bootstrap")):
-        triton_ops.gae(x["rewards"], x["values"], x["cu_seqlens"], **{k: x[k] for k in options})
+        triton_ops.gae(x["rewards"], x["values"], x["cu_seqlens"], return_stats=True, **{k: x[k] for k in options})
+    triton_ops.gae(x["rewards"], x["values"], x["cu_seqlens"])
     triton_ops.whitening_stats(x["rewards"])
     triton_ops.whitening_stats(x["rewards"], mask=x["mask"])
     y = random_ppo(2048)

@@ -203,9 +203,10 @@ def gae_apply(
     advantage = tl.where(kept, advantage, 0.0)
     tl.store(advantages_ptr + t, advantage, mask=inside)
     tl.store(returns_ptr + t, advantage + v, mask=inside)
-    _store_stats(partial_ptr, tile, advantage, kept)
-    if is_last_program(counter_ptr, tiles):
-        _merge_stats(partial_ptr, stats_ptr, tiles, CARRY)
+    if stats_ptr is not None:
+        _store_stats(partial_ptr, tile, advantage, kept)
+        if is_last_program(counter_ptr, tiles):
+            _merge_stats(partial_ptr, stats_ptr, tiles, CARRY)
 
 
 @triton.jit(do_not_specialize=["count", "programs"])
@@ -240,7 +241,7 @@ def gae(
     with on_device(rewards):
         gae_tiles[(tiles,)](*inputs, *sizes, totals, tiles, TILE=size, num_warps=warps)
         gae_apply[(tiles,)](
-            *inputs, *sizes, totals, tiles, advantages, returns, partial, stats, counter(rewards),
+            *inputs, *sizes, totals, tiles, advantages, returns, partial, stats if stats.numel() else None, counter(rewards),
             TILE=size, CARRY=block("carry")[0], num_warps=warps,
         )  # fmt: skip
 
