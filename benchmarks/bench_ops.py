@@ -120,13 +120,23 @@ def _roughly_close(actual: Tensor, _eager: Tensor, truth: Tensor) -> str | None:
     return None if error <= 1e-3 else f"off by {error:.1e} of the norm"
 
 
-def measure(case: Case, meter: Any, rounds: int) -> list[Result]:
-    """Gate, warm up, take turns; the order rotates so that no provider always follows the same one."""
-    problems = gate(case)
-    results = {name: Result(case=case.name, provider=name, problem=problems[name]) for name in case.providers}
-    sound = [name for name, problem in problems.items() if problem is None]
-    for name in sound:
-        results[name].peak_bytes = meter.peak(case.providers[name])
+def measure(case: Case, meter: Any, rounds: int, problems: dict[str, str | None] | None = None) -> list[Result]:
+    """Gate, take turns; the order rotates so that no provider always follows the same one.
+
+    ``problems`` is the gate's verdict where it was reached before, on fewer rows.
+    """
+    problems = gate(case) if problems is None else problems
+    results = {
+        name: Result(case=case.name, provider=name, problem=problems.get(name, "not in the gate"))
+        for name in case.providers
+    }
+    sound = [name for name, result in results.items() if result.problem is None]
+    for name in list(sound):
+        try:
+            results[name].peak_bytes = meter.peak(case.providers[name])
+        except Exception as error:  # out of memory, most likely: the others go on
+            results[name].problem = f"{type(error).__name__}: {str(error)[:120]}"
+            sound.remove(name)
     for k in range(rounds):
         for name in sound[k % max(len(sound), 1) :] + sound[: k % max(len(sound), 1)]:
             results[name].seconds.append(meter.time(case.providers[name]))
@@ -298,14 +308,17 @@ def commit() -> str:
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [f"Device: {report['device']}; torch {report['torch']}; commit {report['commit']}.", ""]
-    lines += ["| what | provider | median | 20-80 % | speed-up | peak memory |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| what | provider | median | 20-80 % | speed-up | of the ceiling | peak memory |", "|---|---|---|---|---|---|---|"
+    ]  # fmt: skip
     for row in report["results"]:
         if row["problem"]:
-            lines.append(f"| {row['case']} | {row['provider']} | not timed: {row['problem']} | | | |")
+            lines.append(f"| {row['case']} | {row['provider']} | not timed: {row['problem']} | | | | |")
             continue
         speedup = f"{row['speedup']:.2f}x" if row["speedup"] else ""
         spread = f"{_seconds(row['q20'])} - {_seconds(row['q80'])}"
-        lines.append(f"| {row['case']} | {row['provider']} | {_seconds(row['median'])} | {spread} | {speedup} | "
+        share = f"{row['share_of_ceiling']:.0%}" if row["share_of_ceiling"] else ""
+        lines.append(f"| {row['case']} | {row['provider']} | {_seconds(row['median'])} | {spread} | {speedup} | {share} | "
                      f"{row['peak_bytes'] / 2**20:.0f} MiB |")  # fmt: skip
     return "\n".join(lines)
 

@@ -33,7 +33,8 @@ def test_leaves_report_curves_and_policies(options: demo.DemoSettings) -> None:
 def test_again_takes_what_is_there(options: demo.DemoSettings, capsys: pytest.CaptureFixture[str]) -> None:
     before = {p: p.stat().st_mtime_ns for p in options.run_dir.rglob("model.safetensors")}
     table = demo.run_demo(options)
-    assert set(table) == {"copy the last query", "start", "TPPO", "sentence PPO"}
+    assert list(table)[-3:] == ["start", "TPPO", "sentence PPO"]
+    assert table["exact Bayes, whole history"]["relevance"].mean > 0.8
     assert table["copy the last query"]["relevance"].mean == 0.0
     assert {p: p.stat().st_mtime_ns for p in options.run_dir.rglob("model.safetensors")} == before
     assert "sentence PPO" in capsys.readouterr().out

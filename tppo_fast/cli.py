@@ -1,4 +1,4 @@
-"""The shell: ``tppo-fast demo | train | doctor``. Exit codes: 0 done, 1 failure, 2 usage or input, 130 interrupted."""
+"""The shell: ``tppo-fast demo | train | metrics | doctor``. Exit codes: 0 done, 1 failure, 2 usage or input, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -77,6 +77,15 @@ def demo(**options: Any) -> None:
     from tppo_fast.demo import DemoSettings, run_demo
 
     run_demo(DemoSettings(**{name: value for name, value in options.items() if value is not None}))
+
+
+@cli.command()
+def metrics() -> None:
+    """Define every metric that runs log, with its unit."""
+    from tppo_fast.metrics import GLOSSARY
+
+    for name, meaning in GLOSSARY.items():
+        click.echo(f"{name:28}{meaning}")
 
 
 @cli.command()

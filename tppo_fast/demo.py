@@ -10,7 +10,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.table import Table
 from tppo_fast import checkpoint, evaluate, model, report, seeding, sft, trainer
 from tppo_fast import config as settings_module
 from tppo_fast.config import Config
+from tppo_fast.data.baselines import PREDICTORS
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session, write_sessions
 from tppo_fast.data_types import Rollout
@@ -44,6 +45,35 @@ RESPONSES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Scale:
+    """What fits a model: the small one learns from scratch, a pretrained one is a hundred times dearer."""
+
+    sft_steps: int
+    steps: int
+    sft_batch: int
+    sft_lr: float
+    lr: float
+    prompts_per_step: int
+    samples_per_prompt: int
+    eval_prompts: int
+    final_prompts: int
+    shared_body: bool
+    threads: int
+
+
+SMALL = _Scale(
+    sft_steps=700, steps=60, sft_batch=32, sft_lr=3e-3, lr=1e-3,
+    prompts_per_step=32, samples_per_prompt=4, eval_prompts=200, final_prompts=10_000,
+    shared_body=False, threads=1,  # small matrices: a second thread costs more than it brings
+)  # fmt: skip
+PRETRAINED = _Scale(
+    sft_steps=40, steps=10, sft_batch=8, sft_lr=2e-5, lr=1e-5,
+    prompts_per_step=4, samples_per_prompt=2, eval_prompts=16, final_prompts=48,
+    shared_body=True, threads=0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSettings:
     """What a person may choose; the defaults finish in minutes on two CPU cores."""
 
@@ -57,14 +87,21 @@ class DemoSettings:
     """Generated sessions, when no file is given."""
     seed: int = 0
     """Decides data, initialisation and sampling."""
-    sft_steps: int = 700
-    """Supervised steps before PPO; 0 takes the model as it is."""
-    steps: int = 60
-    """PPO steps of each method."""
+    sft_steps: int | None = None
+    """Supervised steps before PPO, 0 takes the model as it is; None: 700 for the small model, 40 for your own."""
+    steps: int | None = None
+    """PPO steps of each method; None: 60 for the small model, 10 for your own."""
     lr: float | None = None
     """PPO learning rate, decaying linearly; None: 1e-3 for the small model, 1e-5 for a model of your own."""
     fresh: bool = False
     """Remove an earlier demo in ``run_dir`` first."""
+
+    @property
+    def scale(self) -> _Scale:
+        """The model's scale with the choices of this demo."""
+        base = PRETRAINED if self.model else SMALL
+        chosen = {"sft_steps": self.sft_steps, "steps": self.steps, "lr": self.lr}
+        return replace(base, **{name: value for name, value in chosen.items() if value is not None})
 
 
 def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
@@ -75,8 +112,8 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
     """
     console = Console(stderr=True)
     _open(options)
-    if not options.model:
-        torch.set_num_threads(1)
+    if options.scale.threads:
+        torch.set_num_threads(options.scale.threads)
     train_sessions, eval_sessions = _sessions(options)
     start = _supervised(options, train_sessions, console)
     configs = {name: _config(options, start, name) for name in METHODS}
@@ -84,15 +121,16 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
         if not (config.run_dir / "policy").is_dir():
             console.print(f"[bold]{name}[/]: {config.train.steps} steps of {config.rollout.prompts_per_step} prompts")
             trainer.train(config, resume=bool(checkpoint.list_checkpoints(config.run_dir)))
-    evaluation = Evaluation(configs["TPPO"], start, train_sessions, eval_sessions)
+    evaluation = Evaluation(configs["TPPO"], start, train_sessions, eval_sessions[: options.scale.final_prompts])
     folders = {"start": start, **{name: config.run_dir / "policy" for name, config in configs.items()}}
-    scores = evaluation.scores(folders)
+    scores = evaluation.baselines(options.data == "synthetic") | evaluation.scores(folders)
     users, examples = evaluation.users, evaluation.examples
     table = {name: evaluate.summarise(s, users, seed=options.seed) for name, s in scores.items()}
     verdicts = [
         _verdict(scores, users, a, b)
         for a, b in (("TPPO", "start"), ("sentence PPO", "start"), ("TPPO", "sentence PPO"))
     ]
+    verdicts.append("Intervals cover other users, not other seeds: this is one training run of each method.")
     _print_table(table, verdicts)
     path = options.run_dir / "report.html"
     _write_report(path, options, configs, table, verdicts, examples)
@@ -139,11 +177,11 @@ def _supervised(options: DemoSettings, sessions: Sequence[Session], console: Con
     actor_critic, tokenizer = model.build(config.model, trainer.resolve_device(config.device))
     builder = PromptBuilder(tokenizer, config.data)
     examples = list(zip(builder.prompts(sessions), builder.responses(sessions), strict=True))
-    if options.sft_steps:
-        console.print(f"[bold]SFT[/]: {options.sft_steps} steps on {len(examples)} sessions")
-        batch_size, rate = (8, 2e-5) if options.model else (32, 3e-3)
-        plan = sft.SFTSettings(steps=options.sft_steps, batch_size=batch_size, lr=rate, seed=options.seed)
-        with Progress("sft", options.sft_steps, "step") as progress:
+    scale = options.scale
+    if scale.sft_steps:
+        console.print(f"[bold]SFT[/]: {scale.sft_steps} steps on {len(examples)} sessions")
+        plan = sft.SFTSettings(steps=scale.sft_steps, batch_size=scale.sft_batch, lr=scale.sft_lr, seed=options.seed)
+        with Progress("sft", scale.sft_steps, "step") as progress:
             sft.supervise(actor_critic.actor, examples, plan, lambda loss: progress.update(1, loss=loss))
     with checkpoint.atomic_folder(start) as temporary:
         actor_critic.actor.save(temporary, tokenizer)
@@ -192,31 +230,34 @@ def _small_model(options: DemoSettings, sessions: Sequence[Session]) -> Path:
 
 def _config(options: DemoSettings, start: Path, method: str) -> Config:
     """One method's run."""
-    lr = options.lr or (1e-5 if options.model else 1e-3)
-    own = METHODS[method]
+    scale, own = options.scale, METHODS[method]
     return settings_module.build(
         {
             "run_dir": str(options.run_dir / method.replace(" ", "-").lower()),
             "seed": options.seed,
-            "threads": 0 if options.model else 1,  # small matrices: a second thread costs more than it brings
-            "model": {"path": str(start)},
+            "threads": scale.threads,
+            "model": {"path": str(start), "shared_body": scale.shared_body},
             "data": {"train": str(options.run_dir / "train.jsonl"), "eval": str(options.run_dir / "eval.jsonl")},
-            "rollout": {"prompts_per_step": 32, "samples_per_prompt": 4, "max_new_tokens": 32},
+            "rollout": {
+                "prompts_per_step": scale.prompts_per_step,
+                "samples_per_prompt": scale.samples_per_prompt,
+                "max_new_tokens": 32,
+            },
             "reward": {"scale": "binary", "length_penalty": False, **own["reward"]},
             "ppo": {
-                "lr": lr,
+                "lr": scale.lr,
                 "lr_schedule": "linear",
-                "critic_lr": 3 * lr,
+                "critic_lr": 3 * scale.lr,
                 "minibatches": 2,
                 "value_clip": None,
-                "value_warmup_steps": min(2, options.steps - 1),
+                "value_warmup_steps": min(2, scale.steps - 1),
                 "kl_coef": 0.02,
                 **own["ppo"],
             },
             "train": {
-                "steps": options.steps,
-                "eval_every": max(options.steps // 6, 1),
-                "eval_prompts": 200,
+                "steps": scale.steps,
+                "eval_every": max(scale.steps // 6, 1),
+                "eval_prompts": scale.eval_prompts,
                 "show_examples": 3 if method == "TPPO" else 0,
             },
         }
@@ -230,6 +271,7 @@ class Evaluation:
         self.config = config
         self.tokenizer = model.load_tokenizer(str(start))
         self._builder = PromptBuilder(self.tokenizer, config.data)
+        self._sessions = held_out
         self._prompts = self._builder.prompts(held_out)
         self._reward = build_reward(
             config.reward,
@@ -242,15 +284,26 @@ class Evaluation:
         self.examples: list[report.Example] = []
 
     def scores(self, folders: Mapping[str, Path]) -> dict[str, evaluate.Scores]:
-        """Policy -> per-response scores, the copy-last row first; keeps two labelled responses of each policy."""
-        count = self.config.data.num_queries
-        copied = evaluate.copy_last(self._prompts, num_queries=count)
-        out = {"copy the last query": {name: np.repeat(values, RESPONSES) for name, values in copied.items()}}
+        """Policy -> per-response scores; keeps two labelled responses of each policy."""
+        out = {}
         for name, folder in folders.items():
             rollouts = self._respond(folder)
-            out[name] = evaluate.score(rollouts, self._builder.parse, num_queries=count)
+            out[name] = evaluate.score(rollouts, self._builder.parse, num_queries=self.config.data.num_queries)
             self.examples += self._labelled(name, rollouts[: 2 * RESPONSES : RESPONSES])
         return out
+
+    def baselines(self, synthetic: bool) -> dict[str, evaluate.Scores]:
+        """Rows without a model: copying, and for generated sessions what the topic and the exact posterior can reach."""
+        count = self.config.data.num_queries
+        rows = {"copy the last query": evaluate.copy_last(self._prompts, num_queries=count)}
+        for name in ("right topic, most popular facets", "exact Bayes, whole history") if synthetic else ():
+            answers = map(PREDICTORS[name], self._sessions)
+            scored = [
+                evaluate.score_queries(prompt, queries, num_queries=count)
+                for prompt, queries in zip(self._prompts, answers, strict=True)
+            ]
+            rows[name] = {metric: np.array([row[metric] for row in scored]) for metric in scored[0]}
+        return {name: {k: np.repeat(v, RESPONSES) for k, v in row.items()} for name, row in rows.items()}
 
     def _respond(self, folder: Path) -> list[Rollout]:
         """Responses of the policy in ``folder`` to every prompt."""
