@@ -126,7 +126,7 @@ def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str
     return problems
 
 
-def _logprobs(logits: Tensor, targets: Tensor, options: dict[str, float]) -> Callable[..., Outputs]:
+def _logprobs(logits: Tensor, targets: Tensor, options: dict[str, Any]) -> Callable[..., Outputs]:
     def run(backend: str | None, dtype: torch.dtype | None) -> Outputs:
         x = logits.to(dtype or logits.dtype).detach().requires_grad_()
         out = tk.logprobs_from_logits(x, targets, backend=backend, **options)
@@ -262,13 +262,14 @@ def head_case(
         pair = reference.logprobs_from_logits(h @ w.t(), targets)
         return loss_of(*pair, *(r.to(pair[0].dtype) for r in rows))[0] / actions
 
+    compiled = torch.compile(full)
     providers: dict[str, Run] = {
         "tppo, 3 units": ours(None, torch.bfloat16),
         "tppo, 3 units, chunks of 2048": ours(2048, torch.bfloat16),
         "tppo, 3 units, fp32 logits": ours(None, torch.float32),
         "tppo, 4 units": of(lambda h, w: tk.linear_logprobs(h, w, targets, backend=backend)),
         "eager": lambda: run(full),
-        "torch.compile": lambda: run(torch.compile(full)),
+        "torch.compile": lambda: run(compiled),
     }
     providers |= {name: of(pair) for name, pair in _peer_heads(targets, entropy=entropy).items()}
     names = tuple(name for name in providers if name.startswith("tppo"))
@@ -312,7 +313,7 @@ def gae_case(device: str, backend: str | None, lengths: list[int], copy: float) 
     packed = x["rewards"], x["values"], x["cu_seqlens"]
     providers: dict[str, Run] = {"tppo": lambda: tk.gae(*packed, gamma=0.99, backend=backend)[:2]}
     if len(set(lengths)) == 1 and lengths[0] <= 4096:
-        square = [t.view(len(lengths), -1) for t in packed[:2]]
+        square = packed[0].view(len(lengths), -1), packed[1].view(len(lengths), -1)
         providers["padded loop"] = lambda: [t.flatten() for t in padded_gae(*square, 0.99, 0.95)]
     wide = packed[0].double(), packed[1].double(), packed[2]
     return Case(

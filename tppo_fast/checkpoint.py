@@ -23,8 +23,13 @@ _FREE = {"run_dir", "threads", "train"}
 
 
 def save(run_dir: Path, ppo: PPO, tokenizer: Any, config: Config) -> Path:
-    """Write ``run_dir/checkpoints/step_N`` atomically, then drop all but the newest ``keep_checkpoints``."""
+    """Write ``run_dir/checkpoints/step_N`` atomically, then drop all but the newest ``keep_checkpoints``.
+
+    A step's state is a function of the run, so a complete checkpoint of this step is left as it is.
+    """
     folder = run_dir / "checkpoints" / f"step_{ppo.step:06d}"
+    if folder in list_checkpoints(run_dir):
+        return folder
     with atomic_folder(folder) as temporary:
         ppo.model.actor.save(temporary / "policy", tokenizer)
         save_file(_contiguous(ppo.model.critic.state_dict()), temporary / "critic.safetensors")
