@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tppo_fast import evaluate
 from tppo_fast import progress as progress_module
+from tppo_fast.atomic import write_atomic
 from tppo_fast.errors import UserError
-from tppo_fast.metrics import GLOSSARY, METRICS_FILE, MetricsLogger, read_metrics, write_atomic
+from tppo_fast.metrics import GLOSSARY, METRICS_FILE, MetricsLogger, read_metrics
 from tppo_fast.progress import Progress
 from tppo_fast.progress import _duration as duration
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tppo_fast import seeding
+from tppo_fast.atomic import atomic_folder
 from tppo_fast.config import Config
 from tppo_fast.errors import UserError
 from tppo_fast.model import load_causal_lm
@@ -98,39 +98,6 @@ def load(folder: Path, ppo: PPO) -> None:
         raise UserError(
             f"checkpoint {str(folder)!r} cannot be loaded ({error}): remove it to resume the one before"
         ) from None
-
-
-class atomic_folder:
-    """``with atomic_folder(path) as temporary``: fill it; on success it is synced to disk and becomes ``path``."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        for left in self._path.parent.glob(f".{self._path.name}.*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)  # a killed run's half-written folder
-        self._temporary.mkdir(parents=True)
-        return self._temporary
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            return
-        for path in [*self._temporary.rglob("*"), self._temporary]:
-            _fsync(path)
-        if self._path.exists():
-            shutil.rmtree(self._path)
-        self._temporary.rename(self._path)
-        _fsync(self._path.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -21,13 +21,14 @@ from rich.table import Table
 
 from tppo_fast import checkpoint, evaluate, model, report, seeding, sft, trainer
 from tppo_fast import config as settings_module
+from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.config import Config
 from tppo_fast.data.baselines import PREDICTORS
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session, write_sessions
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.metrics import read_metrics, write_atomic
+from tppo_fast.metrics import read_metrics
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import build_reward, token_spans
 from tppo_fast.rollout import build_engine
@@ -183,7 +184,7 @@ def _supervised(options: DemoSettings, sessions: Sequence[Session], console: Con
         plan = sft.SFTSettings(steps=scale.sft_steps, batch_size=scale.sft_batch, lr=scale.sft_lr, seed=options.seed)
         with Progress("sft", scale.sft_steps, "step") as progress:
             sft.supervise(actor_critic.actor, examples, plan, lambda loss: progress.update(1, loss=loss))
-    with checkpoint.atomic_folder(start) as temporary:
+    with atomic_folder(start) as temporary:
         actor_critic.actor.save(temporary, tokenizer)
     return start
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tppo_fast.atomic import write_atomic
 from tppo_fast.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -72,19 +73,6 @@ GLOSSARY: dict[str, str] = {
     "perf/peak_memory_gib": "Peak memory since the run began, of the GPU, or of the process on a CPU, in GiB.",
 }
 """Every metric a run may log, with its unit. ``MetricsLogger.log`` refuses a name that is not defined here."""
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace ``path`` in one step: a reader, or a kill at any moment, sees the old file or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tppo_fast.atomic import write_atomic
 from tppo_fast.errors import UserError
-from tppo_fast.metrics import GLOSSARY, write_atomic
+from tppo_fast.metrics import GLOSSARY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from tppo_fast import checkpoint, losses, model, packing, seeding
+from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.attention import can_use_flash
 from tppo_fast.config import Config
 from tppo_fast.data.prompts import PromptBuilder
@@ -28,7 +29,7 @@ from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.evaluate import score, summarise
 from tppo_fast.interrupt import Interrupted, InterruptGuard
-from tppo_fast.metrics import GLOSSARY, METRICS_FILE, MetricsLogger, write_atomic
+from tppo_fast.metrics import GLOSSARY, METRICS_FILE, MetricsLogger
 from tppo_fast.plugins import load_object
 from tppo_fast.ppo import PPO, Metrics
 from tppo_fast.progress import Progress
@@ -90,7 +91,7 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     )
     with contextlib.closing(run.engine), logger, InterruptGuard() as guard:
         try:
-            evaluation = _loop(run, logger, guard, evaluate_first=start_from is None)
+            evaluation = _loop(run, logger, guard, evaluate_first=first == 0)
         except Interrupted:
             saved = checkpoint.save(config.run_dir, run.ppo, run.tokenizer, config)
             raise Interrupted(f"stopped after step {run.ppo.step}; continue with --resume (saved in {saved})") from None
@@ -99,7 +100,7 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
             write_atomic(report, json.dumps(error.report, indent=2).encode())
             raise
     policy = config.run_dir / "policy"
-    with checkpoint.atomic_folder(policy) as temporary:
+    with atomic_folder(policy) as temporary:
         run.ppo.model.actor.save(temporary, run.tokenizer)
     return TrainResult(run_dir=config.run_dir, policy=policy, evaluation=evaluation)
 

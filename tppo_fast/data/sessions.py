@@ -24,12 +24,12 @@ import hashlib
 import itertools
 import json
 import os
-import secrets
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tppo_fast.atomic import write_atomic
 from tppo_fast.data.rows import Session, parse_row, show, to_row
 from tppo_fast.errors import UserError
 
@@ -70,16 +70,8 @@ def write_sessions(path: str | os.PathLike[str], sessions: Iterable[Session]) ->
     lines = [_line(session, f"session {number}") for number, session in enumerate(sessions, 1)]
     if not lines:
         raise UserError(f"output file {show(str(path))}: there is no session to write; give at least one")
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        try:
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomic(path, "".join(lines).encode())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a file name"
         raise UserError(f"output file {show(str(path))} cannot be written ({reason}): choose another place") from None

@@ -1,0 +1,53 @@
+"""Files and folders that appear complete or not at all, whatever kills the process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace ``path`` in one step: a reader, or a kill at any moment, sees the old file or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class atomic_folder:
+    """``with atomic_folder(path) as temporary``: fill it; on success it is synced to disk and becomes ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        for left in self._path.parent.glob(f".{self._path.name}.*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)  # a killed run's half-written folder
+        self._temporary.mkdir(parents=True)
+        return self._temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return
+        for path in [*self._temporary.rglob("*"), self._temporary]:
+            _fsync(path)
+        if self._path.exists():
+            shutil.rmtree(self._path)
+        self._temporary.rename(self._path)
+        _fsync(self._path.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
