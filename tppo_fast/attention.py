@@ -137,7 +137,7 @@ def _flash(
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     return flash_attn_varlen_func(
-        q, k, v,
+        q.to(v.dtype), k.to(v.dtype), v,  # under autocast rotary embeddings leave q and k in fp32
         cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=layout.cu_seqlens,
         max_seqlen_q=layout.max_seqlen, max_seqlen_k=layout.max_seqlen,
         softmax_scale=scaling, causal=True,
