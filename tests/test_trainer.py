@@ -66,6 +66,10 @@ def pay_for_first_letter(rollouts: Sequence[Rollout]) -> list[float]:
     return [float(r.token_ids[0] % 2 == 0) for r in rollouts]
 
 
+def not_a_loss(*_: Any) -> float:
+    return 0.0
+
+
 def broken_reward(rollouts: Sequence[Rollout]) -> list[float]:
     return [float("nan")] * len(rollouts)
 
@@ -242,6 +246,9 @@ def test_divergence_leaves_a_report_and_no_policy(
         ({"reward": {"source": "nowhere:f"}}, "nowhere"),
         ({"reward": {"source": "lexicall"}}, "lexicall"),
         ({"ppo__loss": "nowhere:f"}, r"ppo\.loss"),
+        ({"ppo__loss": "os:getcwd"}, r"ppo\.loss = 'os:getcwd' failed with TypeError"),
+        ({"ppo__loss": "test_trainer:not_a_loss"}, "must return a LossOutput"),
+        ({"rollout__engine": "os:getcwd"}, r"rollout\.engine = 'os:getcwd' failed with TypeError"),
         ({"device": "cuda"}, "CUDA"),
         ({"model__path": ""}, r"model\.path"),
         ({"reward": {"source": "test_trainer:broken_reward"}}, "broken_reward"),

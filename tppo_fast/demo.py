@@ -153,7 +153,12 @@ def _open(options: DemoSettings) -> None:
                 f"{key} = {wanted[key]!r}, but the demo in {str(options.run_dir)!r} was started with {found.get(key)!r}: use "
                 "--fresh to start again, or another --run-dir"
             )
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        options.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--run-dir {str(options.run_dir)!r} cannot be made ({error.strerror}): choose another"
+        ) from None
     write_atomic(record, json.dumps(wanted, indent=2).encode())
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tppo_fast.errors import UserError
+
+T = TypeVar("T")
 
 
 def load_object(spec: str, setting: str) -> Callable[..., Any]:
@@ -37,6 +40,21 @@ def load_object(spec: str, setting: str) -> Callable[..., Any]:
     if not callable(loaded):
         raise UserError(f"{setting} = {spec!r}: {attribute!r} is a {type(loaded).__name__}, not a function")
     return loaded
+
+
+def guarded(function: Callable[..., T], field: str) -> Callable[..., T]:
+    """``function``, whose failures become one sentence that names the setting it came from."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> T:
+        try:
+            return function(*args, **options)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            raise UserError(f"{field} failed with {raised(error)}") from error
+
+    return call
 
 
 def _import(name: str, field: str) -> Any:

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 from tppo_fast import packing, seeding
 from tppo_fast.advantages import estimate, penalised_rewards
 from tppo_fast.config import Config, PPOConfig
-from tppo_fast.data_types import RolloutBatch, TrainBatch
+from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch
 from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.losses import LossFunction
 from tppo_fast.metrics import GLOSSARY
@@ -178,6 +178,8 @@ class PPO:
                 part.rollouts, temperature=self.config.rollout.temperature, train_policy=train_policy
             )
             out = self.loss(evaluation, part, ppo, self.kl.coefficient, train_policy)
+            if not isinstance(out, LossOutput):
+                raise UserError(f"ppo.loss = {ppo.loss!r} returned a {type(out).__name__}: it must return a LossOutput")
             (out.loss / count).backward()
             for name, value in {**out.metrics, "loss": out.loss.detach()}.items():
                 sums[name] = sums[name] + value

@@ -30,7 +30,7 @@ from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.evaluate import score, summarise
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.metrics import GLOSSARY, METRICS_FILE, MetricsLogger
-from tppo_fast.plugins import load_object
+from tppo_fast.plugins import guarded, load_object
 from tppo_fast.ppo import PPO, Metrics
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import TokenRewards, build_reward
@@ -176,7 +176,9 @@ def setup(config: Config) -> Run:
     eval_prompts = builder.prompts(eval_sessions[: config.train.eval_prompts])
     _check_lengths(config, actor_critic.actor, [*prompts, *eval_prompts])
     reference = None if config.ppo.kl_placement == "off" else actor_critic.actor.frozen_copy()
-    loss = losses.BUILT_IN.get(config.ppo.loss) or load_object(config.ppo.loss, "ppo.loss")
+    loss = losses.BUILT_IN.get(config.ppo.loss) or guarded(
+        load_object(config.ppo.loss, "ppo.loss"), f"ppo.loss = {config.ppo.loss!r}"
+    )
     ppo = PPO(config, actor_critic, reference, loss, total_steps=config.train.steps)
     flash = config.model.attention != "sdpa" and can_use_flash(device, config.model.dtype == "bfloat16") is None
     return Run(

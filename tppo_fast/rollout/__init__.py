@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tppo_fast.config import Config
-from tppo_fast.plugins import load_object
+from tppo_fast.plugins import guarded, load_object
 from tppo_fast.rollout.base import RolloutEngine, SamplingParams
 
 __all__ = ["RolloutEngine", "SamplingParams", "build_engine"]
@@ -20,7 +20,8 @@ def build_engine(config: Config, tokenizer: Any, device: torch.device) -> Rollou
         UserError: the engine is unknown or cannot start.
     """
     if config.rollout.engine != "hf":
-        return load_object(config.rollout.engine, "rollout.engine")(config, tokenizer, device)
+        spec = config.rollout.engine
+        return guarded(load_object(spec, "rollout.engine"), f"rollout.engine = {spec!r}")(config, tokenizer, device)
     from tppo_fast.model import load_causal_lm
     from tppo_fast.rollout.hf_engine import HFEngine
 
