@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export PYTHONUNBUFFERED = 1
 
-.PHONY: train test lint format doctor native smollm2 lock clean help
+.PHONY: train test lint format doctor native smollm2 bench gpu-check lock clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -67,6 +67,14 @@ lint: $(VENV)/.dev ## ruff, pyright and import-linter
 format: $(VENV)/.dev ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.test native ## time the ops on this CPU against eager torch, torch.compile and the peers
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_ops --out benchmarks/results/cpu/ops.json
+
+# On a GPU machine, which may be offline: uses its own python, torch and triton; missing peers come as wheels from .whl/.
+GPU_PYTHON ?= python3
+gpu-check: ## on a GPU: correctness gate, then every op against its peers; results in $OUT or benchmarks/results/gpu
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks.gpu_check --wheels .whl --out $(or $(OUT),benchmarks/results/gpu)/ops.json
 
 doctor: $(VENV)/.run ## say what this machine has and what is missing
 	$(BIN)/tppo-fast doctor

@@ -26,13 +26,10 @@ import torch
 import tppo_kernels as tk
 from torch import Tensor
 from tppo_kernels import reference
-from tppo_kernels.testing import close, random_head, random_logits, random_ppo, random_rollouts
+from tppo_kernels.testing import random_head, random_logits, random_ppo, random_rollouts
 
 from benchmarks.bench_ops import Case, CpuMeter, Outputs, Result, Run, commit, gate, leaves, measure, padded_gae, table
-
-LEARNED = ("logp", "entropy", "values")
-FAR_ROWS, FAR_VOCAB = 14_200, 151_936
-"""A * V passes 2^31."""
+from benchmarks.gate import LEARNED, check_everything, ppo_run
 
 
 class GpuMeter:
@@ -95,105 +92,6 @@ def ceilings(device: str, meter: Any, *, dry: bool) -> tuple[float, float]:
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     copy = 2 * size / best(lambda: [target.copy_(source)], meter)
     return copy, 2 * n**3 / best(lambda: [a @ b], meter)
-
-
-def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str]:
-    """What is wrong with our ops on this device: one sentence each."""
-    problems: list[str] = []
-
-    def expect(what: str, runs: Callable[[str | None, torch.dtype | None], Outputs]) -> None:
-        results = [runs(backend, None), runs("reference", None), runs("reference", torch.float64)]
-        found = [close(*three) for three in zip(*results, strict=True)]
-        again = zip(results[0], runs(backend, None), strict=True)
-        found += [
-            None if torch.equal(a.nan_to_num(), b.nan_to_num()) else "other bits the second time" for a, b in again
-        ]
-        problems.extend(f"{what}, tensor {i}: {problem}" for i, problem in enumerate(found) if problem)
-
-    for rows, vocab in [(1, 1), (7, 17), (3, 32_003), (5, 50_257), (64, 129_920)]:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for options in ({}, {"softcap": 20.0, "temperature": 0.7}):
-                logits, targets = random_logits(rows, vocab, dtype, device=device)
-                expect(f"logprobs {rows} x {vocab} {dtype} {options}", _logprobs(logits, targets, options))
-    for lengths in ([1], [0, 3, 0], [1] * 5000, [300, 1, 2500, 70], [200_000 if not dry else 4000]):
-        for names in ((), ("mask", "bootstrap", "lam")):
-            expect(f"gae {lengths[:4]} {names}", _gae(random_rollouts(lengths, device=device), names))
-    for actions in (1, 1025, 100_000):
-        expect(f"ppo {actions}", _ppo(random_ppo(actions, device=device)))
-    hidden, weight, targets = random_head(300, 64, 5003, device=device)
-    expect("linear_token_loss", _head(hidden, weight, targets, random_ppo(300, device=device)))
-    problems += _first_ratio(device, backend) + ([] if dry else _far_rows(device))
-    return problems
-
-
-def _logprobs(logits: Tensor, targets: Tensor, options: dict[str, Any]) -> Callable[..., Outputs]:
-    def run(backend: str | None, dtype: torch.dtype | None) -> Outputs:
-        x = logits.to(dtype or logits.dtype).detach().requires_grad_()
-        out = tk.logprobs_from_logits(x, targets, backend=backend, **options)
-        upstream = torch.linspace(-1, 1, len(targets), device=x.device, dtype=out[0].dtype)
-        return [*out, *torch.autograd.grad(out, x, [upstream, upstream])]
-
-    return run
-
-
-def _gae(x: dict[str, Tensor], names: tuple[str, ...]) -> Callable[..., Outputs]:
-    def run(backend: str | None, dtype: torch.dtype | None) -> Outputs:
-        y: dict[str, Any] = leaves(x, (), dtype)
-        extra = {k: y[k] for k in names}
-        return tk.gae(
-            y["rewards"], y["values"], y["cu_seqlens"], gamma=0.99, return_stats=True, backend=backend, **extra
-        )
-
-    return run
-
-
-def _ppo(x: dict[str, Tensor]) -> Callable[..., Outputs]:
-    def run(backend: str | None, dtype: torch.dtype | None) -> Outputs:
-        y: dict[str, Any] = leaves(x, LEARNED, dtype)
-        loss, metrics = tk.ppo_loss(**y, kl_coef=0.1, entropy_coef=0.01, dual_clip=2.0, backend=backend)
-        return [loss, *metrics.values(), *torch.autograd.grad(loss, [y[k] for k in LEARNED])]
-
-    return run
-
-
-def _token_loss(logp: Tensor, entropy: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    return tk.ppo_loss(logp, old, advantages, entropy=entropy, entropy_coef=0.01, normalizer=1.0, backend="reference")
-
-
-def _head(hidden: Tensor, weight: Tensor, targets: Tensor, x: dict[str, Tensor]) -> Callable[..., Outputs]:
-    def run(backend: str | None, dtype: torch.dtype | None) -> Outputs:
-        h, w, old, advantages = (
-            t.detach().to(dtype or t.dtype) for t in (hidden, weight, x["old_logp"] - 5.0, x["advantages"])
-        )
-        h.requires_grad_()
-        w.requires_grad_()
-        loss, _ = tk.linear_token_loss(h, w, targets, _token_loss, (old, advantages), chunk_size=128, backend=backend)
-        return [loss, *torch.autograd.grad(loss, [h, w])]
-
-    return run
-
-
-def _first_ratio(device: str, backend: str | None) -> list[str]:
-    hidden, weight, targets = random_head(500, 128, 5003, torch.bfloat16, device=device)
-    seen: list[Tensor] = []
-
-    def loss_fn(logp: Tensor, _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        seen.append(logp.detach())
-        return logp.sum(), {}
-
-    with torch.no_grad():
-        old, _ = tk.linear_logprobs(hidden, weight, targets, chunk_size=128, backend=backend)
-    tk.linear_token_loss(hidden.requires_grad_(), weight, targets, loss_fn, chunk_size=128, backend=backend)
-    return [] if torch.equal(torch.cat(seen), old) else ["the first PPO ratio is not exactly 1"]
-
-
-def _far_rows(device: str) -> list[str]:
-    """Rows beyond 2^31 entries have the values of the same rows alone."""
-    logits = torch.randn(FAR_ROWS, FAR_VOCAB, dtype=torch.bfloat16, device=device)
-    targets = torch.randint(FAR_VOCAB, (FAR_ROWS,), device=device)
-    whole, last = tk.logprobs_from_logits(logits, targets), tk.logprobs_from_logits(logits[-64:].clone(), targets[-64:])
-    same = all(torch.equal(a[-64:], b) for a, b in zip(whole, last, strict=True))
-    return [] if same else ["rows beyond 2^31 entries are wrong"]
 
 
 def rows_case(device: str, backend: str | None, rows: int, vocab: int, copy: float, *, backward: bool) -> Case:
@@ -324,7 +222,7 @@ def gae_case(device: str, backend: str | None, lengths: list[int], copy: float) 
 
 
 def ppo_case(device: str, backend: str | None, actions: int, copy: float) -> Case:
-    run = _ppo(random_ppo(actions, device=device))
+    run = ppo_run(random_ppo(actions, device=device))
     compiled = torch.compile(reference.ppo_loss)
     x = random_ppo(actions, device=device)
 

@@ -61,7 +61,7 @@ void ppo_of(PpoInputs in, int64_t actions, PpoOptions o, double inverse, void* s
   static const C zeros[kPpoBlock] = {};
   C ones[kPpoBlock];
   for (int64_t i = 0; i < kPpoBlock; ++i) ones[i] = 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (actions > kSmallWork)
+#pragma omp parallel for schedule(static) num_threads(threads) if (actions > kManyActions / 2)
   for (int64_t k = 0; k < blocks; ++k) {
     const int64_t b = k * kPpoBlock;
     auto part = [b](const void* p, const C* neutral) { return p ? static_cast<const C*>(p) + b : neutral; };

@@ -1,7 +1,7 @@
 // Row kernels over logits: one read for log-probability and entropy, and the gradient, possibly over its own input.
 
 constexpr int64_t kBlock = 2048;  // entries of a row that are transformed at once: 8 KiB of fp32, inside L1
-constexpr int64_t kSmallWork = 1 << 15;  // below this a thread team costs more than it saves
+constexpr int64_t kManyEntries = 1 << 20;  // half a millisecond: below it a thread team costs more than it saves
 
 template <class C> struct Transform {  // logits -> z, and dz -> dlogits
   C factor, cap, inner, outer;  // z = factor * x, or outer * tanh(inner * x)
@@ -103,7 +103,7 @@ int64_t row_forward_of(Logits in, const int64_t* targets, void* logp, void* entr
   for (int64_t i = 0; i < in.rows; ++i)
     if (targets[i] < 0 || targets[i] >= in.vocab) return i;
   const Transform<C> f(options);
-#pragma omp parallel for schedule(static) num_threads(threads) if (in.rows * in.vocab > kSmallWork)
+#pragma omp parallel for schedule(static) num_threads(threads) if (in.rows * in.vocab > kManyEntries)
   for (int64_t i = 0; i < in.rows; ++i) {
     auto row = forward_row(static_cast<const T*>(in.data) + i * in.stride, in.vocab, targets[i], f);
     static_cast<C*>(logp)[i] = row.logp;
@@ -119,7 +119,7 @@ void row_backward_of(Logits in, const int64_t* targets, const void* logp, const 
   using C = Compute<T>;
   const Transform<C> f(options);
   auto at = [](const void* p, int64_t i) { return p ? static_cast<const C*>(p)[i] : C(0); };
-#pragma omp parallel for schedule(static) num_threads(threads) if (in.rows * in.vocab > kSmallWork)
+#pragma omp parallel for schedule(static) num_threads(threads) if (in.rows * in.vocab > kManyEntries)
   for (int64_t i = 0; i < in.rows; ++i) {
     RowResult<C> row{at(logp, i), at(entropy, i), at(lse, i)};
     backward_row(static_cast<const T*>(in.data) + i * in.stride, in.vocab, targets[i], row, at(grad_logp, i),

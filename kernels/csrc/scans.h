@@ -1,5 +1,7 @@
 // Packed generalised advantage estimation and whitening statistics.
 
+constexpr int64_t kManyActions = 1 << 17;  // as kManyEntries: half a millisecond
+
 template <class C>
 void gae_of(const void* rewards_, const void* values_, const int64_t* starts, const void* lam_, const void* bootstrap_,
             const uint8_t* mask, double gamma_, int64_t sequences, void* advantages_, void* returns_, int threads) {
@@ -7,7 +9,7 @@ void gae_of(const void* rewards_, const void* values_, const int64_t* starts, co
   auto lam = static_cast<const C*>(lam_), bootstrap = static_cast<const C*>(bootstrap_);
   auto advantages = static_cast<C*>(advantages_), returns = static_cast<C*>(returns_);
   const C gamma = C(gamma_);
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (starts[sequences] > 4 * kSmallWork)
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (starts[sequences] > kManyActions)
   for (int64_t b = 0; b < sequences; ++b) {
     const C decay = gamma * lam[b];
     C next_value = bootstrap ? bootstrap[b] : C(0), advantage = 0;
@@ -30,7 +32,7 @@ template <class F> double blocked_sum(int64_t count, int threads, F f) {
   constexpr int64_t block = 8192;
   const int64_t blocks = (count + block - 1) / block;
   double* partial = new double[blocks > 0 ? blocks : 1];
-#pragma omp parallel for schedule(static) num_threads(threads) if (count > 2 * kSmallWork)
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > kManyActions)
   for (int64_t k = 0; k < blocks; ++k) {
     double sum = 0;
     const int64_t end = smaller(count, (k + 1) * block);

@@ -137,8 +137,8 @@ def logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]
 def gae_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
     """``gae`` as the custom op ``<backend>_gae``.
 
-    ``launch(rewards, values, cu_seqlens, lam, bootstrap, mask, gamma, advantages, returns, stats)`` fills the last
-    three.
+    ``launch(rewards, values, cu_seqlens, lams, bootstrap, mask, gamma, lam, advantages, returns, stats)`` fills the last
+    three. ``lams`` is None where ``lam`` serves every sequence; ``stats`` is empty where nobody asked for them.
     """
 
     def fake(rewards, *others):
@@ -152,8 +152,8 @@ def gae_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         return out
 
     schema = (
-        "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor lam, Tensor? bootstrap, Tensor? mask,"
-        " float gamma, bool return_stats) -> (Tensor, Tensor, Tensor)"
+        "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? lams, Tensor? bootstrap, Tensor? mask,"
+        " float gamma, float lam, bool return_stats) -> (Tensor, Tensor, Tensor)"
     )
     op = define(f"{backend}_gae", schema, run, fake)
 
@@ -166,12 +166,11 @@ def gae_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         def vector(x: Tensor) -> Tensor:
             return x.detach().to(dtype).contiguous()
 
-        if not isinstance(lam, Tensor):
-            lam = torch.full((cu_seqlens.shape[0] - 1,), lam, dtype=dtype, device=rewards.device)
+        one, lams = (1.0, vector(lam)) if isinstance(lam, Tensor) else (lam, None)
         out = op(
-            vector(rewards), vector(values), cu_seqlens.long().contiguous(), vector(lam),
+            vector(rewards), vector(values), cu_seqlens.contiguous(), lams,
             None if bootstrap is None else vector(bootstrap), None if mask is None else mask.contiguous(), gamma,
-            return_stats,
+            one, return_stats,
         )  # fmt: skip
         return out if return_stats else out[:2]
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .library import LogitOptions, Rows, compute_dtype, define
 from .reference import TokenLoss, chunk_rows
@@ -34,7 +35,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
     else:
         wide = compute_dtype(out.dtype)
-        result = a.to(wide) @ b.to(wide)
+        result = out.new_empty(out.shape, dtype=wide)
+        torch.mm(a.to(wide), b.to(wide), out=result)  # with out=, autocast leaves the precision alone
         out.copy_(result if beta == 0.0 else result.add_(out, alpha=beta))
 
 
@@ -250,7 +252,8 @@ class _LinearTokenLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
+    @once_differentiable
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.grads is None:
             raise RuntimeError("linear_token_loss: a second backward, and its gradients are spent: call the op again")
         grads, ctx.grads = ctx.grads, None

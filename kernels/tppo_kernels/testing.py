@@ -84,16 +84,23 @@ def poisoned(x: Tensor, pad: int = 64) -> Tensor:
     return (inner if x.dim() > 1 else inner[0]).detach().requires_grad_(x.requires_grad)
 
 
+def _generator(seed: int, device: str) -> torch.Generator:
+    """On the device itself: gigabytes of logits are not made on a CPU."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
 def random_logits(
     rows: int, vocab: int, dtype: torch.dtype = torch.float32, *, seed: int = 0, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """(logits [A, V], targets [A]) peaked like a language model's: a few large logits over a wide, negative bulk."""
-    g = torch.Generator().manual_seed(seed)
-    logits = 2.0 * torch.randn(rows, vocab, generator=g) - 4.0
-    targets = torch.randint(vocab, (rows,), generator=g)
-    top = torch.randint(vocab, (rows, 4), generator=g)
-    logits.scatter_(1, top, 10.0 * torch.rand(rows, 4, generator=g))
-    likely = torch.rand(rows, generator=g) < 0.5  # half of the targets were likely, as sampled tokens are
+    g = _generator(seed, device)
+    logits = 2.0 * torch.randn(rows, vocab, generator=g, device=device) - 4.0
+    targets = torch.randint(vocab, (rows,), generator=g, device=device)
+    top = torch.randint(vocab, (rows, 4), generator=g, device=device)
+    logits.scatter_(1, top, 10.0 * torch.rand(rows, 4, generator=g, device=device))
+    likely = (
+        torch.rand(rows, generator=g, device=device) < 0.5
+    )  # half of the targets were likely, as sampled tokens are
     logits[likely, targets[likely]] = 9.0
     return logits.to(device, dtype), targets.to(device)
 
@@ -108,10 +115,10 @@ def random_head(
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden [A, D], weight [V, D], targets [A]) with logits of standard deviation about 3."""
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(actions, hidden_size, generator=g)
-    weight = torch.randn(vocab, hidden_size, generator=g) * 3.0 / hidden_size**0.5
-    targets = torch.randint(vocab, (actions,), generator=g)
+    g = _generator(seed, device)
+    hidden = torch.randn(actions, hidden_size, generator=g, device=device)
+    weight = torch.randn(vocab, hidden_size, generator=g, device=device) * 3.0 / hidden_size**0.5
+    targets = torch.randint(vocab, (actions,), generator=g, device=device)
     return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device)
 
 
@@ -119,16 +126,16 @@ def random_rollouts(
     lengths: Sequence[int], *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> dict[str, Tensor]:
     """Packed ``rewards``, ``values`` [A], ``mask`` [A], ``lam``, ``bootstrap`` [B] and int32 ``cu_seqlens`` [B+1]."""
-    g = torch.Generator().manual_seed(seed)
+    g = _generator(seed, device)
     actions, sequences = sum(lengths), len(lengths)
     made = {
-        "rewards": torch.randn(actions, generator=g),
-        "values": torch.randn(actions, generator=g),
-        "bootstrap": torch.randn(sequences, generator=g),
-        "lam": torch.rand(sequences, generator=g),
+        "rewards": torch.randn(actions, generator=g, device=device),
+        "values": torch.randn(actions, generator=g, device=device),
+        "bootstrap": torch.randn(sequences, generator=g, device=device),
+        "lam": torch.rand(sequences, generator=g, device=device),
     }
     made = {name: x.to(device, dtype) for name, x in made.items()}
-    made["mask"] = (torch.rand(actions, generator=g) < 0.7).to(device)
+    made["mask"] = (torch.rand(actions, generator=g, device=device) < 0.7).to(device)
     starts = torch.tensor([0, *lengths]).cumsum(0)
     return made | {"cu_seqlens": starts.to(device, torch.int32)}
 
@@ -137,19 +144,19 @@ def random_ppo(
     actions: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> dict[str, Tensor]:
     """Every [A] input of ``ppo_loss``, with ratios and values on both sides of their clips."""
-    g = torch.Generator().manual_seed(seed)
+    g = _generator(seed, device)
 
     def draw(scale: float) -> Tensor:
-        return scale * torch.randn(actions, generator=g)
+        return scale * torch.randn(actions, generator=g, device=device)
 
-    logp, values = -2.0 * torch.rand(actions, generator=g), draw(1.0)
+    logp, values = -2.0 * torch.rand(actions, generator=g, device=device), draw(1.0)
     made = {
         "logp": logp,
         "old_logp": logp + draw(0.3),
         "advantages": draw(1.0),
-        "weights": torch.rand(actions, generator=g) * 2.0,
+        "weights": torch.rand(actions, generator=g, device=device) * 2.0,
         "ref_logp": logp + draw(0.2),
-        "entropy": torch.rand(actions, generator=g) * 3.0,
+        "entropy": torch.rand(actions, generator=g, device=device) * 3.0,
         "values": values,
         "old_values": values + draw(0.3),
         "returns": values + draw(1.0),

@@ -97,7 +97,7 @@ def launch_everything() -> None:
         hidden.requires_grad_(), weight.requires_grad_(), targets, lambda logp, entropy: ((logp - entropy).sum(), {})
     )
     x = random_rollouts([1024, 1024])
-    for options in ((), ("bootstrap",), ("mask", "bootstrap")):
+    for options in ((), ("bootstrap", "lam"), ("mask", "bootstrap")):
         triton_ops.gae(x["rewards"], x["values"], x["cu_seqlens"], return_stats=True, **{k: x[k] for k in options})
     triton_ops.gae(x["rewards"], x["values"], x["cu_seqlens"])
     triton_ops.whitening_stats(x["rewards"])

@@ -228,6 +228,25 @@ def test_second_backward_is_loud(backend):
         loss.backward()
 
 
+def test_second_derivatives_are_refused(backend):
+    x = inputs(5, torch.float32)
+    loss, _ = tk.linear_token_loss(
+        x["hidden"].requires_grad_(), x["weight"], x["targets"], lambda logp, _: (logp.sum(), {}), backend=backend
+    )
+    upstream = torch.ones((), requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss, x["hidden"], upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_autocast_changes_nothing(backend):
+    x = inputs(20, torch.float32)
+    plain = run_loss(x, backend, chunk_size=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run_loss(x, backend, chunk_size=8)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
 def test_loss_that_is_no_sum_is_named(backend):
     x = inputs(5, torch.float32)
     with pytest.raises(ValueError, match=r"loss of shape \(5,\): return the sum"):

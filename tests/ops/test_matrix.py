@@ -342,7 +342,7 @@ def test_opcheck(backend):
     cases = {
         "logprobs": (logits.clone().requires_grad_(), targets, 0.7, 0.0, 1.0, False),
         "ppo": (*inputs, None, 5.0, 0.2, 0.2, 3.0, 0.1, 0.1, 0.5, 0.2, 3),
-        "gae": (x["old_logp"], x["old_values"], torch.tensor([0, 5]), torch.ones(1), None, None, 0.9, True),
+        "gae": (x["old_logp"], x["old_values"], torch.tensor([0, 5]), torch.ones(1), None, None, 0.9, 1.0, True),
         "stats": (x["old_logp"], None),
     }
     for name, args in cases.items():

@@ -17,8 +17,8 @@ needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(nativ
 
 
 def everything(backend, dtype=torch.float32):
-    """Each op once: outputs and gradients."""
-    logits, targets = random_logits(40, 5003, dtype)
+    """Each op once, on enough for a thread team: outputs and gradients."""
+    logits, targets = random_logits(220, 5003, dtype)
     logits.requires_grad_()
     logp, entropy = tk.logprobs_from_logits(logits, targets, softcap=20.0, backend=backend)
     (logp - 0.1 * entropy).sum().backward()
@@ -26,7 +26,7 @@ def everything(backend, dtype=torch.float32):
     x["logp"].requires_grad_()
     loss, metrics = tk.ppo_loss(**x, kl_coef=0.1, entropy_coef=0.1, dual_clip=2.0, backend=backend)
     loss.backward()
-    rollouts = {k: t.to(dtype) if t.is_floating_point() else t for k, t in random_rollouts([100] * 700).items()}
+    rollouts = {k: t.to(dtype) if t.is_floating_point() else t for k, t in random_rollouts([60] * 2300).items()}
     scans = tk.gae(**rollouts, return_stats=True, backend=backend)
     return [logp, entropy, logits.grad, loss, *metrics.values(), x["logp"].grad, *scans]
 
@@ -94,6 +94,8 @@ def test_backend_by_argument_environment_and_device(monkeypatch):
     with pytest.raises(ValueError, match="unknown backend 'cublas': choose one of reference, native"):
         tk.whiten(torch.zeros(2))
     assert backends.choose("reference", "cpu") == "reference"
+    with pytest.raises(ValueError, match="'triton' runs on a GPU and the tensors are on the CPU"):
+        tk.whiten(torch.zeros(2), backend="triton")
     with pytest.raises(ValueError, match="'native' runs on the CPU and the tensors are on cuda"):
         backends.choose("native", "cuda")
 

@@ -55,3 +55,15 @@ def test_the_speed_table_is_the_results():
     bench_ops = pytest.importorskip("benchmarks.bench_ops")
     report = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "ops.json").read_text())
     assert bench_ops.with_table(README, bench_ops.table(report)) == README
+
+
+def test_the_benchmark_gates_and_times():
+    """One that is wrong is named and not timed."""
+    bench_ops = pytest.importorskip("benchmarks.bench_ops")
+    case = bench_ops.gae_case(3, 10)
+    case.providers["broken"] = lambda: [x + 1.0 for x in case.providers["padded loop"]()]
+    results = {r.provider: r for r in bench_ops.measure(case, bench_ops.CpuMeter(), 2)}
+    assert results["padded loop"].speedup == 1.0
+    assert results["broken"].problem
+    assert not results["broken"].seconds
+    assert len(results["reference"].seconds) == 2

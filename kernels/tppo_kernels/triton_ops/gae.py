@@ -70,7 +70,7 @@ def _sequence_of_one(t, starts_ptr, low, high):
 
 @triton.jit
 def _tile(
-    rewards_ptr, values_ptr, starts_ptr, lam_ptr, bootstrap_ptr, mask_ptr, gamma, actions, sequences, tile,
+    rewards_ptr, values_ptr, starts_ptr, lams_ptr, bootstrap_ptr, mask_ptr, gamma, lam, actions, sequences, tile,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """The scanned maps of one tile, and its actions' indices, values and mask."""
@@ -83,7 +83,9 @@ def _tile(
     b = _sequence_of(at, starts_ptr, tl.zeros([TILE], tl.int32) + first, tl.zeros([TILE], tl.int32) + final + 1)
     last = t + 1 == tl.load(starts_ptr + b + 1)
     v = tl.load(values_ptr + at)
-    decay = gamma * tl.load(lam_ptr + b)
+    decay = tl.zeros([TILE], tl.float32) + gamma * lam
+    if lams_ptr is not None:
+        decay = gamma * tl.load(lams_ptr + b)
     end_value = tl.zeros([TILE], tl.float32)
     if bootstrap_ptr is not None:
         end_value = tl.load(bootstrap_ptr + b)
@@ -113,12 +115,23 @@ def _tile(
 
 @triton.jit(do_not_specialize=["actions", "sequences", "tiles"])
 def gae_tiles(
-    rewards_ptr, values_ptr, starts_ptr, lam_ptr, bootstrap_ptr, mask_ptr, gamma, actions, sequences, totals_ptr,
+    rewards_ptr, values_ptr, starts_ptr, lams_ptr, bootstrap_ptr, mask_ptr, gamma, lam, actions, sequences, totals_ptr,
     tiles, TILE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     index, _t, _inside, _kept, _v, a, b, c, d, e = _tile(
-        rewards_ptr, values_ptr, starts_ptr, lam_ptr, bootstrap_ptr, mask_ptr, gamma, actions, sequences, tile, TILE
+        rewards_ptr,
+        values_ptr,
+        starts_ptr,
+        lams_ptr,
+        bootstrap_ptr,
+        mask_ptr,
+        gamma,
+        lam,
+        actions,
+        sequences,
+        tile,
+        TILE,
     )
     tl.store(totals_ptr + tile, _first(a, index))
     tl.store(totals_ptr + tiles + tile, _first(b, index))
@@ -191,12 +204,23 @@ def _merge_stats(partial_ptr, stats_ptr, programs, CARRY: tl.constexpr):
 
 @triton.jit(do_not_specialize=["actions", "sequences", "tiles"])
 def gae_apply(
-    rewards_ptr, values_ptr, starts_ptr, lam_ptr, bootstrap_ptr, mask_ptr, gamma, actions, sequences, totals_ptr,
+    rewards_ptr, values_ptr, starts_ptr, lams_ptr, bootstrap_ptr, mask_ptr, gamma, lam, actions, sequences, totals_ptr,
     tiles, advantages_ptr, returns_ptr, partial_ptr, stats_ptr, counter_ptr, TILE: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     _index, t, inside, kept, v, a, b, c, _d, _e = _tile(
-        rewards_ptr, values_ptr, starts_ptr, lam_ptr, bootstrap_ptr, mask_ptr, gamma, actions, sequences, tile, TILE
+        rewards_ptr,
+        values_ptr,
+        starts_ptr,
+        lams_ptr,
+        bootstrap_ptr,
+        mask_ptr,
+        gamma,
+        lam,
+        actions,
+        sequences,
+        tile,
+        TILE,
     )
     next_advantage, next_value = _carry(totals_ptr, tile, tiles, CARRY)
     advantage = _times(a, next_advantage) + _times(b, next_value) + c
@@ -224,8 +248,8 @@ def stats_kernel(
 
 
 def gae(
-    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, lam: Tensor, bootstrap: Tensor | None, mask: Tensor | None,
-    gamma: float, advantages: Tensor, returns: Tensor, stats: Tensor,
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, lams: Tensor | None, bootstrap: Tensor | None,
+    mask: Tensor | None, gamma: float, lam: float, advantages: Tensor, returns: Tensor, stats: Tensor,
 ) -> None:  # fmt: skip
     if rewards.dtype == torch.float64:
         raise ValueError("the Triton kernels compute in float32: use backend='reference' for float64")
@@ -235,8 +259,8 @@ def gae(
         stats.zero_()
         return
     totals, partial = rewards.new_empty(5, tiles), rewards.new_empty(tiles, 3)
-    starts = cu_seqlens.to(torch.int32)
-    inputs = (rewards, values, starts, lam, bootstrap, None if mask is None else mask.view(torch.uint8), gamma)
+    mask = None if mask is None else mask.view(torch.uint8)
+    inputs = (rewards, values, cu_seqlens, lams, bootstrap, mask, gamma, lam)
     sizes = (actions, len(cu_seqlens) - 1)
     with on_device(rewards):
         gae_tiles[(tiles,)](*inputs, *sizes, totals, tiles, TILE=size, num_warps=warps)
