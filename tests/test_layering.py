@@ -36,7 +36,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "sft": {"data_types", "errors", "model", "packing", "seeding"},
     "data": {"config", "data_types", "errors", "words"},
     "rewards": {"config", "data_types", "errors", "plugins", "words"},
-    "rollout": {"config", "data_types", "errors", "model", "plugins"},
+    "rollout": {"config", "data_types", "errors", "model", "plugins", "seeding"},
     "evaluate": {"data", "data_types", "errors", "rewards", "words"},
     "report": {"errors", "metrics"},
     "doctor": {"errors"},

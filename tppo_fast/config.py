@@ -89,9 +89,40 @@ class DataConfig(Section):
         return value
 
 
+class VLLMConfig(Section):
+    """Only read with ``rollout.engine = "vllm"``."""
+
+    process: Literal["colocated", "worker"] = "colocated"
+    """"colocated": vLLM lives in the trainer's process. "worker": in a process of its own, restarted if it dies."""
+    kv_cache_gib: Positive | None = None
+    """Memory for the key-value cache. None: 1 GiB on a CPU, what ``gpu_memory_share`` leaves on a GPU."""
+    gpu_memory_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
+    """Share of the GPU's memory that vLLM may take; the trainer needs the rest."""
+    eager: bool = False
+    """Start faster on a GPU, without CUDA graphs and compilation; a CPU always runs so."""
+    bucket_mib: Count = 256
+    """Weights travel to the engine in groups of at most this size."""
+    sleep: Literal["off", "offload", "discard", "stop"] = "off"
+    """What is freed during the update. "offload": KV cache, weights to main memory; "discard": both (GPU only). "stop": the
+    worker process ends and a new one starts for the next rollouts: frees everything, anywhere, for one engine start a step."""
+    timeout: Positive = 600.0
+    """Seconds that a worker may take to answer one request before it is replaced."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often in a row a worker that died or hung is replaced and the request repeated."""
+
+    @model_validator(mode="after")
+    def _stoppable(self) -> VLLMConfig:
+        if self.sleep == "stop" and self.process != "worker":
+            raise ValueError(
+                'vllm.sleep = "stop" ends a process, and vllm.process = "colocated" has none of its own: '
+                'set process = "worker"'
+            )
+        return self
+
+
 class RolloutConfig(Section):
     engine: Pluggable = "hf"
-    """Who samples: "hf" (transformers generate) or module:function returning a RolloutEngine."""
+    """Who samples: "hf" (transformers generate), "vllm" or module:function returning a RolloutEngine."""
     prompts_per_step: Count = 16
     """Distinct prompts in each step."""
     samples_per_prompt: Count = 4
@@ -243,6 +274,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VLLMConfig = VLLMConfig()
     reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
     train: TrainConfig = TrainConfig()

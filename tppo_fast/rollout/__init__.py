@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tppo_fast.config import Config
+from tppo_fast.errors import UserError
 from tppo_fast.plugins import load_object
 from tppo_fast.rollout.base import RolloutEngine, SamplingParams
 
@@ -14,11 +15,13 @@ __all__ = ["RolloutEngine", "SamplingParams", "build_engine"]
 
 
 def build_engine(config: Config, tokenizer: Any, device: torch.device) -> RolloutEngine:
-    """The configured engine: "hf", or what ``module:function(config, tokenizer, device)`` returns.
+    """The configured engine: "hf", "vllm", or what ``module:function(config, tokenizer, device)`` returns.
 
     Raises:
         UserError: the engine is unknown or cannot start.
     """
+    if config.rollout.engine == "vllm":
+        return _vllm(config, tokenizer, device)
     if config.rollout.engine != "hf":
         return load_object(config.rollout.engine, "rollout.engine")(config, tokenizer, device)
     from tppo_fast.model import load_causal_lm
@@ -28,3 +31,34 @@ def build_engine(config: Config, tokenizer: Any, device: torch.device) -> Rollou
     if config.model.dtype == "bfloat16":
         lm = lm.to(torch.bfloat16)
     return HFEngine(lm.to(device), tokenizer)
+
+
+def _vllm(config: Config, tokenizer: Any, device: torch.device) -> RolloutEngine:
+    from tppo_fast.rollout.publish import LiveSettings, Policy, PublishedEngine, stop_tokens
+
+    own, path, dtype = config.vllm, config.model.path, config.model.dtype
+    cpu = device.type == "cpu"
+    if cpu and own.sleep in ("offload", "discard"):
+        raise UserError(
+            f'vllm.sleep = "{own.sleep}": vLLM frees memory in place on a GPU only; use "off", or "stop" with '
+            'vllm.process = "worker"'
+        )
+    policy = Policy(path, dtype, trust_remote_code=config.model.trust_remote_code)
+    wanted = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    settings = LiveSettings(
+        path=path,
+        dtype=dtype,
+        device="cpu" if cpu else "cuda",
+        max_model_len=min(wanted, policy.max_positions or wanted),
+        kv_cache_gib=own.kv_cache_gib,
+        gpu_memory_share=own.gpu_memory_share,
+        sleep_level={"offload": 1, "discard": 2}.get(own.sleep, 0),
+        eager=own.eager or cpu,
+        trust_remote_code=config.model.trust_remote_code,
+        threads=config.threads,
+    )
+    from tppo_fast.rollout.vllm_engine import LiveVLLM
+
+    return PublishedEngine(
+        LiveVLLM(settings), policy, tokenizer, stop_tokens(path, tokenizer), bucket_bytes=own.bucket_mib << 20
+    )
