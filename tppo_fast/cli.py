@@ -12,7 +12,7 @@ import click
 
 from tppo_fast import __version__
 from tppo_fast import config as settings
-from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.errors import EngineError, TrainingDiverged, UserError
 from tppo_fast.interrupt import Interrupted
 
 
@@ -118,7 +118,7 @@ def run(command: Callable[[], Any]) -> int:
         return exit_.exit_code
     except UserError as error:
         return _say(f"error: {error}", 2)
-    except TrainingDiverged as error:
+    except (EngineError, TrainingDiverged) as error:
         return _say(f"error: {error}", 1)
     except (Interrupted, KeyboardInterrupt) as error:
         return _say(str(error) or "interrupted", 130)

@@ -136,6 +136,16 @@ class RolloutConfig(Section):
     top_k: Annotated[int, Field(ge=0)] = 0
     """Must be 0 (off), for the same reason."""
 
+    staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: sample each step's rollouts during the update of the step before (a policy that is one step old); the loss weighs
+    them by truncated importance weights, see ``ppo.importance_cap``. 0: wait for the update."""
+    parity_gate: bool = True
+    """Stop when engine and trainer disagree about the log-probabilities of fresh rollouts; turn off for logged rollouts."""
+    parity_mean_limit: Positive | None = None
+    """Largest parity/mean, in nats. None: 0.001 in float32, 0.05 in bfloat16."""
+    parity_max_limit: Positive | None = None
+    """Largest parity/max, in nats. None: 0.02 in float32, 5 in bfloat16."""
+
     @model_validator(mode="after")
     def _unbiased(self) -> RolloutConfig:
         if self.top_p < 1.0 or self.top_k > 0:
@@ -230,6 +240,10 @@ class PPOConfig(Section):
     """Zero mean and unit variance over the step's actions."""
     old_logprobs: Literal["recompute", "engine"] = "recompute"
     """The ratio's denominator: recomputed by the trainer, or as reported by the rollout engine (saves one forward pass)."""
+
+    importance_cap: Positive = 2.0
+    """With ``rollout.staleness = 1`` and recomputed old log-probs, each token's policy loss is weighted by
+    min(pi_old / pi_behaviour, cap)."""
 
     @model_validator(mode="after")
     def _adaptive(self) -> PPOConfig:
