@@ -293,6 +293,15 @@ class Config(Section):
     ppo: PPOConfig = PPOConfig()
     train: TrainConfig = TrainConfig()
 
+    @model_validator(mode="after")
+    def _awake(self) -> Config:
+        if self.vllm.sleep != "off" and self.rollout.staleness:
+            raise ValueError(
+                f'vllm.sleep = "{self.vllm.sleep}": with rollout.staleness = {self.rollout.staleness} the engine samples '
+                'during the update and cannot sleep; use "off", or staleness 0'
+            )
+        return self
+
 
 def build(values: dict[str, Any], section: type[Section] = Config) -> Any:
     """Validate a nested dict.

@@ -118,6 +118,9 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
             guard.check()
             step, clock = ppo.step, Clock()
             rollouts = run.source.take(step, clock)
+            if config.vllm.sleep != "off":
+                with clock("sync"):
+                    run.engine.sleep()
             guard.check()
             with clock("score"):
                 rewards, classes = run.reward.explain(rollouts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +58,12 @@ def _vllm(config: Config, tokenizer: Any, device: torch.device) -> RolloutEngine
         trust_remote_code=config.model.trust_remote_code,
         threads=config.threads,
     )
+    stop, bucket_bytes = stop_tokens(path, tokenizer), own.bucket_mib << 20
+    if own.process == "worker":
+        from tppo_fast.rollout.remote import RemoteLive, WorkerEngine
+
+        start = partial(RemoteLive, settings, timeout=own.timeout)
+        return WorkerEngine(start, policy, tokenizer, stop, bucket_bytes=bucket_bytes, retries=own.retries)
     from tppo_fast.rollout.vllm_engine import LiveVLLM
 
-    return PublishedEngine(
-        LiveVLLM(settings), policy, tokenizer, stop_tokens(path, tokenizer), bucket_bytes=own.bucket_mib << 20
-    )
+    return PublishedEngine(LiveVLLM(settings), policy, tokenizer, stop, bucket_bytes=bucket_bytes)

@@ -157,6 +157,10 @@ class Policy:
             if self._canonical.get(name, name) == name:
                 yield name, tensor
 
+    def with_ties(self, unique: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse: tied names share their tensor."""
+        return {name: unique[self._canonical.get(name, name)] for name in self._shapes}
+
     @torch.no_grad()
     def probe(self, named: Mapping[str, Tensor]) -> Tensor:
         """Log-probabilities of the probe prompt's tokens after the first by transformers with these weights, fp32."""
