@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import real_model
 import torch
 from support import no_vllm, tokenizer, wide_llama, write_model
 
@@ -145,6 +146,22 @@ def test_it_samples_the_distribution_it_reports(engine: Any, actor: model.Actor,
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in rollouts]), minlength=len(expected)) / len(rollouts)
     deviation = (counts - expected) / (expected * (1 - expected) / len(rollouts)).sqrt()
     assert deviation[expected > 1e-3].abs().max() < 4.5  # standard errors
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(real_model.missing() is not None, reason=str(real_model.missing()))
+def test_the_real_pretrained_model_in_a_worker() -> None:
+    cache = Path(__file__).parents[1] / ".cache"
+    cache.mkdir(exist_ok=True)
+    path = real_model.convert(cache / "smollm2")
+    actor, tok = load_actor(path), model.load_tokenizer(str(path))
+    ids = tok.encode("History:\nlisbon hotels | cheap flights to lisbon\nNext queries:")
+    some = [Prompt(token_ids=ids, user_id="u", history=("a",), next_queries=("x",), relevant_queries=("x",))]
+    with contextlib.closing(build_engine(config(path, process="worker"), tok, torch.device("cpu"))) as made:
+        for version in range(2):
+            made.load_weights(actor.named_weights(), version)
+            assert gap(actor, made, some, params(n=4)) < 1e-3
+            disturb(actor, version, size=1e-3)
 
 
 # ---------------------------------------------------------------- failures that must not be silent
