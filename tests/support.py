@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,22 @@ def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
     )  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(config)
+
+
+def wide_llama(vocab_size: int, *, tied: bool = True) -> LlamaForCausalLM:
+    """Heads of 32, as vLLM's CPU backend needs, and weights large enough that log-probabilities depend on them."""
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=EOS, bos_token_id=None, pad_token_id=None,
+        tie_word_embeddings=tied, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def no_vllm() -> str | None:
+    """Why vLLM cannot be tested here, or None."""
+    return None if importlib.util.find_spec("vllm") else "vLLM is not installed (make vllm)"
 
 
 def write_model(folder: Path, make: Callable[[int], Any]) -> None:

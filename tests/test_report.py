@@ -15,7 +15,19 @@ import pytest
 
 from tppo_fast import report as report_module
 from tppo_fast.errors import UserError
-from tppo_fast.report import CURVES, Curve, Estimate, Example, Report, Run, draw, machine_record, verdict, write_report
+from tppo_fast.report import (
+    CURVES,
+    Curve,
+    Estimate,
+    Example,
+    Report,
+    Run,
+    draw,
+    machine_record,
+    phase_means,
+    verdict,
+    write_report,
+)
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/p onerror=alert(1)>\"'&{{ 7*7 }}"
 MACHINE = {"python": "3.11", "commit": "unknown"}
@@ -93,6 +105,16 @@ def test_everything_is_said(tmp_path: Path):
         "start 0.250 [0.210, 0.290] 0.500 -",
     ):  # fmt: skip
         assert expected in text
+
+
+def test_the_time_of_each_phase_is_averaged_over_the_steps(tmp_path: Path):
+    logged = [{"step": 1, "time/rollout": 1.0, "time/sync": 0.25}, {"step": 2, "time/rollout": 2.0, "time/sync": None}]
+    run = Run(name="r", rows=logged, samples_per_step=1)
+    assert phase_means(run) == {"time/rollout": 1.5, "time/sync": 0.25}
+    write_report(tmp_path / "r.html", replace(full(), runs=[run]))
+    page = (tmp_path / "r.html").read_text()
+    assert "Where the time goes" in page
+    assert "<td>1.5" in page
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path):

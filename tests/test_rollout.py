@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import EOS, tokenizer
+from support import EOS, no_vllm, tokenizer
 
 from tppo_fast import config as settings
 from tppo_fast import model, packing
@@ -47,18 +47,30 @@ def scripted(folder: Path) -> RolloutEngine:
     return engine
 
 
-ENGINES = {"hf": hf, "scripted": scripted}
+def vllm(folder: Path) -> RolloutEngine:
+    values = {
+        "threads": 1,
+        "model": {"path": str(folder)},
+        "data": {"max_prompt_tokens": 64},
+        "rollout": {"engine": "vllm", "max_new_tokens": 12},
+        "vllm": {"kv_cache_gib": 0.05},
+    }
+    return build_engine(settings.build(values), tokenizer(), torch.device("cpu"))
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, tiny_model: Path) -> Any:
-    with contextlib.closing(ENGINES[request.param](tiny_model)) as made:
+ENGINES = {"hf": hf, "scripted": scripted, "vllm": vllm}
+needs_vllm = pytest.mark.skipif(no_vllm() is not None, reason=str(no_vllm()))
+
+
+@pytest.fixture(params=["hf", "scripted", pytest.param("vllm", marks=needs_vllm)])
+def engine(request: pytest.FixtureRequest, wide_model: Path) -> Any:
+    with contextlib.closing(ENGINES[request.param](wide_model)) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def actor(tiny_model: Path) -> model.Actor:
-    return model.build(settings.ModelConfig(path=str(tiny_model)), "cpu")[0].actor
+def actor(wide_model: Path) -> model.Actor:
+    return model.build(settings.ModelConfig(path=str(wide_model)), "cpu")[0].actor
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +148,8 @@ class TestConformance:
         engine.close()
 
 
-def test_hf_logprobs_at_a_temperature(actor: model.Actor, tiny_model: Path, prompts: list[Prompt]) -> None:
-    engine = hf(tiny_model)
+def test_hf_logprobs_at_a_temperature(actor: model.Actor, wide_model: Path, prompts: list[Prompt]) -> None:
+    engine = hf(wide_model)
     engine.load_weights(actor.named_weights(), version=0)
     for temperature, greedy in ((0.5, False), (2.0, False), (0.7, True)):
         rollouts = engine.generate(prompts, params(temperature=temperature, greedy=greedy))
@@ -147,14 +159,14 @@ def test_hf_logprobs_at_a_temperature(actor: model.Actor, tiny_model: Path, prom
         torch.testing.assert_close(logp, batch.behaviour_logprobs, atol=1e-4, rtol=0)
 
 
-def test_hf_samples_the_distribution_it_reports(actor: model.Actor, tiny_model: Path, prompts: list[Prompt]) -> None:
+def test_hf_samples_the_distribution_it_reports(actor: model.Actor, wide_model: Path, prompts: list[Prompt]) -> None:
     """First-token frequencies over many samples against exp(logprob): nothing was cut off or penalised."""
-    engine = hf(tiny_model)
+    engine = hf(wide_model)
     engine.load_weights(actor.named_weights(), version=0)
     rollouts = engine.generate(prompts[:1], params(n=4000, max_new_tokens=1))
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in rollouts]), minlength=300) / len(rollouts)
     ids = torch.tensor([[*prompts[0].token_ids]])
-    plain = model.load_causal_lm(str(tiny_model)).eval()
+    plain = model.load_causal_lm(str(wide_model)).eval()
     expected = plain(input_ids=ids).logits[0, -1].softmax(-1).detach()
     deviation = (counts[: len(expected)] - expected) / (expected * (1 - expected) / len(rollouts)).sqrt()
     assert deviation.abs().max() < 4.5  # standard errors, over some 290 tokens
@@ -162,9 +174,9 @@ def test_hf_samples_the_distribution_it_reports(actor: model.Actor, tiny_model: 
 
 
 def test_hf_ignores_the_models_own_generation_settings(
-    tiny_model: Path, actor: model.Actor, prompts: list[Prompt]
+    wide_model: Path, actor: model.Actor, prompts: list[Prompt]
 ) -> None:
-    lm = model.load_causal_lm(str(tiny_model))
+    lm = model.load_causal_lm(str(wide_model))
     lm.generation_config.top_k, lm.generation_config.repetition_penalty = 1, 3.0
     engine = HFEngine(lm, tokenizer())
     engine.load_weights(actor.named_weights(), version=0)
@@ -172,14 +184,14 @@ def test_hf_ignores_the_models_own_generation_settings(
     assert len(first) > 10
 
 
-def test_hf_batches_do_not_change_what_is_asked(tiny_model: Path, actor: model.Actor, prompts: list[Prompt]) -> None:
-    engine = HFEngine(model.load_causal_lm(str(tiny_model)), tokenizer(), batch_size=2)
+def test_hf_batches_do_not_change_what_is_asked(wide_model: Path, actor: model.Actor, prompts: list[Prompt]) -> None:
+    engine = HFEngine(model.load_causal_lm(str(wide_model)), tokenizer(), batch_size=2)
     engine.load_weights(actor.named_weights(), version=0)
     assert [r.prompt for r in engine.generate(prompts, params(n=3))] == [p for p in prompts for _ in range(3)]
 
 
-def test_hf_names_what_does_not_fit(tiny_model: Path, actor: model.Actor) -> None:
-    engine = hf(tiny_model)
+def test_hf_names_what_does_not_fit(wide_model: Path, actor: model.Actor) -> None:
+    engine = hf(wide_model)
     with pytest.raises(UserError, match="weight 'nonsense'"):
         engine.load_weights([("nonsense", torch.zeros(2))], version=0)
     name, tensor = next(iter(actor.named_weights()))
@@ -197,9 +209,9 @@ def my_engine(config: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any]:
     return config, tokenizer, device
 
 
-def test_build_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_engine(wide_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def config(engine: str) -> settings.Config:
-        return settings.build({"model": {"path": str(tiny_model)}, "rollout": {"engine": engine}})
+        return settings.build({"model": {"path": str(wide_model)}, "rollout": {"engine": engine}})
 
     device = torch.device("cpu")
     assert isinstance(build_engine(config("hf"), tokenizer(), device), HFEngine)

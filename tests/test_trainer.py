@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +18,12 @@ import pytest
 import torch
 import transformers
 
-from tppo_fast import checkpoint, trainer
+from tppo_fast import checkpoint, parity, trainer
 from tppo_fast import config as settings
 from tppo_fast.data_types import Rollout
-from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.errors import EngineError, TrainingDiverged, UserError
 from tppo_fast.metrics import GLOSSARY, read_metrics
+from tppo_fast.rollout.hf_engine import HFEngine
 
 LEARNED = ("ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm", "ppo/kl", "rollout/reward_mean", "rollout/length_mean")
 
@@ -265,9 +268,94 @@ def test_bad_input_is_one_sentence(tiny_model: Path, tmp_path: Path, changes: di
 def test_data_order_is_a_shuffle_of_every_epoch(tiny_model: Path, tmp_path: Path) -> None:
     run = trainer.setup(config(tiny_model, tmp_path / "r"))
     count = len(run.prompts)
-    order = [p for step in range(count) for p in trainer.batch_of_prompts(run, step)]
+    order = [p for step in range(count) for p in trainer.batch_of_prompts(run.config, run.prompts, step)]
     assert len(order) == 4 * count
     for epoch in range(4):
         assert sorted(map(id, order[epoch * count : (epoch + 1) * count])) == sorted(map(id, run.prompts))
     assert order[:count] != order[count : 2 * count]
     assert not {p.user_id for p in run.prompts} & {p.user_id for p in run.eval_prompts}
+
+
+# ---------------------------------------------------------------- the parity gate, and rollouts one step ahead
+
+
+def test_staleness_0_is_the_synchronous_run(tiny_model: Path, whole_run: Path, tmp_path: Path) -> None:
+    trainer.train(config(tiny_model, tmp_path / "r", rollout__staleness=0, ppo__importance_cap=0.5))
+    assert trajectory(tmp_path / "r") == trajectory(whole_run)
+
+
+def test_one_step_ahead_is_bounded_reproducible_and_resumes_bit_for_bit(
+    tiny_model: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        trainer.train(config(tiny_model, tmp_path / name, rollout__staleness=1))
+    assert trajectory(tmp_path / "a") == trajectory(tmp_path / "b")
+    rows = [row for row in read_metrics(tmp_path / "a") if row["step"] > 0]
+    assert [row["rollout/staleness"] for row in rows] == [0, 1, 1, 1, 1, 1]
+    assert trajectory(tmp_path / "a")[0] == pytest.approx(trajectory(whole_run)[0], rel=1e-4)  # fresh, weights are 1
+    assert trajectory(tmp_path / "a")[2:] != trajectory(whole_run)[2:]
+    trainer.train(config(tiny_model, tmp_path / "c", rollout__staleness=1))
+    shutil.rmtree(checkpoint.list_checkpoints(tmp_path / "c")[-1])
+    shutil.rmtree(tmp_path / "c" / "policy")
+    trainer.train(config(tiny_model, tmp_path / "c", rollout__staleness=1), resume=True)
+    assert trajectory(tmp_path / "c") == trajectory(tmp_path / "a")
+
+
+def test_stale_rollouts_are_weighted_and_fresh_ones_are_not(tiny_model: Path, tmp_path: Path) -> None:
+    for staleness, expected in ((0, [1.0, 1.0, 1.0]), (1, [1.0, 0.5, 1.5])):
+        run = trainer.setup(config(tiny_model, tmp_path / "r", rollout__staleness=staleness, ppo__importance_cap=1.5))
+        behaviour = torch.tensor([-1.0, -1.0, -1.0])
+        old = behaviour + torch.tensor([1.0, 0.5, 4.0]).log()
+        weights = run.ppo._importance_weights(old, behaviour)
+        torch.testing.assert_close(weights, torch.tensor(expected))
+        run.source.close()
+
+
+def test_the_parity_metrics_by_hand() -> None:
+    engine = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    trainer_side = torch.tensor([-1.0, -2.0, -3.05, -3.8])
+    got = parity.metrics(engine, trainer_side)
+    assert got["parity/mean"] == pytest.approx(0.0625)
+    assert got["parity/max"] == pytest.approx(0.2)
+    assert got["parity/share_above_0.1"] == pytest.approx(0.25)
+    ratio = [1.0, 1.0, math.exp(-0.05), math.exp(0.2)]
+    assert got["parity/ess"] == pytest.approx(sum(ratio) ** 2 / (4 * sum(r * r for r in ratio)), rel=1e-5)
+    assert parity.metrics(engine, engine)["parity/ess"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mean", "stops"),
+    [
+        ({}, 0.01, True),
+        ({"model__dtype": "bfloat16"}, 0.01, False),
+        ({"model__dtype": "bfloat16"}, 0.1, True),
+        ({"rollout__parity_mean_limit": 0.1}, 0.01, False),
+        ({"rollout__parity_gate": False}, 0.01, False),
+        ({"rollout__staleness": 1}, 0.01, False),
+        ({}, math.nan, True),
+    ],
+)
+def test_the_gate_stops_with_one_sentence(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], mean: float, stops: bool
+) -> None:
+    measured = {"parity/mean": mean, "parity/max": 0.0}
+    made = config(tiny_model, tmp_path / "r", **changes)
+    if not stops:
+        parity.check(measured, made)
+        return
+    with pytest.raises(EngineError, match=r"parity/mean = .* nats, at most .* is allowed") as caught:
+        parity.check(measured, made)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_skipped_publish_stops_the_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer's gate alone: this engine does not verify what it was sent."""
+    original = HFEngine.load_weights
+
+    def lazy(self: HFEngine, weights: Any, version: int) -> None:
+        original(self, weights, version) if version < 3 else setattr(self, "_version", version)
+
+    monkeypatch.setattr(HFEngine, "load_weights", lazy)
+    with pytest.raises(EngineError, match="parity/"):
+        trainer.train(config(tiny_model, tmp_path / "r"))
+    assert [row["step"] for row in read_metrics(tmp_path / "r")] == [0, 1, 2, 3]

@@ -22,10 +22,11 @@ _FREE = {"run_dir", "threads", "train"}
 """Settings that may differ when a run is resumed; all others would change what the run computes."""
 
 
-def save(run_dir: Path, ppo: PPO, tokenizer: Any, config: Config) -> Path:
+def save(run_dir: Path, ppo: PPO, tokenizer: Any, config: Config, pending: dict[str, Any] | None = None) -> Path:
     """Write ``run_dir/checkpoints/step_N`` atomically, then drop all but the newest ``keep_checkpoints``.
 
-    A step's state is a function of the run, so a complete checkpoint of this step is left as it is.
+    ``pending`` is what ``load`` gives back. A step's state is a function of the run, so a complete checkpoint of this step
+    is left as it is.
     """
     folder = run_dir / "checkpoints" / f"step_{ppo.step:06d}"
     if folder in list_checkpoints(run_dir):
@@ -40,6 +41,7 @@ def save(run_dir: Path, ppo: PPO, tokenizer: Any, config: Config) -> Path:
             "param_groups": groups,
             "rng": seeding.global_state(),
             "config": config.model_dump(mode="json"),
+            "pending": pending,
         }
         (temporary / "state.json").write_text(json.dumps(state))
     for old in list_checkpoints(run_dir)[: -config.train.keep_checkpoints]:
@@ -79,8 +81,8 @@ def check_resumable(run_dir: Path, config: Config) -> Path:
     return checkpoints[-1]
 
 
-def load(folder: Path, ppo: PPO) -> None:
-    """Put a checkpoint's weights, optimizer, counters and generator states in place.
+def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
+    """Put a checkpoint's weights, optimizer, counters and generator states in place; returns what was ``pending``.
 
     Raises:
         UserError: the checkpoint is damaged or belongs to another model.
@@ -92,6 +94,7 @@ def load(folder: Path, ppo: PPO) -> None:
         ppo.optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
         ppo.load_state(state["ppo"])
         seeding.set_global_state(state["rng"])
+        return state.get("pending")
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -12,7 +12,7 @@ import click
 
 from tppo_fast import __version__
 from tppo_fast import config as settings
-from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.errors import EngineError, TrainingDiverged, UserError
 from tppo_fast.interrupt import Interrupted
 
 
@@ -70,6 +70,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 @click.option("--sft-steps", type=click.IntRange(0), default=None, help="Supervised steps before PPO.")
 @click.option("--steps", type=click.IntRange(1), default=None, help="PPO steps of each method.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=None, help="PPO learning rate.")
+@click.option("--rollout", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="Who samples.")
 @click.option("--fresh", is_flag=True, help="Remove an earlier demo in run-dir and start again.")
 def demo(**options: Any) -> None:
     """Supervise a small model on search sessions, then train it by TPPO and by sentence-level PPO, and compare."""
@@ -118,7 +119,7 @@ def run(command: Callable[[], Any]) -> int:
         return exit_.exit_code
     except UserError as error:
         return _say(f"error: {error}", 2)
-    except TrainingDiverged as error:
+    except (EngineError, TrainingDiverged) as error:
         return _say(f"error: {error}", 1)
     except (Interrupted, KeyboardInterrupt) as error:
         return _say(str(error) or "interrupted", 130)

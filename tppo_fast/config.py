@@ -89,9 +89,40 @@ class DataConfig(Section):
         return value
 
 
+class VLLMConfig(Section):
+    """Only read with ``rollout.engine = "vllm"``."""
+
+    process: Literal["colocated", "worker"] = "colocated"
+    """"colocated": vLLM lives in the trainer's process. "worker": in a process of its own, restarted if it dies."""
+    kv_cache_gib: Positive | None = None
+    """Memory for the key-value cache. None: 1 GiB on a CPU, what ``gpu_memory_share`` leaves on a GPU."""
+    gpu_memory_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
+    """Share of the GPU's memory that vLLM may take; the trainer needs the rest."""
+    eager: bool = False
+    """Start faster on a GPU, without CUDA graphs and compilation; a CPU always runs so."""
+    bucket_mib: Count = 256
+    """Weights travel to the engine in groups of at most this size."""
+    sleep: Literal["off", "offload", "discard", "stop"] = "off"
+    """What is freed during the update. "offload": KV cache, weights to main memory; "discard": both (GPU only). "stop": the
+    worker process ends and a new one starts for the next rollouts: frees everything, anywhere, for one engine start a step."""
+    timeout: Positive = 600.0
+    """Seconds that a worker may take to answer one request before it is replaced."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often in a row a worker that died or hung is replaced and the request repeated."""
+
+    @model_validator(mode="after")
+    def _stoppable(self) -> VLLMConfig:
+        if self.sleep == "stop" and self.process != "worker":
+            raise ValueError(
+                'vllm.sleep = "stop" ends a process, and vllm.process = "colocated" has none of its own: '
+                'set process = "worker"'
+            )
+        return self
+
+
 class RolloutConfig(Section):
     engine: Pluggable = "hf"
-    """Who samples: "hf" (transformers generate) or module:function returning a RolloutEngine."""
+    """Who samples: "hf" (transformers generate), "vllm" or module:function returning a RolloutEngine."""
     prompts_per_step: Count = 16
     """Distinct prompts in each step."""
     samples_per_prompt: Count = 4
@@ -104,6 +135,16 @@ class RolloutConfig(Section):
     """Must be 1: with nucleus sampling the ratio's log-probabilities belong to another distribution."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Must be 0 (off), for the same reason."""
+
+    staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: sample each step's rollouts during the update of the step before (a policy that is one step old); the loss weighs
+    them by truncated importance weights, see ``ppo.importance_cap``. 0: wait for the update."""
+    parity_gate: bool = True
+    """Stop when engine and trainer disagree about the log-probabilities of fresh rollouts; turn off for logged rollouts."""
+    parity_mean_limit: Positive | None = None
+    """Largest parity/mean, in nats. None: 0.001 in float32, 0.05 in bfloat16."""
+    parity_max_limit: Positive | None = None
+    """Largest parity/max, in nats. None: 0.02 in float32, 5 in bfloat16."""
 
     @model_validator(mode="after")
     def _unbiased(self) -> RolloutConfig:
@@ -200,6 +241,10 @@ class PPOConfig(Section):
     old_logprobs: Literal["recompute", "engine"] = "recompute"
     """The ratio's denominator: recomputed by the trainer, or as reported by the rollout engine (saves one forward pass)."""
 
+    importance_cap: Positive = 2.0
+    """With ``rollout.staleness = 1`` and recomputed old log-probs, each token's policy loss is weighted by
+    min(pi_old / pi_behaviour, cap)."""
+
     @model_validator(mode="after")
     def _adaptive(self) -> PPOConfig:
         if self.kl_target is not None and self.kl_placement == "off":
@@ -243,9 +288,19 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VLLMConfig = VLLMConfig()
     reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _awake(self) -> Config:
+        if self.vllm.sleep != "off" and self.rollout.staleness:
+            raise ValueError(
+                f'vllm.sleep = "{self.vllm.sleep}": with rollout.staleness = {self.rollout.staleness} the engine samples '
+                'during the update and cannot sleep; use "off", or staleness 0'
+            )
+        return self
 
 
 def build(values: dict[str, Any], section: type[Section] = Config) -> Any:

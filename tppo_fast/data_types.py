@@ -130,6 +130,8 @@ class TrainBatch:
     """Per-token advantages, whitened where configured."""
     returns: Float[Tensor, "A"]
     """The critic's regression targets."""
+    importance_weights: Float[Tensor, "A"]
+    """Truncated weights pi_old / pi_behaviour of the policy loss; 1 where rollouts are fresh."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

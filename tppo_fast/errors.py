@@ -9,6 +9,14 @@ class UserError(ValueError):
     """Bad input or usage: the message names the field, its value and the remedy. The shell exits with 2."""
 
 
+class EngineError(RuntimeError):
+    """The rollout engine does not sample from the trainer's policy, or cannot be brought back. The shell exits with 1."""
+
+
+class EngineLost(EngineError):
+    """The rollout engine's process died or did not answer in time; a new one may take over."""
+
+
 class TrainingDiverged(RuntimeError):
     """A loss or gradient stopped being finite: the weights were left as they were. The shell exits with 1."""
 

@@ -27,6 +27,7 @@ def ppo(evaluation: Evaluation, batch: TrainBatch, config: PPOConfig, kl_coef: f
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
+        weights=batch.importance_weights,
         ref_logp=batch.ref_logprobs,
         kl_coef=kl_coef if kl_in_loss else 0.0,
         kl_estimator=config.kl_estimator,

@@ -11,7 +11,7 @@ from torch import Tensor
 from tppo_fast.data_types import Rollout, RolloutBatch, TrainBatch
 from tppo_fast.errors import UserError
 
-_PER_ACTION = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+_PER_ACTION = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns", "importance_weights")
 
 
 def pack(

@@ -11,7 +11,7 @@ import tppo_kernels as tk
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from tppo_fast import packing, seeding
+from tppo_fast import packing, parity, seeding
 from tppo_fast.advantages import estimate, penalised_rewards
 from tppo_fast.config import Config, PPOConfig
 from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch
@@ -77,7 +77,6 @@ class PPO:
         coefficient = self.kl.coefficient if ppo.kl_placement == "reward" else 0.0
         rewards = penalised_rewards(batch.rewards, old, ref, coefficient)
         advantages, returns = estimate(rewards, values, final_values, batch.truncated, batch.cu_actions, ppo)
-        gap = (logprobs - batch.behaviour_logprobs).abs()
         residual = (returns - values).var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
         metrics = {
             "ppo/kl": (old - ref).mean(),
@@ -86,8 +85,7 @@ class PPO:
             "ppo/return_mean": returns.mean(),
             "ppo/value_mean": values.mean(),
             "ppo/explained_variance": 1.0 - residual,
-            "parity/mean": gap.mean(),
-            "parity/max": gap.max(),
+            **parity.metrics(batch.behaviour_logprobs, logprobs),
         }
         if ppo.whiten_advantages:
             advantages = tk.whiten(advantages)
@@ -98,8 +96,15 @@ class PPO:
             values=values,
             advantages=advantages,
             returns=returns,
+            importance_weights=self._importance_weights(old, batch.behaviour_logprobs),
         )
         return train, {name: float(value) for name, value in metrics.items()}
+
+    def _importance_weights(self, old: Tensor, behaviour: Tensor) -> Tensor:
+        """min(pi_old / pi_behaviour, cap) of rollouts that may be stale (truncated importance sampling), else ones [A]."""
+        if not self.config.rollout.staleness:
+            return torch.ones_like(old)
+        return (old - behaviour).exp().clamp(max=self.config.ppo.importance_cap)
 
     def _evaluate(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(policy log-probs [A], values [A], reference log-probs [A], final values [B]) of a whole batch, on the CPU."""

@@ -93,6 +93,10 @@ class Report:
     """Where it ran; ``machine_record()`` unless given."""
 
 
+PHASES = ("time/rollout", "time/sync", "time/score", "time/prepare", "time/update", "time/step")
+"""What a step's time is split into."""
+
+
 class Curve(NamedTuple):
     slug: str
     metric: str
@@ -202,6 +206,8 @@ def write_report(path: Path, report: Report) -> list[Path]:
         curves=[(curve.metric, base64.b64encode(png).decode()) for curve, png in images.items()],
         not_recorded=[label(curve.metric) for curve in CURVES if curve not in images] if report.runs else [],
         columns=list(dict.fromkeys(metric for row in report.table.values() for metric in row)),
+        phases={run.name: row for run in report.runs if (row := phase_means(run))},
+        phase_names=PHASES,
         settings=list(flatten(report.settings)),
         glossary={name: GLOSSARY[name] for name in _mentioned(report) if name in GLOSSARY},
     )
@@ -214,6 +220,12 @@ def write_report(path: Path, report: Report) -> list[Path]:
     except OSError as error:
         raise UserError(f"report {str(path)!r} cannot be written ({error.strerror}): choose another folder") from None
     return list(files)
+
+
+def phase_means(run: Run) -> dict[str, float]:
+    """Mean seconds per step of each phase that the run logged."""
+    values = {name: [v for row in run.rows if (v := row.get(name)) is not None] for name in PHASES}
+    return {name: sum(v) / len(v) for name, v in values.items() if v}
 
 
 def _mentioned(report: Report) -> list[str]:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tppo_fast import checkpoint, losses, model, packing, seeding
+from tppo_fast import checkpoint, losses, model, packing, parity, seeding
+from tppo_fast.ahead import RolloutSource
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.attention import can_use_flash
 from tppo_fast.config import Config
@@ -61,6 +62,7 @@ class Run:
     eval_prompts: list[Prompt]
     reward: TokenRewards
     engine: RolloutEngine
+    source: RolloutSource
     ppo: PPO
     share_prompts: bool
 
@@ -80,7 +82,7 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     start_from = _open_run_dir(config, resume)
     run = setup(config)
     if start_from is not None:
-        checkpoint.load(start_from, run.ppo)
+        run.source.load_state(checkpoint.load(start_from, run.ppo))
     first = run.ppo.step
     logger = MetricsLogger(
         config.run_dir,
@@ -89,11 +91,11 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
         wandb_project=config.train.wandb_project,
         config=config.model_dump(mode="json"),
     )
-    with contextlib.closing(run.engine), logger, InterruptGuard() as guard:
+    with contextlib.closing(run.engine), contextlib.closing(run.source), logger, InterruptGuard() as guard:
         try:
             evaluation = _loop(run, logger, guard, evaluate_first=first == 0)
         except Interrupted:
-            saved = checkpoint.save(config.run_dir, run.ppo, run.tokenizer, config)
+            saved = checkpoint.save(config.run_dir, run.ppo, run.tokenizer, config, run.source.state(run.ppo.step))
             raise Interrupted(f"stopped after step {run.ppo.step}; continue with --resume (saved in {saved})") from None
         except TrainingDiverged as error:
             report = config.run_dir / f"diverged_step_{error.report['step']:06d}.json"
@@ -116,21 +118,23 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
         while ppo.step < steps:
             guard.check()
             step, clock = ppo.step, Clock()
-            with clock("sync"):
-                run.engine.load_weights(ppo.model.actor.named_weights(), version=step)
-            with clock("rollout"):
-                rollouts = run.engine.generate(batch_of_prompts(run, step), sampling(config, step))
+            rollouts = run.source.take(step, clock)
+            if config.vllm.sleep != "off":
+                with clock("sync"):
+                    run.engine.sleep()
             guard.check()
             with clock("score"):
                 rewards, classes = run.reward.explain(rollouts)
                 batch = packing.pack(rollouts, rewards, share_prompts=run.share_prompts)
             with clock("prepare"):
                 train_batch, prepared = ppo.prepare(batch)
+                parity.check(prepared, config)
             guard.check()
             with clock("update"):
                 learned = ppo.update(train_batch)
 
             metrics = {**rollout_metrics(rollouts, rewards, classes), **prepared, **learned, **clock.metrics(rollouts)}
+            metrics["rollout/staleness"] = step - rollouts[0].policy_version
             if step == 0 and config.train.show_examples:
                 show_examples(run, rollouts, rewards, classes)
             if _due(ppo.step, config.train.eval_every, steps):
@@ -138,7 +142,7 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
                 metrics |= evaluation
             logger.log(ppo.step, metrics)
             if _due(ppo.step, config.train.save_every, steps):
-                checkpoint.save(config.run_dir, ppo, run.tokenizer, config)
+                checkpoint.save(config.run_dir, ppo, run.tokenizer, config, run.source.state(ppo.step))
             shown = {"reward": metrics["rollout/reward_per_token"], "kl": metrics["ppo/kl"]}
             if evaluation:
                 shown["relevance"] = evaluation["eval/relevance"]
@@ -181,6 +185,14 @@ def setup(config: Config) -> Run:
     )
     ppo = PPO(config, actor_critic, reference, loss, total_steps=config.train.steps)
     flash = config.model.attention != "sdpa" and can_use_flash(device, config.model.dtype == "bfloat16") is None
+    engine = build_engine(config, tokenizer, device)
+    source = RolloutSource(
+        engine,
+        actor_critic.actor.named_weights,
+        lambda step: (batch_of_prompts(config, prompts, step), sampling(config, step)),
+        staleness=config.rollout.staleness,
+        last_step=config.train.steps,
+    )
     return Run(
         config=config,
         tokenizer=tokenizer,
@@ -188,7 +200,8 @@ def setup(config: Config) -> Run:
         prompts=prompts,
         eval_prompts=eval_prompts,
         reward=reward,
-        engine=build_engine(config, tokenizer, device),
+        engine=engine,
+        source=source,
         ppo=ppo,
         share_prompts=config.model.share_prompts and not flash,
     )
@@ -252,13 +265,13 @@ def _open_run_dir(config: Config, resume: bool) -> Path | None:
 # -------------------------------------------------------------------- pieces of a step
 
 
-def batch_of_prompts(run: Run, step: int) -> list[Prompt]:
+def batch_of_prompts(config: Config, prompts: Sequence[Prompt], step: int) -> list[Prompt]:
     """The step's prompts: shuffled passes over the data, a function of (seed, step) alone."""
-    size, count = run.config.rollout.prompts_per_step, len(run.prompts)
+    size, count = config.rollout.prompts_per_step, len(prompts)
     picked = []
     for position in range(step * size, (step + 1) * size):
         epoch, place = divmod(position, count)
-        picked.append(run.prompts[int(_permutation(run.config.seed, epoch, count)[place])])
+        picked.append(prompts[int(_permutation(config.seed, epoch, count)[place])])
     return picked
 
 
@@ -282,6 +295,7 @@ def sampling(config: Config, step: int) -> SamplingParams:
 def evaluate(run: Run) -> Metrics:
     """Metrics of one response to each held-out session, with the current policy."""
     began = time.perf_counter()
+    run.source.settle()
     run.engine.load_weights(run.ppo.model.actor.named_weights(), version=run.ppo.step)
     rollouts = run.engine.generate(run.eval_prompts, eval_sampling(run.config))
     scores = score(rollouts, run.builder.parse, num_queries=run.config.data.num_queries)

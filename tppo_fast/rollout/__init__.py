@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from tppo_fast.config import Config
+from tppo_fast.errors import UserError
 from tppo_fast.plugins import guarded, load_object
 from tppo_fast.rollout.base import RolloutEngine, SamplingParams
 
@@ -14,11 +16,13 @@ __all__ = ["RolloutEngine", "SamplingParams", "build_engine"]
 
 
 def build_engine(config: Config, tokenizer: Any, device: torch.device) -> RolloutEngine:
-    """The configured engine: "hf", or what ``module:function(config, tokenizer, device)`` returns.
+    """The configured engine: "hf", "vllm", or what ``module:function(config, tokenizer, device)`` returns.
 
     Raises:
         UserError: the engine is unknown or cannot start.
     """
+    if config.rollout.engine == "vllm":
+        return _vllm(config, tokenizer, device)
     if config.rollout.engine != "hf":
         spec = config.rollout.engine
         return guarded(load_object(spec, "rollout.engine"), f"rollout.engine = {spec!r}")(config, tokenizer, device)
@@ -29,3 +33,38 @@ def build_engine(config: Config, tokenizer: Any, device: torch.device) -> Rollou
     if config.model.dtype == "bfloat16":
         lm = lm.to(torch.bfloat16)
     return HFEngine(lm.to(device), tokenizer)
+
+
+def _vllm(config: Config, tokenizer: Any, device: torch.device) -> RolloutEngine:
+    from tppo_fast.rollout.publish import LiveSettings, Policy, PublishedEngine, stop_tokens
+
+    own, path, dtype = config.vllm, config.model.path, config.model.dtype
+    cpu = device.type == "cpu"
+    if cpu and own.sleep in ("offload", "discard"):
+        raise UserError(
+            f'vllm.sleep = "{own.sleep}": vLLM frees memory in place on a GPU only; use "off", or "stop" with '
+            'vllm.process = "worker"'
+        )
+    policy = Policy(path, dtype, trust_remote_code=config.model.trust_remote_code)
+    wanted = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    settings = LiveSettings(
+        path=path,
+        dtype=dtype,
+        device="cpu" if cpu else "cuda",
+        max_model_len=min(wanted, policy.max_positions or wanted),
+        kv_cache_gib=own.kv_cache_gib,
+        gpu_memory_share=own.gpu_memory_share,
+        sleep_level={"offload": 1, "discard": 2}.get(own.sleep, 0),
+        eager=own.eager or cpu,
+        trust_remote_code=config.model.trust_remote_code,
+        threads=config.threads,
+    )
+    stop, bucket_bytes = stop_tokens(path, tokenizer), own.bucket_mib << 20
+    if own.process == "worker":
+        from tppo_fast.rollout.remote import RemoteLive, WorkerEngine
+
+        start = partial(RemoteLive, settings, timeout=own.timeout)
+        return WorkerEngine(start, policy, tokenizer, stop, bucket_bytes=bucket_bytes, retries=own.retries)
+    from tppo_fast.rollout.vllm_engine import LiveVLLM
+
+    return PublishedEngine(LiveVLLM(settings), policy, tokenizer, stop, bucket_bytes=bucket_bytes)

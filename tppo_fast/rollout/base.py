@@ -63,6 +63,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """Free what can be freed until the next ``load_weights``; called only where ``vllm.sleep`` asks for it."""
+        ...
+
     def close(self) -> None:
         """Release memory and processes; safe to call twice."""
         ...

@@ -122,5 +122,8 @@ class HFEngine:
             )
         self._version = version
 
+    def sleep(self) -> None:
+        """The copy stays where it is."""
+
     def close(self) -> None:
         self._lm = None

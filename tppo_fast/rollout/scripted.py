@@ -52,5 +52,8 @@ class ScriptedEngine:
             raise UserError(f"weight {odd!r}: the names differ from the first load_weights; publish the whole policy")
         self.weights, self._version = given, version
 
+    def sleep(self) -> None:
+        """There is nothing to free."""
+
     def close(self) -> None:
         self.weights = {}

@@ -1,0 +1,170 @@
+"""vLLM in a process of its own: it may be killed at any moment, and nothing is lost or counted twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import no_vllm, tokenizer
+from test_vllm import build, disturb, gap, load_actor, params
+
+from tppo_fast import config as settings
+from tppo_fast import trainer
+from tppo_fast.data_types import Prompt
+from tppo_fast.errors import EngineError, UserError
+from tppo_fast.metrics import read_metrics
+from tppo_fast.rollout.remote import RemoteLive
+
+pytestmark = pytest.mark.skipif(no_vllm() is not None, reason=str(no_vllm()))
+
+
+@pytest.fixture(scope="module")
+def engine(wide_model: Path) -> Iterator[Any]:
+    with contextlib.closing(build(wide_model, process="worker", bucket_mib=1)) as made:
+        yield made
+
+
+@pytest.fixture
+def actor(wide_model: Path) -> Any:
+    return load_actor(wide_model)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    tok = tokenizer()
+    return [
+        Prompt(token_ids=tok.encode(t), user_id=t, history=(t,), next_queries=("x",), relevant_queries=("x",))
+        for t in ("pasta", "lisbon hotels")
+    ]
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, *moments: tuple[str, int]) -> list[str]:
+    """SIGKILL the worker right after the n-th request of a kind was sent; returns what was killed."""
+    seen: dict[str, int] = {}
+    killed: list[str] = []
+
+    def sent(self: RemoteLive, operation: str) -> None:
+        seen[operation] = seen.get(operation, 0) + 1
+        if (operation, seen[operation]) in moments:
+            killed.append(operation)
+            os.kill(self.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(RemoteLive, "_sent", sent)
+    return killed
+
+
+def test_it_samples_like_the_colocated_engine(engine: Any, actor: Any, prompts: list[Prompt]) -> None:
+    for version in range(3):
+        disturb(actor, version)
+        engine.load_weights(actor.named_weights(), version)
+        assert gap(actor, engine, prompts, params()) < 1e-3
+    assert engine.live.ping() < 1.0
+
+
+@pytest.mark.parametrize("moment", ["generate", "update", "finish_update", "probe"])
+def test_killed_at_any_moment_the_answers_are_the_same(
+    engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    disturb(actor, 9)
+    engine.load_weights(actor.named_weights(), 1)
+    expected = engine.generate(prompts, params())
+    killed = kill_at(monkeypatch, (moment, 1))
+    before = engine.restarts
+    engine.load_weights(actor.named_weights(), 1)
+    assert engine.generate(prompts, params()) == expected
+    assert killed == [moment]
+    assert engine.restarts == before + 1
+
+
+def test_it_gives_up_with_one_sentence(
+    engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.load_weights(actor.named_weights(), 1)
+    killed = kill_at(monkeypatch, *(("generate", n) for n in range(1, 9)))
+    with pytest.raises(EngineError, match=r"died during generate \(request \d+\).*replaced 2 times") as caught:
+        engine.generate(prompts, params())
+    assert killed == ["generate"] * 3
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert gap(actor, engine, prompts, params()) < 1e-3  # and can be used again
+
+
+def test_a_request_that_hangs_is_named_and_repeated(
+    engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.load_weights(actor.named_weights(), 1)
+    monkeypatch.setattr(engine, "_retries", 0)
+    monkeypatch.setattr(engine.live, "_timeout", 0.5)
+    os.kill(engine.live.pid, signal.SIGSTOP)
+    with pytest.raises(EngineError, match=r"generate \(request \d+\) was not answered within 0\.5 s"):
+        engine.generate(prompts, params())
+    monkeypatch.undo()
+    assert gap(actor, engine, prompts, params()) < 1e-3
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path: Path, wide_model: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((wide_model / name).read_bytes())
+    with pytest.raises(UserError, match="vLLM cannot start with it"):
+        build(tmp_path, process="worker")
+
+
+def test_stop_frees_everything_and_the_next_publication_starts_again(
+    engine: Any, actor: Any, prompts: list[Prompt]
+) -> None:
+    engine.load_weights(actor.named_weights(), 1)
+    expected, pid = engine.generate(prompts, params()), engine.live.pid
+    engine.sleep()
+    assert not Path(f"/proc/{pid}").exists()
+    with pytest.raises(UserError, match="before load_weights"):
+        engine.generate(prompts, params())
+    engine.load_weights(actor.named_weights(), 1)
+    assert engine.generate(prompts, params()) == expected
+
+
+LEARNED = ("ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm", "ppo/kl", "rollout/reward_mean", "rollout/length_mean")
+
+
+def run(folder: Path, run_dir: Path, **vllm: Any) -> list[tuple[float, ...]]:
+    values = {
+        "run_dir": str(run_dir),
+        "threads": 1,
+        "device": "cpu",
+        "model": {"path": str(folder)},
+        "data": {"synthetic_sessions": 40, "max_prompt_tokens": 180},
+        "rollout": {"engine": "vllm", "prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 8},
+        "vllm": {"process": "worker", "kv_cache_gib": 0.05, **vllm},
+        "ppo": {"lr": 1e-3, "minibatches": 2},
+        "train": {"steps": vllm.pop("steps", 20), "eval_every": 0, "eval_prompts": 4, "save_every": 0,
+                  "show_examples": 0, "tensorboard": False},
+    }  # fmt: skip
+    values["vllm"].pop("steps", None)
+    trainer.train(settings.build(values))
+    rows = [row for row in read_metrics(run_dir) if row["step"] > 0]
+    assert all(row["parity/max"] < 1e-3 for row in rows)
+    return [tuple(row[name] for name in LEARNED) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, ...]]:
+    return run(wide_model, tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+def test_20_steps_with_a_killed_engine_equal_an_undisturbed_run(
+    wide_model: Path, tmp_path: Path, undisturbed: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = kill_at(monkeypatch, ("generate", 8), ("update", 15))
+    assert run(wide_model, tmp_path / "killed") == undisturbed
+    assert len(undisturbed) == 20
+    assert killed == ["generate", "update"]
+
+
+def test_a_colocated_run_equals_the_worker_run(
+    wide_model: Path, tmp_path: Path, undisturbed: list[tuple[float, ...]]
+) -> None:
+    assert run(wide_model, tmp_path / "colocated", process="colocated") == undisturbed

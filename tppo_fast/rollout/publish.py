@@ -1,0 +1,302 @@
+"""From the trainer's weights to a live engine, checked: never a silent no-op, never half a policy, never an old prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from tppo_fast.data_types import Prompt, Rollout
+from tppo_fast.errors import EngineError, EngineLost, UserError
+from tppo_fast.rollout.base import SamplingParams
+
+PROBE_LENGTH = 24
+"""Tokens of the probe prompt."""
+PROBE_LIMIT = {"float32": 1e-3, "bfloat16": 0.3}
+"""Largest mean |engine - trainer| on the probe prompt, in nats per token."""
+MATRIX_LIMIT = {"float32": 1e-4, "bfloat16": 3e-2}
+"""Largest error of a live matrix applied to the fingerprint's vector, as a share of the largest entry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveSettings:
+    """What starts a live engine; JSON values, so that a worker process can be told."""
+
+    path: str
+    """Folder of the transformers model."""
+    dtype: Literal["float32", "bfloat16"]
+    """Arithmetic of the engine."""
+    device: Literal["cpu", "cuda"]
+    """Where it runs."""
+    max_model_len: int
+    """Longest prompt plus response, in tokens."""
+    kv_cache_gib: float | None
+    """Memory for the key-value cache, in GiB; None: 1 on a CPU, what gpu_memory_share leaves on a GPU."""
+    gpu_memory_share: float
+    """Share of the GPU's memory that the engine may take, from 0 to 1."""
+    sleep_level: int
+    """What ``sleep`` frees, see ``config.VLLMConfig``."""
+    eager: bool
+    """No CUDA graphs and no compilation."""
+    trust_remote_code: bool
+    """Run code of the model folder."""
+    threads: int
+    """CPU threads of a worker process."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class LiveEngine(Protocol):
+    """An engine that samples with whatever weights it was last sent, in this process or another one."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, stop: Sequence[int]
+    ) -> list[tuple[list[int], list[float]]]: ...
+    def probe(self, token_ids: Sequence[int]) -> Tensor: ...
+    def start_update(self) -> None: ...
+    def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None: ...
+    def finish_update(self, version: int) -> None: ...
+    def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]: ...
+    def sleep(self) -> None: ...
+    def close(self) -> None: ...
+
+
+# -------------------------------------------------------------------- fingerprints
+
+
+def fingerprint_input(size: int) -> Tensor:
+    """The vector that matrices are applied to, fp32 [size]."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(size)) / size**0.5
+
+
+def fingerprint_values(vector: Tensor) -> Tensor:
+    """At most 64 entries of a vector, evenly spread."""
+    return vector[:: max(len(vector) // 64, 1)][:64]
+
+
+def fingerprint(tensor: Tensor) -> Tensor | None:
+    """A few numbers that change with a parameter: a matrix applied to a fixed vector, or entries of a vector."""
+    if tensor.ndim == 2:
+        return (tensor @ fingerprint_input(tensor.shape[1]).to(tensor.device, tensor.dtype)).float().cpu()
+    return fingerprint_values(tensor).float().cpu() if tensor.ndim == 1 else None
+
+
+# -------------------------------------------------------------------- the trainer's side
+
+
+class _MetaParameters:
+    """``with _MetaParameters():`` parameters registered inside hold no memory; buffers are real."""
+
+    def __enter__(self) -> None:
+        self._original = original = nn.Module.register_parameter
+
+        def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            if param is not None and param.device.type != "meta":
+                param = nn.Parameter(param.to("meta"), requires_grad=False)
+            original(module, name, param)
+
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        nn.Module.register_parameter = self._original  # type: ignore[method-assign]
+
+
+class Policy:
+    """The policy's architecture without weights: what must be published, and what published weights compute."""
+
+    def __init__(self, path: str, dtype: Literal["float32", "bfloat16"], *, trust_remote_code: bool = False) -> None:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with _MetaParameters():
+            self._lm: Any = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+            ).eval()
+        self._lm.tie_weights()
+        self.dtype: Literal["float32", "bfloat16"] = dtype
+        self._shapes = {name: tuple(t.shape) for name, t in self._lm.state_dict().items()}
+        self._canonical: dict[str, str] = {}
+        owner: dict[int, str] = {}
+        for name, parameter in self._lm.named_parameters(remove_duplicate=False):
+            self._canonical[name] = owner.setdefault(id(parameter), name)
+        text = config.get_text_config()
+        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        vocabulary = text.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        self.probe_ids: list[int] = torch.randint(vocabulary, (PROBE_LENGTH,), generator=generator).tolist()
+
+    def checked(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """The weights by name, complete and of the right shapes, tied ones equal.
+
+        Raises:
+            UserError: naming the first weight that does not fit.
+        """
+        named: dict[str, Tensor] = {}
+        for name, tensor in weights:
+            if self._shapes.get(name) != tuple(tensor.shape):
+                shape = self._shapes.get(name, "no such weight")
+                raise UserError(
+                    f"weight {name!r} of shape {tuple(tensor.shape)}: the engine has {shape}; load the same model"
+                )
+            named[name] = tensor.detach()
+        if missing := sorted(self._shapes.keys() - named.keys()):
+            raise UserError(
+                f"weight {missing[0]!r} was not published ({len(missing)} missing): publish the whole policy"
+            )
+        for name, canonical in self._canonical.items():
+            if named[name].data_ptr() != named[canonical].data_ptr() and not torch.equal(named[name], named[canonical]):
+                raise UserError(f"weight {name!r} differs from {canonical!r}, to which the model ties it: publish one")
+        return named
+
+    def unique(self, named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Every weight once: of tied ones, the first name."""
+        for name, tensor in named.items():
+            if self._canonical.get(name, name) == name:
+                yield name, tensor
+
+    def with_ties(self, unique: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse: tied names share their tensor."""
+        return {name: unique[self._canonical.get(name, name)] for name in self._shapes}
+
+    @torch.no_grad()
+    def probe(self, named: Mapping[str, Tensor]) -> Tensor:
+        """Log-probabilities of the probe prompt's tokens after the first by transformers with these weights, fp32."""
+        device = next(iter(named.values())).device
+        _move_buffers(self._lm, device)
+        ids = torch.tensor([self.probe_ids], device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            out = torch.func.functional_call(
+                self._lm, dict(self.unique(named)), kwargs={"input_ids": ids, "use_cache": False}
+            )
+        logp = out.logits[0, :-1].float().log_softmax(-1)
+        return logp.gather(-1, ids[0, 1:, None])[:, 0].cpu()
+
+    @torch.no_grad()
+    def verify(self, named: Mapping[str, Tensor], live: LiveEngine) -> None:
+        """Compare a live engine with what was published.
+
+        Raises:
+            EngineError: naming the first parameter that is not the published one, or the probe's distance.
+        """
+        dtype = getattr(torch, self.dtype)
+        found = live.fingerprint({name: tuple(t.shape) for name, t in named.items()})
+        if not found:
+            raise EngineError("no live parameter of the engine could be found to compare with the published weights")
+        for name, values in found.items():
+            expected = fingerprint(named[name].to(dtype))
+            assert expected is not None
+            limit = MATRIX_LIMIT[self.dtype] * float(expected.abs().max()) if named[name].ndim == 2 else 0.0
+            distance = float((values - expected).abs().max())
+            if not distance <= limit:
+                raise EngineError(
+                    f"weight {name!r} of the rollout engine is not the published one (its fingerprint is off by "
+                    f"{distance:.2g}): the engine samples from another policy; restart it"
+                )
+        gap = float((live.probe(self.probe_ids) - self.probe(named)).abs().mean())
+        if not gap <= PROBE_LIMIT[self.dtype]:
+            raise EngineError(
+                f"after publishing, the engine's log-probabilities of a probe prompt are {gap:.2g} nats per token from "
+                f"the trainer's, at most {PROBE_LIMIT[self.dtype]:g} is allowed in {self.dtype}: restart it"
+            )
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if buffer.device != device:
+                setattr(child, name, buffer.to(device))
+
+
+def buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Groups of neighbouring weights of at most ``limit`` bytes, a larger weight alone."""
+    group: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in weights:
+        nbytes = tensor.numel() * tensor.element_size()
+        if group and size + nbytes > limit:
+            yield group
+            group, size = [], 0
+        group.append((name, tensor))
+        size += nbytes
+    if group:
+        yield group
+
+
+def stop_tokens(path: str, tokenizer: Any) -> list[int]:
+    """The tokens that end a response: the tokenizer's, and those of the model's generation settings."""
+    try:
+        own = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the folder has none
+        own = None
+    more: list[int] = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({tokenizer.eos_token_id, *more})
+
+
+# -------------------------------------------------------------------- the engine
+
+
+class PublishedEngine:
+    """A rollout engine around a live one: checks what is published, keeps the version, writes rollouts."""
+
+    def __init__(
+        self, live: LiveEngine, policy: Policy, tokenizer: Any, stop: Sequence[int], *, bucket_bytes: int = 1 << 28
+    ) -> None:
+        self.live = live
+        self._policy = policy
+        self._tokenizer = tokenizer
+        self._stop = list(stop)
+        self._bucket_bytes = bucket_bytes
+        self._version: int | None = None
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        if self._version is None:
+            raise UserError("generate was called before load_weights: publish the policy first")
+        answers = self._sample([p.token_ids for p in prompts], sampling)
+        repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
+        if sampling.greedy:  # the engine answers each prompt once
+            answers = [answer for answer in answers for _ in range(sampling.n)]
+        return [self._rollout(p, *answer) for p, answer in zip(repeated, answers, strict=True)]
+
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> list[tuple[list[int], list[float]]]:
+        return self.live.generate(prompts, sampling, self._stop)
+
+    def _rollout(self, prompt: Prompt, tokens: list[int], logprobs: list[float]) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            token_ids=tokens,
+            logprobs=logprobs,
+            text=self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            finish_reason="stop" if tokens[-1] in self._stop else "length",
+            policy_version=self._version or 0,
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        named = self._policy.checked(weights)
+        self._version = None  # whatever goes wrong from here on, nothing is sampled from half a policy
+        self._publish(named, version)
+        self._version = version
+
+    def _publish(self, named: Mapping[str, Tensor], version: int) -> None:
+        dtype = getattr(torch, self._policy.dtype)
+        cast = ((name, tensor.to(dtype)) for name, tensor in self._policy.unique(named))
+        self.live.start_update()
+        for bucket in buckets(cast, self._bucket_bytes):
+            self.live.update(bucket)
+        self.live.finish_update(version)
+        self._policy.verify(named, self.live)
+
+    def sleep(self) -> None:
+        """Free what the live engine can do without until the next ``load_weights``."""
+        self._version = None
+        self.live.sleep()
+
+    def close(self) -> None:
+        self.live.close()
+
+
+__all__ = ["EngineLost", "LiveEngine", "LiveSettings", "Policy", "PublishedEngine", "stop_tokens"]

@@ -1,0 +1,212 @@
+"""A live engine in a process of its own, and a rollout engine that survives that process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Client, Connection
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tppo_fast.errors import EngineError, EngineLost, UserError
+from tppo_fast.rollout.base import SamplingParams
+from tppo_fast.rollout.publish import LiveEngine, LiveSettings, Policy, PublishedEngine
+from tppo_fast.rollout.worker import receive, send
+
+T = TypeVar("T")
+
+
+class RemoteLive:
+    """``LiveEngine`` over an authenticated TCP connection to a worker process on this machine.
+
+    Requests are answered one at a time and carry a number, which the answer repeats. Every request is a function of the
+    weights and its own arguments, so that repeating it on a new worker with the same weights changes nothing.
+    """
+
+    def __init__(self, settings: LiveSettings, *, timeout: float) -> None:
+        self._timeout = timeout
+        self._count = 0
+        self._connection: Connection | None = None
+        environment = dict(os.environ)
+        if settings.threads:
+            environment["OMP_NUM_THREADS"] = str(settings.threads)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "tppo_fast.rollout.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        try:
+            self._connect(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _connect(self, settings: LiveSettings) -> None:
+        key = secrets.token_bytes(32)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        told = json.dumps({"key": key.hex(), "settings": settings.as_dict()})
+        with contextlib.suppress(BrokenPipeError):  # it died at once; the empty answer says so
+            self._process.stdin.write(told.encode() + b"\n")
+            self._process.stdin.close()
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line.strip() else {}
+        if "user_error" in answer:
+            raise UserError(answer["user_error"])
+        if "port" not in answer:
+            raise EngineLost(f"the rollout worker ended with exit code {self._process.wait()} while it started")
+        self._connection = Client(("127.0.0.1", answer["port"]), authkey=key)  # type: ignore[assignment]
+
+    # ---------------------------------------------------------------- requests
+
+    def _ask(self, operation: str, tensors: dict[str, Tensor] | None = None, **arguments: Any) -> Any:
+        """Raises EngineLost where the worker died or took too long, EngineError where it failed."""
+        self._count += 1
+        request = f"{operation} (request {self._count})"
+        connection = self._connection
+        if connection is None:
+            raise EngineLost(f"{request}: the rollout worker is closed")
+        try:
+            send(connection, {"id": self._count, "operation": operation, "arguments": arguments}, tensors)
+            self._sent(operation)
+            if not connection.poll(self._timeout):
+                raise EngineLost(f"{request} was not answered within {self._timeout:g} s")
+            reply, received = receive(connection)
+        except (EOFError, OSError) as error:
+            raise EngineLost(f"the rollout worker died during {request} ({type(error).__name__})") from None
+        if reply["id"] != self._count:
+            raise EngineLost(f"{request} got the answer of request {reply['id']}")
+        if "user_error" in reply:
+            raise UserError(reply["user_error"])
+        if "error" in reply:
+            raise EngineError(f"{request} failed in the rollout worker: {reply['error']}")
+        return received if reply["tensors"] else reply["result"]
+
+    def _sent(self, operation: str) -> None:
+        """A request is on its way: a place for tests to kill the worker."""
+
+    def ping(self) -> float:
+        """Seconds that the worker takes to answer."""
+        began = time.perf_counter()
+        self._ask("ping")
+        return time.perf_counter() - began
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, stop: Sequence[int]
+    ) -> list[tuple[list[int], list[float]]]:
+        asked = self._ask("generate", prompts=[list(p) for p in prompts], sampling=asdict(sampling), stop=list(stop))
+        return [(tokens, logprobs) for tokens, logprobs in asked]
+
+    def probe(self, token_ids: Sequence[int]) -> Tensor:
+        return self._ask("probe", token_ids=list(token_ids))["logprobs"]
+
+    def start_update(self) -> None:
+        self._ask("start_update")
+
+    def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        self._ask("update", dict(bucket))
+
+    def finish_update(self, version: int) -> None:
+        self._ask("finish_update", version=version)
+
+    def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        return self._ask("fingerprint", shapes=shapes)
+
+    def sleep(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, whatever state it is in."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+class WorkerEngine(PublishedEngine):
+    """Replaces a worker that died or hung, gives the new one the last published weights, and repeats the request.
+
+    It keeps a copy of those weights in main memory for that. ``sleep`` ends the process: the next ``load_weights``
+    starts another.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], LiveEngine],
+        policy: Policy,
+        tokenizer: Any,
+        stop: Sequence[int],
+        *,
+        bucket_bytes: int,
+        retries: int,
+    ) -> None:
+        super().__init__(start(), policy, tokenizer, stop, bucket_bytes=bucket_bytes)
+        self._start = start
+        self._retries = retries
+        self._kept: dict[str, Tensor] = {}
+        self._running = True
+        self.restarts = 0
+        """How many workers were replaced so far."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        named = self._policy.checked(weights)
+        self._version = None
+        self._kept = self._copy(named)
+        self._persist(lambda: self._publish(self._kept, version), version=None)
+        self._version = version
+
+    def _copy(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Into the memory of the last copy where it fits."""
+        kept: dict[str, Tensor] = {}
+        for name, tensor in self._policy.unique(named):
+            old = self._kept.get(name)
+            kept[name] = torch.empty_like(tensor, device="cpu") if old is None or old.dtype != tensor.dtype else old
+            kept[name].copy_(tensor)
+        return self._policy.with_ties(kept)
+
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> list[tuple[list[int], list[float]]]:
+        return self._persist(lambda: self.live.generate(prompts, sampling, self._stop), version=self._version)
+
+    def _persist(self, action: Callable[[], T], *, version: int | None) -> T:
+        """``action`` on a worker that runs, which has the weights of ``version`` unless the action brings them."""
+        for attempt in range(self._retries + 1):
+            try:
+                if not self._running:
+                    self.live = self._start()
+                    self._running = True
+                    if version is not None:
+                        self._publish(self._kept, version)
+                return action()
+            except EngineLost as error:
+                self.live.close()
+                self._running = False
+                if attempt == self._retries:
+                    raise EngineError(
+                        f"{error}; it was replaced {attempt} times (vllm.retries = {self._retries}): look at what it "
+                        "wrote to stderr, at the free memory, and at vllm.timeout"
+                    ) from None
+                self.restarts += 1
+        raise AssertionError("unreachable")
+
+    def sleep(self) -> None:
+        super().sleep()
+        self._running = False

