@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_rollout
 from support import no_vllm, tokenizer
 from test_vllm import build, disturb, gap, load_actor, params
 
@@ -130,23 +131,26 @@ def test_stop_frees_everything_and_the_next_publication_starts_again(
 LEARNED = ("ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm", "ppo/kl", "rollout/reward_mean", "rollout/length_mean")
 
 
-def run(folder: Path, run_dir: Path, **vllm: Any) -> list[tuple[float, ...]]:
+def run(folder: Path, run_dir: Path, *, steps: int = 20, staleness: int = 0, **vllm: Any) -> list[tuple[float, ...]]:
     values = {
         "run_dir": str(run_dir),
         "threads": 1,
         "device": "cpu",
         "model": {"path": str(folder)},
         "data": {"synthetic_sessions": 40, "max_prompt_tokens": 180},
-        "rollout": {"engine": "vllm", "prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 8},
+        "rollout": {
+            "engine": "vllm", "prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 8, "staleness": staleness,
+        },
         "vllm": {"process": "worker", "kv_cache_gib": 0.05, **vllm},
         "ppo": {"lr": 1e-3, "minibatches": 2},
-        "train": {"steps": vllm.pop("steps", 20), "eval_every": 0, "eval_prompts": 4, "save_every": 0,
-                  "show_examples": 0, "tensorboard": False},
+        "train": {
+            "steps": steps, "eval_every": 0, "eval_prompts": 4, "save_every": 0, "show_examples": 0, "tensorboard": False,
+        },
     }  # fmt: skip
-    values["vllm"].pop("steps", None)
     trainer.train(settings.build(values))
     rows = [row for row in read_metrics(run_dir) if row["step"] > 0]
-    assert all(row["parity/max"] < 1e-3 for row in rows)
+    assert len(rows) == steps
+    assert staleness or all(row["parity/max"] < 1e-3 for row in rows)
     return [tuple(row[name] for name in LEARNED) for row in rows]
 
 
@@ -168,3 +172,26 @@ def test_a_colocated_run_equals_the_worker_run(
     wide_model: Path, tmp_path: Path, undisturbed: list[tuple[float, ...]]
 ) -> None:
     assert run(wide_model, tmp_path / "colocated", process="colocated") == undisturbed
+
+
+class TestWorkerConformance(test_rollout.TestConformance):
+    """The suite of every engine, on one worker that is replaced where a test closed it."""
+
+    @pytest.fixture
+    def engine(self, engine: Any) -> Any:
+        engine._version = None
+        return engine
+
+
+def test_one_step_ahead_with_a_killed_worker_is_the_same_run(
+    wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(wide_model, tmp_path / "undisturbed", steps=5, staleness=1)
+    killed = kill_at(monkeypatch, ("generate", 3))
+    assert run(wide_model, tmp_path / "killed", steps=5, staleness=1) == expected
+    assert killed == ["generate"]
+
+
+def test_a_run_that_sleeps_during_the_update_is_the_same_run(wide_model: Path, tmp_path: Path) -> None:
+    expected = run(wide_model, tmp_path / "awake", steps=2)
+    assert run(wide_model, tmp_path / "asleep", steps=2, sleep="stop") == expected

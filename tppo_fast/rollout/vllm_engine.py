@@ -178,6 +178,7 @@ class LiveVLLM:
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             trust_remote_code=settings.trust_remote_code,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **memory,
         )
         llm.init_weight_transfer_engine({"init_info": {}})
