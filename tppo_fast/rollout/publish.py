@@ -117,7 +117,7 @@ class Policy:
             ).eval()
         self._lm.tie_weights()
         self.dtype: Literal["float32", "bfloat16"] = dtype
-        self._shapes = {name: tuple(t.shape) for name, t in self._lm.state_dict().items()}
+        self._shapes: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in self._lm.state_dict().items()}
         self._canonical: dict[str, str] = {}
         owner: dict[int, str] = {}
         for name, parameter in self._lm.named_parameters(remove_duplicate=False):

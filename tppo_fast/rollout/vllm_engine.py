@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false
+# vLLM is an extra: the type checker runs without it.
 """vLLM in this process: sampling, and weight updates through vLLM's own weight-transfer API. The only file that imports vLLM.
 
 Tested with vLLM 0.32 on the CPU. ``LiveVLLM`` knows nothing of policies and versions: ``publish.PublishedEngine`` checks
