@@ -137,6 +137,16 @@ def test_samples_of_a_prompt_differ_and_seeds_matter(engine: Any, actor: model.A
     assert first == [tuple(r.token_ids) for r in engine.generate(same, params(n=4))]
 
 
+def test_more_prompt_tokens_than_one_forward_pass_takes(engine: Any, actor: model.Actor) -> None:
+    """Prompts cut in two at vLLM's token budget broke seeded sampling on the CPU."""
+    engine.load_weights(actor.named_weights(), 0)
+    ids = torch.randint(1, 290, (150, 61), generator=torch.Generator().manual_seed(0)).tolist()
+    many = [
+        Prompt(token_ids=row, user_id="u", history=("a",), next_queries=("x",), relevant_queries=("x",)) for row in ids
+    ]
+    assert gap(actor, engine, many, params(max_new_tokens=2)) < 1e-3
+
+
 def test_it_samples_the_distribution_it_reports(engine: Any, actor: model.Actor, prompts: list[Prompt]) -> None:
     engine.load_weights(actor.named_weights(), 0)
     rollouts = engine.generate(prompts[:1], params(n=4000, max_new_tokens=1))

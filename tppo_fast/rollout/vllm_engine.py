@@ -165,6 +165,8 @@ class LiveVLLM:
 
     @staticmethod
     def _start(settings: LiveSettings, memory: dict[str, Any]) -> Any:
+        if settings.device == "cpu":  # a prompt cut in two rewinds its seeded generator, which CPU generators refuse
+            memory |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, settings.max_model_len)}
         llm = vllm.LLM(
             model=settings.path,
             skip_tokenizer_init=True,
