@@ -69,6 +69,18 @@ def compare(engines: dict[str, RolloutEngine], actor: model.Actor, prompts: list
     return row
 
 
+def profile(engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams) -> list[dict[str, Any]]:
+    """The operators that take the most CPU time of one generate call, with their shares."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        engine.generate(prompts, sampling)
+    events = sorted(recorded.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in events)
+    return [
+        {"operator": e.key, "seconds": e.self_cpu_time_total / 1e6, "share": e.self_cpu_time_total / total}
+        for e in events[:10]
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -79,6 +91,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--profile", action="store_true", help="also say where the last row's time goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = settings.build(
@@ -103,12 +116,18 @@ def main() -> None:
         prompts = prompts_of_length(count, args.prompt_tokens, len(tokenizer))
         rows.append(compare(engines, actor, prompts, args))
         print(json.dumps(rows[-1]), flush=True)
+    profiles: dict[str, Any] = {}
+    if args.profile:
+        sampling = SamplingParams(n=SAMPLES, max_new_tokens=args.new_tokens)
+        last = prompts_of_length(args.prompts[-1], args.prompt_tokens, len(tokenizer))
+        profiles = {name: profile(engine, last, sampling) for name, engine in engines.items()}
     found = {
         "commit": commit(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")} | {"vllm": _vllm_version()},
         "arguments": {**vars(args), "out": str(args.out), "model": Path(args.model).name},
         "rows": rows,
+        "profiles": profiles,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=2) + "\n")
