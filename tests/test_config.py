@@ -12,11 +12,12 @@ import pytest
 
 from tppo_fast import config as settings
 from tppo_fast.errors import UserError
+from tppo_fast.overrides import merge
 
 
 def sentence(values: dict[str, Any], *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        settings.build(settings.merge(values, list(overrides)))
+        settings.build(merge(values, list(overrides)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -45,7 +46,7 @@ def test_defaults_are_valid_and_frozen() -> None:
     ids=str,
 )
 def test_overrides(overrides: list[str], field: str, value: Any) -> None:
-    found: Any = settings.build(settings.merge({"ppo": {"lr": 0.5}}, overrides))
+    found: Any = settings.build(merge({"ppo": {"lr": 0.5}}, overrides))
     for part in field.split("."):
         found = getattr(found, part)
     assert found == value

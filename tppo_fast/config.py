@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tppo_fast.errors import UserError
+from tppo_fast.overrides import merge
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -330,53 +331,6 @@ def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Co
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"config {str(path)!r} is not valid TOML: {error}") from None
     return build(merge(values, overrides or []))
-
-
-def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Apply ``--a.b value`` / ``--a.b=value`` / ``--switch`` / ``--no-switch`` pairs to a nested dict."""
-    merged = _copy(values)
-    words = iter(_pairs(overrides))
-    for key, text in words:
-        *sections, name = key.replace("-", "_").split(".")
-        table = merged
-        for section in sections:
-            table = table.setdefault(section, {})
-            if not isinstance(table, dict):
-                raise UserError(f"--{key} {text}: {section!r} is a value, not a section, in the config file")
-        table[name] = _literal(text)
-    return merged
-
-
-def _pairs(words: list[str]) -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or len(word) == 2:
-            raise UserError(f"argument {word!r} is not understood: overrides are written --section.key value")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if rest and not rest[0].startswith("--"):
-                value = rest.pop(0)
-            else:
-                head, dot, name = key.rpartition(".")
-                key, value = (head + dot + name[3:], "false") if name.startswith("no-") else (key, "true")
-        pairs.append((key, value))
-    return pairs
-
-
-def _literal(text: str) -> Any:
-    """The TOML value a shell word stands for, else the word itself; none is None."""
-    if text.lower() == "none":
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _copy(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: _copy(v) if isinstance(v, dict) else v for k, v in values.items()}
 
 
 def _sentence(error: ValidationError, section: type[Section]) -> str:

