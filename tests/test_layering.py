@@ -41,6 +41,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "sft": {"data_types", "errors", "model", "packing", "seeding"},
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"config", "data_types", "errors", "plugins", "words"},
+    "labelling": {"atomic", "data", "errors", "rewards"},
     "rollout": {"config", "data_types", "errors", "model", "plugins", "seeding"},
     "evaluate": {"data", "data_types", "errors", "rewards", "words"},
     "report": {"atomic", "errors", "metrics"},

@@ -1,0 +1,171 @@
+"""Rows of untrusted data on disk, JSON Lines or Parquet: read with line numbers, written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from tppo_fast.atomic import write_atomic
+from tppo_fast.data.rows import show
+from tppo_fast.errors import UserError
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+def read_rows(path: Path, parse: Callable[[object, str], T], noun: str) -> list[T]:
+    """Every row of a ``.jsonl`` or ``.parquet`` file, in file order.
+
+    Args:
+        path: the file.
+        parse: (decoded row, its place) -> what the row stands for.
+        noun: what a row is called in messages, such as "session".
+
+    Raises:
+        UserError: the file cannot be read or is empty, or ``parse`` refused a row; one line that names file, line
+            (Parquet: row, counted from 1) and remedy.
+    """
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise UserError(f"data file {show(str(path))} ends in {show(path.suffix)}: give a .jsonl or .parquet file")
+    if _size(path) == 0:
+        raise UserError(f"data file {show(str(path))} is empty: give a file with at least one {noun}")
+    with contextlib.closing(readers[path.suffix](path)) as found:
+        rows = [parse(row, where) for row, where in found]
+    if not rows:
+        raise UserError(f"data file {show(str(path))} holds no {noun}: give a file with at least one")
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[Row], noun: str) -> None:
+    """Write rows that ``read_rows`` gives back; the same rows give the same bytes. The file appears complete or not at all.
+
+    Raises:
+        UserError: wrong suffix, no rows, or a place that cannot be written.
+    """
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(
+            f"output file {show(str(path))} ends in {show(path.suffix)}: give a name ending in .jsonl or .parquet"
+        )
+    if not rows:
+        raise UserError(f"output file {show(str(path))}: there is no {noun} to write; give at least one")
+    content = "".join(map(json_line, rows)).encode() if path.suffix == ".jsonl" else _parquet(rows)
+    try:
+        write_atomic(path, content)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a file name"
+        raise UserError(f"output file {show(str(path))} cannot be written ({reason}): choose another place") from None
+
+
+def json_line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _parquet(rows: Sequence[Row]) -> bytes:
+    import pyarrow as pa  # imported here: it takes time
+    from pyarrow import parquet
+
+    sink = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(list(rows)), sink)
+    return sink.getvalue()
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file that can be opened."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except (OSError, ValueError) as error:  # ValueError: the name itself is impossible, such as one with a NUL
+        reason = error.strerror if isinstance(error, OSError) else "not a file name"
+        raise UserError(f"data file {show(str(path))} cannot be read ({reason}): give a readable file") from None
+
+
+def _read_jsonl(path: Path) -> Generator[tuple[object, str], None, None]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{show(str(path))} line {number}"
+            text = _decode(line, number, where)
+            if text.strip():
+                yield _json(text, where), where
+
+
+def _decode(line: bytes, number: int, where: str) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        bad = line[error.start : error.start + 1]
+        raise UserError(
+            f"{where}: byte {bad!r} at position {error.start} is not UTF-8: save the file as UTF-8"
+        ) from None
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at column {error.colno}"
+    except RecursionError:
+        reason = "nested too deep"
+    except ValueError as error:
+        reason = str(error) if str(error).startswith("NaN") else "a number with too many digits"
+    raise UserError(f"{where}: {show(text.strip())} is not JSON ({reason}): write one JSON object per line")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"NaN and Infinity are not allowed, found {name}")
+
+
+def _read_parquet(path: Path) -> Generator[tuple[object, str], None, None]:
+    place = show(str(path))
+    with contextlib.closing(_parquet_rows(path)) as rows:
+        for number in itertools.count(1):
+            try:
+                row = next(rows, None)
+            except Exception as error:  # untrusted bytes: Arrow and datasets raise a dozen unrelated types
+                reason = show(str(error).partition("\n")[0])
+                raise UserError(
+                    f"{place} row {number}: not a readable Parquet file ({type(error).__name__}: "
+                    f"{reason}): write it again, or convert it to .jsonl"
+                ) from None
+            if row is None:
+                return
+            yield row, f"{place} row {number}"
+
+
+def _parquet_rows(path: Path) -> Generator[Row, None, None]:
+    """Rows as Python objects, streamed in Arrow form, so that no media column of a hostile file is ever decoded."""
+    from datasets import Split  # imported here: it takes a second
+    from datasets.io.parquet import ParquetDatasetReader
+
+    with tempfile.TemporaryDirectory(prefix="tppo-fast-") as folder, _quiet_datasets():
+        link = Path(folder, "rows.parquet")
+        link.symlink_to(path.resolve())  # datasets reads *, [ ], :: and hidden folders in a path as its own syntax
+        reader = ParquetDatasetReader(str(link), split=Split.TRAIN, cache_dir=folder, streaming=True)
+        dataset: Any = reader.read()  # typed as any of four classes; streaming gives the iterable one
+        for table in dataset.with_format("arrow").iter(batch_size=1000):
+            columns = dict(zip(table.column_names, table.columns, strict=True))
+            for index in range(table.num_rows):
+                yield {name: column[index].as_py() for name, column in columns.items()}
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """No progress bars, and no log lines beside the one sentence of the UserError."""
+    from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled, logging
+
+    bars, level = is_progress_bar_enabled(), logging.get_verbosity()
+    disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()
