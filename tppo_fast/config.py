@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from tppo_fast.errors import UserError
-from tppo_fast.overrides import merge
-
-Unit = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-def _module_function(value: str) -> str:
-    """A built-in name or ``module:function``."""
-    module, _, function = value.partition(":")
-    if ":" in value and not (module and function):
-        raise ValueError("write a built-in name or module:function")
-    return value
-
-
-Pluggable = Annotated[str, AfterValidator(_module_function)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
+from tppo_fast.sections import (
+    Count,
+    NonNegative,
+    Pluggable,
+    Positive,
+    Section,
+    Unit,
+    build_section,
+    load_section,
+)
 
 
 class ModelConfig(Section):
@@ -161,8 +145,9 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     source: Pluggable = "lexical"
     """Who scores: "lexical" (word labels against the true next queries) or module:function."""
-    placement: Literal["token", "last"] = "token"
-    """"token": each token gets its own reward (TPPO). "last": the same rewards summed onto the last token (the control)."""
+    placement: Literal["token", "last", "sentence"] = "token"
+    """"token": each token gets its own reward. "last": the same rewards summed onto the last token. "sentence": one judgement
+    of the whole response there. Every ``algorithm`` but "tppo" sets it."""
     scale: Literal["paper", "binary", "centred"] = "paper"
     """Reward of an irrelevant / relevant token; separators always get 0. "paper": 1 / 2, so that any token pays.
     "binary": 0 / 1, so that only relevant ones do. "centred": -1 / +1, so that ending early beats a poor query."""
@@ -282,6 +267,9 @@ class Config(Section):
     """Where metrics, checkpoints and the final model go."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides data order, sampling and initialisation."""
+    algorithm: Literal["tppo", "control", "ppo", "grpo", "bot-grpo"] = "tppo"
+    """"tppo": token rewards, token critic. "control": the same rewards summed onto the last token. "ppo": a sentence score
+    there. "grpo", "bot-grpo": sentence scores or token rewards, normalised over the responses to one prompt, no critic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA when there is a GPU."""
     threads: Annotated[int, Field(ge=0)] = 0
@@ -295,6 +283,28 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
+    def _fits_algorithm(self) -> Config:
+        placement = {"control": "last", "ppo": "sentence", "grpo": "sentence", "bot-grpo": "token"}.get(self.algorithm)
+        given = self.reward.placement
+        if placement and "placement" in self.reward.model_fields_set and given != placement:
+            raise ValueError(
+                f'reward.placement = "{given}": algorithm = "{self.algorithm}" has its reward as "{placement}"; '
+                "remove reward.placement"
+            )
+        if self.algorithm in ("grpo", "bot-grpo"):
+            if self.rollout.samples_per_prompt < 2:
+                raise ValueError(
+                    f'rollout.samples_per_prompt = 1: algorithm = "{self.algorithm}" compares the responses to one '
+                    "prompt, give at least 2"
+                )
+            if self.ppo.value_warmup_steps:
+                raise ValueError(
+                    f'ppo.value_warmup_steps = {self.ppo.value_warmup_steps}: algorithm = "{self.algorithm}" has no critic '
+                    "to warm up, set it to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _awake(self) -> Config:
         if self.vllm.sleep != "off" and self.rollout.staleness:
             raise ValueError(
@@ -304,61 +314,11 @@ class Config(Section):
         return self
 
 
-def build(values: dict[str, Any], section: type[Section] = Config) -> Any:
-    """Validate a nested dict.
-
-    Raises:
-        UserError: the first problem, as one sentence with the field, its value and the remedy.
-    """
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_sentence(error, section)) from None
+def build(values: dict[str, Any]) -> Config:
+    """Validate a nested dict: see ``sections.build_section``."""
+    return build_section(values, Config)
 
 
 def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
-    """A config from a TOML file, with ``--section.key value`` overrides from the command line.
-
-    Raises:
-        UserError: unreadable file, bad TOML, unknown key or bad value.
-    """
-    path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"config {str(path)!r} cannot be read ({reason}): give the path of a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"config {str(path)!r} is not valid TOML: {error}") from None
-    return build(merge(values, overrides or []))
-
-
-def _sentence(error: ValidationError, section: type[Section]) -> str:
-    """The first validation error in words."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        names = [*section.model_fields, *_names(section)]
-        near = difflib.get_close_matches(where, names, n=1, cutoff=0.5) or difflib.get_close_matches(
-            where.rpartition(".")[2], [n.rpartition(".")[2] for n in names], n=1, cutoff=0.5
-        )
-        hint = f"did you mean {_full(near[0], names)!r}?" if near else f"sections: {', '.join(section.model_fields)}"
-        return f"unknown setting {where!r}: {hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" and not isinstance(first["input"], str):
-        return message  # a rule over several fields: its message already names them
-    return f"{where} = {first['input']!r}: {message[:1].lower()}{message[1:]}"
-
-
-def _full(name: str, names: list[str]) -> str:
-    return name if name in names else next(n for n in names if n.rpartition(".")[2] == name)
-
-
-def _names(section: type[Section], prefix: str = "") -> list[str]:
-    """Dotted names of every setting."""
-    names: list[str] = []
-    for name, field in section.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
-        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
-        names += _names(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-    return names
+    """A config from a TOML file, with ``--section.key value`` overrides: see ``sections.load_section``."""
+    return load_section(path, overrides or [], Config)

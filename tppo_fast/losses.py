@@ -17,6 +17,7 @@ LossFunction = Callable[[Evaluation, TrainBatch, PPOConfig, float, bool], LossOu
 def ppo(evaluation: Evaluation, batch: TrainBatch, config: PPOConfig, kl_coef: float, train_policy: bool) -> LossOutput:
     """Clipped PPO with the configured value, KL and entropy terms: ``tppo_kernels.ppo_loss``, undivided.
 
+    Without ``value_coef`` there is no value term: algorithms without a critic come with 0.
     With ``train_policy`` False (value warm-up) only the value term has a gradient.
     """
     kl_in_loss = config.kl_placement == "loss" and train_policy
@@ -33,13 +34,15 @@ def ppo(evaluation: Evaluation, batch: TrainBatch, config: PPOConfig, kl_coef: f
         kl_estimator=config.kl_estimator,
         entropy=evaluation.entropy,
         entropy_coef=config.entropy_coef if train_policy else 0.0,
-        values=evaluation.values,
+        values=evaluation.values if config.value_coef else None,
         old_values=batch.values,
         returns=batch.returns,
         value_coef=config.value_coef,
         value_clip=config.value_clip,
         normalizer=1.0,
     )
+    if not config.value_coef:
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("value_")}
     return LossOutput(loss=loss, metrics=metrics)
 
 

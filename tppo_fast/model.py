@@ -165,6 +165,19 @@ class Critic(nn.Module):
         return self.value_head(hidden[index].float()).squeeze(-1)
 
 
+class NoCritic(Critic):
+    """What stands where an algorithm needs no critic: no parameters, no passes, every value 0."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.body = None
+
+    def values(self, hidden: Float[Tensor, "N D"], index: Int[Tensor, "K"]) -> Float[Tensor, "K"]:
+        """Zeros."""
+        return torch.zeros(len(index), device=hidden.device)
+
+
 class ActorCritic(nn.Module):
     """Policy and token critic, evaluated on the same packed batch."""
 
@@ -208,8 +221,8 @@ def autocast(config: ModelConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-def build(config: ModelConfig, device: torch.device | str) -> tuple[ActorCritic, Any]:
-    """Actor and critic from ``config.path``, checked, on ``device``; and the tokenizer.
+def build(config: ModelConfig, device: torch.device | str, *, critic: bool = True) -> tuple[ActorCritic, Any]:
+    """Actor and (unless none is wanted) critic from ``config.path``, checked, on ``device``; and the tokenizer.
 
     Raises:
         UserError: the model cannot be loaded, or its packed forward pass does not equal its own.
@@ -230,7 +243,7 @@ def build(config: ModelConfig, device: torch.device | str) -> tuple[ActorCritic,
     lm.train(config.gradient_checkpointing)  # dropout is 0 either way; checkpointing only works in training mode
     actor = Actor(lm.to(device), config)
     check_packed_forward(actor)
-    return ActorCritic(actor, Critic(actor, config)), tokenizer
+    return ActorCritic(actor, Critic(actor, config) if critic else NoCritic(config)), tokenizer
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from tppo_fast import packing, parity, seeding
-from tppo_fast.advantages import estimate, penalised_rewards
+from tppo_fast.advantages import penalised_rewards
+from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.config import Config, PPOConfig
 from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch
 from tppo_fast.errors import TrainingDiverged, UserError
@@ -44,12 +45,14 @@ class PPO:
         self, config: Config, model: ActorCritic, reference: Actor | None, loss: LossFunction, *, total_steps: int
     ) -> None:
         self.config = config
+        self.algorithm = ALGORITHMS[config.algorithm]
         self.model = model
         self.reference = reference
         self.loss = loss
         self.step = 0
         self.kl = KLController(config.ppo)
         ppo = config.ppo
+        self.loss_config = ppo if self.algorithm.needs_critic else ppo.model_copy(update={"value_coef": 0.0})
         self._groups = [list(model.actor.parameters()), list(model.critic.parameters())]
         critic_lr = ppo.lr if ppo.critic_lr is None else ppo.critic_lr
         self.optimizer = torch.optim.AdamW(
@@ -76,18 +79,16 @@ class PPO:
         ref = old if self.reference is None else ref_logprobs
         coefficient = self.kl.coefficient if ppo.kl_placement == "reward" else 0.0
         rewards = penalised_rewards(batch.rewards, old, ref, coefficient)
-        advantages, returns = estimate(rewards, values, final_values, batch.truncated, batch.cu_actions, ppo)
-        residual = (returns - values).var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
+        group = self.config.rollout.samples_per_prompt
+        advantages, returns = self.algorithm.estimate(rewards, values, final_values, batch, group, ppo)
         metrics = {
             "ppo/kl": (old - ref).mean(),
             "ppo/advantage_mean": advantages.mean(),
             "ppo/advantage_std": advantages.std(correction=0),
-            "ppo/return_mean": returns.mean(),
-            "ppo/value_mean": values.mean(),
-            "ppo/explained_variance": 1.0 - residual,
+            **(_critic_metrics(values, returns) if self.algorithm.needs_critic else {}),
             **parity.metrics(batch.behaviour_logprobs, logprobs),
         }
-        if ppo.whiten_advantages:
+        if ppo.whiten_advantages and self.algorithm.needs_critic:
             advantages = tk.whiten(advantages)
         train = TrainBatch(
             rollouts=batch,
@@ -153,7 +154,8 @@ class PPO:
         metrics = self._summary(totals)
         metrics["ppo/epochs_done"] = epochs_done
         metrics["ppo/grad_norm"] = sum(n[0] for n in norms) / len(norms)
-        metrics["ppo/critic_grad_norm"] = sum(n[1] for n in norms) / len(norms)
+        if self.algorithm.needs_critic:
+            metrics["ppo/critic_grad_norm"] = sum(n[1] for n in norms) / len(norms)
         metrics["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["ppo/kl_coef"] = self.kl.coefficient
         to_reference = (batch.old_logprobs - batch.ref_logprobs).mean()
@@ -171,7 +173,7 @@ class PPO:
 
     def _accumulate_gradient(self, batch: TrainBatch, sequences: list[int], train_policy: bool) -> dict[str, float]:
         """Backward through one minibatch, microbatch by microbatch; returns its summed metrics."""
-        ppo = self.config.ppo
+        ppo = self.loss_config
         self.optimizer.zero_grad(set_to_none=True)
         cu_actions = batch.rollouts.cu_actions.tolist()
         count = sum(cu_actions[b + 1] - cu_actions[b] for b in sequences)
@@ -236,6 +238,16 @@ class PPO:
     def load_state(self, state: dict[str, Any]) -> None:
         self.step, self.kl.coefficient = state["step"], state["kl_coef"]
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _critic_metrics(values: Tensor, returns: Tensor) -> dict[str, Tensor]:
+    """How well the critic knew its targets before the update."""
+    residual = (returns - values).var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
+    return {
+        "ppo/return_mean": returns.mean(),
+        "ppo/value_mean": values.mean(),
+        "ppo/explained_variance": 1.0 - residual,
+    }
 
 
 def _approx_kl(totals: dict[str, float], before: dict[str, float]) -> float:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from tppo_fast import checkpoint, losses, model, packing, parity, seeding
 from tppo_fast.ahead import RolloutSource
+from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.attention import can_use_flash
 from tppo_fast.config import Config
@@ -164,13 +165,14 @@ def setup(config: Config) -> Run:
     seeding.seed_everything(config.seed)
     device = resolve_device(config.device)
     train_sessions, eval_sessions = load_sessions(config)
-    actor_critic, tokenizer = model.build(config.model, device)
+    algorithm = ALGORITHMS[config.algorithm]
+    actor_critic, tokenizer = model.build(config.model, device, critic=algorithm.needs_critic)
     builder = PromptBuilder(tokenizer, config.data)
     expected = config.reward.expected_length
     if expected is None and config.reward.length_penalty:
         expected = builder.expected_length(train_sessions)
     reward = build_reward(
-        config.reward,
+        algorithm.reward_config(config.reward),
         tokenizer,
         expected_length=expected or 0.0,
         separator=config.data.separator,

@@ -15,7 +15,7 @@ from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.plugins import load_object, raised
 from tppo_fast.rewards.alignment import project, token_spans
-from tppo_fast.rewards.labels import Labeller, Labels
+from tppo_fast.rewards.labels import IRRELEVANT, Labeller, Labels
 from tppo_fast.rewards.length_penalty import lwp
 from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.output import checked_items, checked_labels, checked_numbers
@@ -118,10 +118,17 @@ class TokenRewards:
         if labels is None:
             arrays, scalar = checked_numbers(items, rollouts, name)
             classes = None
+            if self.config.placement == "sentence" and not scalar:
+                raise UserError(
+                    f"reward {name!r} gives numbers for tokens, and a sentence score is asked for: return one number per "
+                    'response or Labels, or use algorithm = "control", which sums the tokens'
+                )
         else:
             classes = [self._token_classes(*pair, i) for i, pair in enumerate(zip(labels, rollouts, strict=True))]
             table = np.array(SCALES[self.config.scale])
             arrays, scalar = [table[np.array(c, dtype=np.int64)] for c in classes], False
+            if self.config.placement == "sentence":
+                arrays, scalar = [table[IRRELEVANT + given.sentence] for given in labels], True
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         penalty = self._penalty(max(lengths, default=0), scalar)
         rewards = [self._placed(a, n, penalty) for a, n in zip(arrays, lengths, strict=True)]

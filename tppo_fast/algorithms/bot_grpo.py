@@ -1,0 +1,45 @@
+"""GRPO over a group's TOKENS (BoT-GRPO): every token's reward is compared with all tokens of the group; no critic.
+
+A token is paid for itself alone: nothing that follows it enters its advantage (compare gamma = 0 in a GAE).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from tppo_fast.algorithms.base import Algorithm, groups
+from tppo_fast.config import PPOConfig
+from tppo_fast.data_types import RolloutBatch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+EPSILON = 1e-6
+"""Keeps a group whose tokens all have one reward at advantage 0."""
+
+
+def estimate(
+    rewards: Float[Tensor, "A"],
+    values: Float[Tensor, "A"],
+    final_values: Float[Tensor, "B"],
+    batch: RolloutBatch,
+    group_size: int,
+    config: PPOConfig,
+) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
+    """A_t = (r_t - mu) / (sigma + eps), mu and (unbiased) sigma over all tokens of all responses to one prompt.
+
+    Returns equal advantages: there is no critic to train on them.
+    """
+    del values, final_values, config
+    group = groups(batch, group_size)  # [A]
+    counts = group.bincount()
+    mean = rewards.new_zeros(len(counts)).index_add(0, group, rewards) / counts
+    spread = rewards - mean[group]
+    variance = rewards.new_zeros(len(counts)).index_add(0, group, spread.square()) / (counts - 1).clamp_min(1)
+    advantages = spread / (variance.sqrt()[group] + EPSILON)
+    return advantages, advantages
+
+
+ALGORITHM = Algorithm(estimate=estimate, needs_critic=False, placement="token")

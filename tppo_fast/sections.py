@@ -1,0 +1,107 @@
+"""What every settings section is made of: field types, validation in one sentence, TOML files with overrides. Torch-free."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from tppo_fast.errors import UserError
+from tppo_fast.overrides import merge
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _module_function(value: str) -> str:
+    """A built-in name or ``module:function``."""
+    module, _, function = value.partition(":")
+    if ":" in value and not (module and function):
+        raise ValueError("write a built-in name or module:function")
+    return value
+
+
+Pluggable = Annotated[str, AfterValidator(_module_function)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+S = TypeVar("S", bound=Section)
+
+
+def build_section(values: dict[str, Any], section: type[S]) -> S:
+    """Validate a nested dict.
+
+    Raises:
+        UserError: the first problem, as one sentence with the field, its value and the remedy.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error, section)) from None
+
+
+def read_toml(path: str | os.PathLike[str], what: str = "config") -> dict[str, Any]:
+    """The values of a TOML file.
+
+    Raises:
+        UserError: unreadable file or bad TOML.
+    """
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{what} {str(path)!r} cannot be read ({reason}): give the path of a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{what} {str(path)!r} is not valid TOML: {error}") from None
+
+
+def load_section(path: str | os.PathLike[str], overrides: list[str], section: type[S]) -> S:
+    """A section from a TOML file, with ``--section.key value`` overrides from the command line.
+
+    Raises:
+        UserError: unreadable file, bad TOML, unknown key or bad value.
+    """
+    return build_section(merge(read_toml(path), overrides), section)
+
+
+def _sentence(error: ValidationError, section: type[Section]) -> str:
+    """The first validation error in words."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        names = [*section.model_fields, *_names(section)]
+        near = difflib.get_close_matches(where, names, n=1, cutoff=0.5) or difflib.get_close_matches(
+            where.rpartition(".")[2], [n.rpartition(".")[2] for n in names], n=1, cutoff=0.5
+        )
+        hint = f"did you mean {_full(near[0], names)!r}?" if near else f"sections: {', '.join(section.model_fields)}"
+        return f"unknown setting {where!r}: {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and not isinstance(first["input"], str):
+        return message  # a rule over several fields: its message already names them
+    return f"{where} = {first['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _full(name: str, names: list[str]) -> str:
+    return name if name in names else next(n for n in names if n.rpartition(".")[2] == name)
+
+
+def _names(section: type[Section], prefix: str = "") -> list[str]:
+    """Dotted names of every setting."""
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+        names += _names(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return names
