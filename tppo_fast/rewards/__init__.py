@@ -9,6 +9,7 @@ from tppo_fast.rewards.display import examples_table
 from tppo_fast.rewards.labels import CLASS_NAMES, Labeller, Labels
 from tppo_fast.rewards.length_penalty import lwp
 from tppo_fast.rewards.lexical import LexicalLabeller
+from tppo_fast.rewards.transfer import encode, encode_labels, transfer
 from tppo_fast.words import normalise_query
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "RewardFunction",
     "TokenRewards",
     "build_reward",
+    "encode",
+    "encode_labels",
     "examples_table",
     "label_with",
     "load_object",
@@ -26,4 +29,5 @@ __all__ = [
     "normalise_query",
     "project",
     "token_spans",
+    "transfer",
 ]
