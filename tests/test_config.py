@@ -160,6 +160,8 @@ def full_config() -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
     return repr(value) if isinstance(value, int | float) else '"' + value.replace("\n", "\\n") + '"'
 
 

@@ -33,8 +33,9 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "ahead": {"data_types", "rollout"},
     "advantages": {"config"},
     "algorithms": {"advantages", "config", "data_types", "errors"},
-    "checkpoint": {"atomic", "config", "errors", "model", "ppo", "seeding"},
-    "model": {"attention", "config", "data_types", "errors", "packing"},
+    "lora": {"config", "errors"},
+    "checkpoint": {"atomic", "config", "errors", "lora", "model", "ppo", "seeding"},
+    "model": {"attention", "config", "data_types", "errors", "lora", "packing"},
     "losses": {"config", "data_types", "model"},
     "ppo": {
         "advantages", "algorithms", "config", "data_types", "errors", "losses", "metrics", "model", "packing", "parity",

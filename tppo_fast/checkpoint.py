@@ -1,4 +1,7 @@
-"""Checkpoints: safetensors and JSON only, written under a temporary name and renamed once complete."""
+"""Checkpoints: safetensors and JSON only, written under a temporary name and renamed once complete.
+
+A checkpoint holds what learns: with ``model.lora_rank`` the adapters alone (peft's format), else the whole policy.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from tppo_fast import seeding
+from tppo_fast import lora, seeding
 from tppo_fast.atomic import atomic_folder
 from tppo_fast.config import Config
 from tppo_fast.errors import UserError
@@ -32,8 +36,11 @@ def save(run_dir: Path, ppo: PPO, tokenizer: Any, config: Config, pending: dict[
     if folder in list_checkpoints(run_dir):
         return folder
     with atomic_folder(folder) as temporary:
-        ppo.model.actor.save(temporary / "policy", tokenizer)
-        save_file(_contiguous(ppo.model.critic.state_dict()), temporary / "critic.safetensors")
+        if config.model.lora_rank:
+            lora.save_adapter(ppo.model.actor.lm, temporary / "adapter")
+        else:
+            ppo.model.actor.save(temporary / "policy", tokenizer)
+        save_file(_contiguous(_learned(ppo.model.critic)), temporary / "critic.safetensors")
         tensors, groups = _flatten(ppo.optimizer.state_dict())
         save_file(tensors, temporary / "optimizer.safetensors")
         state = {
@@ -89,8 +96,12 @@ def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
     """
     state = _read_state(folder)
     try:
-        ppo.model.actor.lm.load_state_dict(load_causal_lm(str(folder / "policy")).state_dict())
-        ppo.model.critic.load_state_dict(load_file(folder / "critic.safetensors"))
+        if (folder / "adapter").is_dir():
+            lora.load_adapter(ppo.model.actor.lm, folder / "adapter")
+        else:
+            ppo.model.actor.lm.load_state_dict(load_causal_lm(str(folder / "policy")).state_dict())
+        critic = ppo.model.critic
+        critic.load_state_dict({**critic.state_dict(), **load_file(folder / "critic.safetensors")})
         ppo.optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
         ppo.load_state(state["ppo"])
         seeding.set_global_state(state["rng"])
@@ -110,6 +121,12 @@ def _read_state(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"checkpoint {str(folder)!r} is damaged ({error}): remove it to resume the one before"
         ) from None
+
+
+def _learned(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's state without its frozen parameters."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

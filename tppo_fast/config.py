@@ -29,6 +29,13 @@ class ModelConfig(Section):
     """True: the value head reads the policy's hidden states. False: the critic has a body of its own."""
     value_gradient_to_body: bool = True
     """With a shared body, whether the value loss also trains the body."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Train low-rank adapters of this rank and keep the weights frozen (needs peft); 0 trains every weight. The reference
+    policy is then the same weights without adapters."""
+    lora_alpha: Count = 32
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers that get adapters, e.g. ["q_proj", "v_proj"]. Empty: every linear layer except the head."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     share_prompts: bool = True

@@ -75,7 +75,12 @@ def diagnose() -> list[Check]:
         _vllm(cuda),
         _native(facts["native"]),
         _compiler(),
-        _wandb(),
+        _optional("peft", "model.lora_rank cannot be set; every weight is trained", "pip install 'tppo-fast[lora]'"),
+        _optional(
+            "wandb",
+            "train.wandb_project cannot be set; metrics still go to JSONL and TensorBoard",
+            "pip install wandb",
+        ),
     ]
 
 
@@ -387,12 +392,7 @@ def _first_line(program: str) -> str | None:
     return lines[0].strip() if done.returncode == 0 and lines else None
 
 
-def _wandb() -> Check:
-    version = _version("wandb")
-    return Check(
-        name="wandb",
-        status="ok" if version else "missing",
-        detail=version or "not installed",
-        cost="train.wandb_project cannot be set; metrics still go to JSONL and TensorBoard",
-        remedy="pip install wandb",
-    )
+def _optional(name: str, cost: str, remedy: str) -> Check:
+    version = _version(name)
+    status: Status = "ok" if version else "missing"
+    return Check(name=name, status=status, detail=version or "not installed", cost=cost, remedy=remedy)

@@ -14,7 +14,7 @@ import tppo_kernels as tk
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tppo_fast import attention
+from tppo_fast import attention, lora
 from tppo_fast.config import ModelConfig
 from tppo_fast.data_types import RolloutBatch
 from tppo_fast.errors import UserError
@@ -130,22 +130,26 @@ class Actor(nn.Module):
             )
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The causal LM's weights under transformers' names, for a rollout engine."""
-        for name, tensor in self.lm.state_dict().items():
-            yield name, tensor.detach()
+        """The causal LM's weights under transformers' names, adapters merged one weight at a time, for a rollout engine."""
+        yield from lora.merged_weights(self.lm)
 
     def frozen_copy(self) -> Actor:
-        """A copy that never learns: the reference policy."""
+        """The policy of this moment, or with adapters the one they started from, that never learns: the reference."""
+        if lora.adapted(self.lm):
+            return Actor(lora.without_adapters(self.lm), self.config)  # on the same, frozen, weights
         return copy.deepcopy(self).requires_grad_(False)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """Write a folder that plain transformers loads: safetensors, config, tokenizer."""
-        implementation, self.lm.config._attn_implementation = self.lm.config._attn_implementation, "sdpa"
+        """Write a folder that plain transformers loads: safetensors (adapters merged), config, tokenizer."""
+        lm, weights = self.lm, None
+        if lora.adapted(lm):
+            lm, weights = lora.without_adapters(lm), {name: tensor.cpu() for name, tensor in self.named_weights()}
+        implementation, lm.config._attn_implementation = lm.config._attn_implementation, "sdpa"
         try:
-            self.lm.save_pretrained(folder)
+            lm.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
         finally:
-            self.lm.config._attn_implementation = implementation
+            lm.config._attn_implementation = implementation
 
 
 class Critic(nn.Module):
@@ -154,7 +158,7 @@ class Critic(nn.Module):
     def __init__(self, actor: Actor, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.body = None if config.shared_body else copy.deepcopy(actor.body)
+        self.body = None if config.shared_body else lora.sharing_frozen(actor.body)
         size = actor.lm.get_output_embeddings().in_features
         self.value_head = nn.Linear(size, 1, device=actor.device)
         nn.init.zeros_(self.value_head.weight)  # V = 0 until the first update: advantages start as plain reward sums
@@ -243,6 +247,8 @@ def build(config: ModelConfig, device: torch.device | str, *, critic: bool = Tru
     lm.train(config.gradient_checkpointing)  # dropout is 0 either way; checkpointing only works in training mode
     actor = Actor(lm.to(device), config)
     check_packed_forward(actor)
+    if config.lora_rank:
+        lora.inject(lm, config)
     return ActorCritic(actor, Critic(actor, config) if critic else NoCritic(config)), tokenizer
 
 

@@ -53,7 +53,7 @@ class PPO:
         self.kl = KLController(config.ppo)
         ppo = config.ppo
         self.loss_config = ppo if self.algorithm.needs_critic else ppo.model_copy(update={"value_coef": 0.0})
-        self._groups = [list(model.actor.parameters()), list(model.critic.parameters())]
+        self._groups = [[p for p in part.parameters() if p.requires_grad] for part in (model.actor, model.critic)]
         critic_lr = ppo.lr if ppo.critic_lr is None else ppo.critic_lr
         self.optimizer = torch.optim.AdamW(
             [{"params": self._groups[0], "lr": ppo.lr}, {"params": self._groups[1], "lr": critic_lr}],
