@@ -4,6 +4,7 @@
 #include <cstdint>
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+constexpr int64_t kBytes[] = {4, 8, 2, 2};
 
 // z = softcap * tanh(scale * x / softcap) / temperature; softcap 0 means none.
 struct LogitOptions {

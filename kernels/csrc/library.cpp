@@ -4,6 +4,10 @@
 
 #include "api.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
 #else
@@ -48,6 +52,19 @@ const Set* best() {
   return nullptr;
 }
 
+// Large new memory comes without pages: the first write to each 4 KiB of it stops in the kernel, which took three times
+// as long as computing a gradient. Pages of 2 MiB stop 512 times less often. A hint: refusing it changes nothing.
+void prefer_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kPage * kPage;
+  if (bytes >= int64_t(1) << 23) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 std::atomic<const Set*> chosen{best()};
 const Kernels& kernels() { return *chosen.load()->kernels; }
 }  // namespace
@@ -74,6 +91,7 @@ EXPORT int64_t tppo_row_forward(const Logits* in, const int64_t* targets, void* 
 EXPORT void tppo_row_backward(const Logits* in, const int64_t* targets, const void* logp, const void* entropy, const void* lse,
                               const void* grad_logp, const void* grad_entropy, const Logits* out, const LogitOptions* options,
                               int threads) {
+  if (out->data != in->data) prefer_large_pages(out->data, (out->rows - 1) * out->stride * kBytes[out->dtype]);
   kernels().row_backward(*in, targets, logp, entropy, lse, grad_logp, grad_entropy, *out, *options, threads);
 }
 

@@ -61,6 +61,26 @@ def define(
     return made
 
 
+class LiveRows(NamedTuple):
+    """The rows of a chunk that have a gradient, known to the device alone."""
+
+    where: Tensor
+    """int32 [C]: the rows in order, in the first ``number`` entries."""
+    number: Tensor
+    """int32 [1]."""
+
+
+class RowProducts(NamedTuple):
+    """The head's gradient GEMMs over live rows, without a host sync: ``dz``, ``hidden`` [C, *] and ``weight`` [V, D]."""
+
+    find: Callable[[Tensor | None, Tensor | None], LiveRows]
+    """(dL/dlogp, dL/dentropy) -> the rows where one of them is not 0."""
+    d_hidden: Callable[[Tensor, Tensor, LiveRows, Tensor], None]
+    """(dz, weight, live, out [C, D]): out[where] = dz[where] @ weight; other rows are left alone."""
+    d_weight: Callable[[Tensor, Tensor, LiveRows, Tensor, bool], None]
+    """(dz, hidden, live, out [V, D] fp32, accumulate): out (+)= dz[where]^T @ hidden[where]."""
+
+
 class Rows(NamedTuple):
     """The row kernels of one backend; [A] results have the compute dtype. No autograd."""
 
@@ -70,6 +90,8 @@ class Rows(NamedTuple):
         [Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor | None, Tensor, LogitOptions], None
     ]
     """(logits, targets, forward's results, dL/dlogp, dL/dentropy, out [A, V], options): out may be logits itself."""
+    products: RowProducts | None = None
+    """None where live rows are counted on the host."""
 
 
 def logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -63,6 +63,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    compact_rows: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
     """Log-probabilities and entropies of a language-model head, chunk by chunk: see ``reference.linear_logprobs``.
@@ -73,7 +74,7 @@ def linear_logprobs(
     _check_head(hidden, targets, temperature, softcap)
     return implementation(backend, hidden.device.type).linear_logprobs(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-        chunk_size=chunk_size, logits_dtype=logits_dtype,
+        chunk_size=chunk_size, logits_dtype=logits_dtype, compact_rows=compact_rows,
     )  # fmt: skip
 
 
@@ -90,6 +91,7 @@ def linear_token_loss(
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    compact_rows: bool | None = None,
     normalizer: float | Float[Tensor, ""] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
@@ -101,7 +103,8 @@ def linear_token_loss(
     _check_head(hidden, targets, temperature, softcap)
     return implementation(backend, hidden.device.type).linear_token_loss(
         hidden, weight, targets, loss_fn, rows, bias=bias, temperature=temperature, softcap=softcap,
-        logit_scale=logit_scale, chunk_size=chunk_size, logits_dtype=logits_dtype, normalizer=normalizer,
+        logit_scale=logit_scale, chunk_size=chunk_size, logits_dtype=logits_dtype, compact_rows=compact_rows,
+        normalizer=normalizer,
     )  # fmt: skip
 
 

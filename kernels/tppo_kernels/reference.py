@@ -85,13 +85,16 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    compact_rows: bool | None = None,
 ) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
     """``logprobs_from_logits(hidden @ weight.T + bias, targets)`` with at most [chunk_size, V] logits alive.
 
     Backward computes each chunk's logits again (4 GEMM units of 2*A*D*V FLOP in all) instead of keeping them.
     ``chunk_size`` None: see ``chunk_rows``. ``logits_dtype`` None is hidden's own; bf16 logits of size 16 to 32
-    quantise log-probabilities by up to 0.0625, ``torch.float32`` does not.
+    quantise log-probabilities by up to 0.0625, ``torch.float32`` does not. ``compact_rows``: whether a fused backend
+    leaves rows without a gradient out of the GEMMs of dX and dW (see ``head``); here it changes nothing.
     """
+    del compact_rows
     dtype = logits_dtype or hidden.dtype
     size = chunk_rows(chunk_size, len(weight), dtype, hidden.device)
 
@@ -123,6 +126,7 @@ def linear_token_loss(
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    compact_rows: bool | None = None,
     normalizer: float | Float[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """A row-local loss of the language-model head: ``sum_a loss(logp_a, H_a, rows_a...) / normalizer``.
@@ -139,7 +143,7 @@ def linear_token_loss(
     """
     logp, entropy = linear_logprobs(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-        chunk_size=chunk_size, logits_dtype=logits_dtype,
+        chunk_size=chunk_size, logits_dtype=logits_dtype, compact_rows=compact_rows,
     )  # fmt: skip
     size = chunk_rows(chunk_size, len(weight), logits_dtype or hidden.dtype, hidden.device)
     loss, stats = logp.new_zeros(()), dict[str, Any]()

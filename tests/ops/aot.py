@@ -92,10 +92,18 @@ def launch_everything() -> None:
         logp.sum().backward()
     odd, targets = random_logits(3, 50_257, torch.bfloat16)
     triton_ops.logprobs_from_logits(odd, targets)
-    hidden, weight, targets = random_head(8, 16, 512, torch.bfloat16)
-    triton_ops.linear_token_loss(
-        hidden.requires_grad_(), weight.requires_grad_(), targets, lambda logp, entropy: ((logp - entropy).sum(), {})
-    )
+    for dtype, logits_dtype in [
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, None),
+        (torch.float32, None),
+    ]:
+        hidden, weight, targets = (t.requires_grad_(t.is_floating_point()) for t in random_head(8, 16, 512, dtype))
+        for compact in (False, True):  # of two chunks: the second one adds to dW
+            triton_ops.linear_token_loss(
+                hidden, weight, targets, lambda logp, entropy: ((logp - entropy).sum(), {}), chunk_size=4,
+                logits_dtype=logits_dtype, compact_rows=compact,
+            )  # fmt: skip
     x = random_rollouts([1024, 1024])
     for options in ((), ("bootstrap", "lam"), ("mask", "bootstrap")):
         triton_ops.gae(x["rewards"], x["values"], x["cu_seqlens"], return_stats=True, **{k: x[k] for k in options})
@@ -138,6 +146,12 @@ def _nvidia(kernel: CompiledKernel, name: str) -> dict[str, Any]:
     }
 
 
+def _dot_operands(kernel: CompiledKernel) -> str | None:
+    """bf16, f16 or f32; None without a dot."""
+    found = re.search(r"tt\.dot .*: tensor<\w+x(\w+)>", kernel.asm["ttir"])
+    return found.group(1) if found else None
+
+
 def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -166,7 +180,7 @@ def table(name: str) -> list[dict[str, Any]]:
         read = _amd(kernel) if name.startswith("gfx") else _nvidia(kernel, name)
         rows.append({
             "kernel": kernel.metadata.name, "warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared,
-            "shared_limit": SHARED_LIMIT[name], "has_dot": "tt.dot" in kernel.asm["ttir"], **read,
+            "shared_limit": SHARED_LIMIT[name], "dot": _dot_operands(kernel), **read,
         })  # fmt: skip
     return rows
 
@@ -178,7 +192,7 @@ def main() -> None:
     print(f"{name}, triton {triton.__version__}")
     for row in rows:
         print("  {kernel:24s} warps {warps}  registers {registers:3d}  spills {spills}  shared {shared:6d}"
-              "  tensor-core {tensor_core}  instructions {instructions}".format(**row))  # fmt: skip
+              "  dot {dot!s:4s} tensor-core {tensor_core:2d}  instructions {instructions}".format(**row))  # fmt: skip
     for path in paths:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(report, indent=1) + "\n")

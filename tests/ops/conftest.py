@@ -22,10 +22,11 @@ if INTERPRETED:
     interpreter_patch.patch()
     np.seterr(all="ignore")  # exp2 of a padded column may overflow: it is never stored
     from tppo_kernels.triton_ops.common import BLOCKS
+    from tppo_kernels.triton_ops.live_rows import TILES, Tiles
 
-    BLOCKS.update(
-        gae=(128, 4), carry=(4, 0)
-    )  # the interpreter scans one entry at a time; and chains of tiles are short
+    # The interpreter scans one entry at a time. Chains of tiles are short, and small shapes have several.
+    BLOCKS.update(gae=(128, 4), carry=(4, 0), live_rows=(16, 4))
+    TILES.update(dict.fromkeys(TILES, Tiles(32, 64, 64, 4, 2)))
 settings.register_profile("ops", deadline=None, max_examples=6 if INTERPRETED else 25)
 settings.load_profile("ops")
 

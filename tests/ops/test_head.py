@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import tppo_kernels as tk
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from tppo_kernels import head
 from tppo_kernels.testing import assert_close, poisoned, poisoned_memory, random_head, random_ppo
 
 OPTIONS = [
@@ -139,6 +141,44 @@ def test_frozen_weight_costs_no_weight_gradient(backend):
     with Products():
         run_loss(x, backend, learned=("hidden",), chunk_size=16)
     assert sorted(shapes) == [(16, 6), (16, 130)]  # logits and dX: two units, no dW
+
+
+class Recorded(TorchDispatchMode):
+    """Records GEMMs and does not run them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.name().startswith("aten::addmm"):
+            return func(*args, **(kwargs or {}))
+        self.calls.append((func.name(), [a.dtype if isinstance(a, torch.Tensor) else a for a in args], kwargs))
+        return kwargs["out"]
+
+
+@pytest.mark.parametrize("has_mixed", [True, False], ids=["as-shipped", "torch-without-it"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_gemm_of_bf16_operands_on_a_gpu(has_mixed, beta, monkeypatch):
+    """fp32 dW of 16-bit operands is ONE cuBLAS call, decided at import: tensors of a GPU that is not there."""
+    half, wide = torch.bfloat16, torch.float32
+    if not has_mixed:
+        monkeypatch.setattr(head, "MIXED_GEMM", None)
+    with FakeTensorMode(), Recorded() as recorded:
+        a, b = torch.empty(4, 3, dtype=wide, device="cuda"), torch.empty(3, 5, dtype=half, device="cuda")
+        out = torch.empty(4, 5, dtype=wide, device="cuda")
+        head.product(a, b, out, beta=beta)
+    ((name, args, kwargs),) = recorded.calls
+    assert kwargs["out"] is out
+    assert kwargs.get("beta", 1) == beta
+    if has_mixed:
+        assert (name, args) == ("aten::addmm.dtype_out", [wide, half, half, wide])
+        schema = head.MIXED_GEMM._schema
+        assert [a.name for a in schema.arguments] == [
+            "self", "mat1", "mat2", "out_dtype", "beta", "alpha", "out"
+        ]  # fmt: skip
+    else:
+        assert (name, args) == ("aten::addmm.out", [wide] * 3)
 
 
 def test_tied_and_low_rank_heads(backend, exact):
@@ -295,5 +335,5 @@ def test_opcheck(backend):
     x = inputs(5, torch.float32)
     args = [x[k].requires_grad_() for k in ("hidden", "weight", "bias")]
     op = getattr(getattr(torch.ops, tk.__name__), f"{backend}_linear_logprobs").default
-    torch.library.opcheck(op, (*args, x["targets"], 0.7, 0.0, 1.0, 2, None))
-    torch.library.opcheck(op, (*args[:2], None, x["targets"], 1.0, 5.0, 1.0, None, torch.float32))
+    torch.library.opcheck(op, (*args, x["targets"], 0.7, 0.0, 1.0, 2, None, None))
+    torch.library.opcheck(op, (*args[:2], None, x["targets"], 1.0, 5.0, 1.0, None, torch.float32, False))

@@ -16,6 +16,7 @@ from torch import Tensor
 BLOCKS: dict[str, tuple[int, int]] = {
     "row_forward": (4096, 8),
     "row_backward": (4096, 8),
+    "live_rows": (1024, 4),
     "gae": (1024, 8),
     "stats": (4096, 8),
     "ppo": (1024, 8),

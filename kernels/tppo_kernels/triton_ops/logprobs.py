@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..library import LogitOptions, Rows
 from .common import LN2, LOG2E, NEG_INF, block, exp_minus_1, on_device, tanh
+from .live_rows import products
 
 
 @triton.jit
@@ -154,4 +155,4 @@ def backward(
         out.copy_(target)
 
 
-rows = Rows(forward, backward)
+rows = Rows(forward, backward, products)
