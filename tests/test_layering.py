@@ -34,14 +34,26 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "advantages": {"config"},
     "algorithms": {"advantages", "config", "data_types", "errors"},
     "lora": {"config", "errors"},
-    "checkpoint": {"atomic", "config", "errors", "lora", "model", "ppo", "seeding"},
+    "checkpoint": {"atomic", "config", "errors", "lora", "model", "ppo", "sections", "seeding"},
     "model": {"attention", "config", "data_types", "errors", "lora", "packing"},
     "losses": {"config", "data_types", "model"},
     "ppo": {
         "advantages", "algorithms", "config", "data_types", "errors", "losses", "metrics", "model", "packing", "parity",
         "seeding",
     },
-    "sft": {"data_types", "errors", "model", "packing", "seeding"},
+    "finetune_config": {"config", "sections"},
+    "runs": {"checkpoint", "config", "data", "errors", "metrics", "rollout", "seeding"},
+    "finetune": {
+        "atomic", "checkpoint", "config", "data", "data_types", "errors", "evaluate", "finetune_config", "interrupt",
+        "metrics", "model", "progress", "rollout", "runs", "seeding",
+    },
+    "sft": {
+        "config", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "rollout", "runs", "seeding",
+    },
+    "dpo": {
+        "atomic", "attention", "data", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "rollout",
+        "runs", "seeding", "sft",
+    },
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"config", "data_types", "errors", "plugins", "words"},
     "labelling": {"atomic", "data", "errors", "rewards"},

@@ -21,6 +21,7 @@ from tppo_fast.config import Config
 from tppo_fast.errors import UserError
 from tppo_fast.model import load_causal_lm
 from tppo_fast.ppo import PPO
+from tppo_fast.sections import Section
 
 _FREE = {"run_dir", "threads", "train"}
 """Settings that may differ when a run is resumed; all others would change what the run computes."""
@@ -40,8 +41,8 @@ def save(run_dir: Path, ppo: PPO, tokenizer: Any, config: Config, pending: dict[
             lora.save_adapter(ppo.model.actor.lm, temporary / "adapter")
         else:
             ppo.model.actor.save(temporary / "policy", tokenizer)
-        save_file(_contiguous(_learned(ppo.model.critic)), temporary / "critic.safetensors")
-        tensors, groups = _flatten(ppo.optimizer.state_dict())
+        save_file(contiguous(_learned(ppo.model.critic)), temporary / "critic.safetensors")
+        tensors, groups = flatten(ppo.optimizer.state_dict())
         save_file(tensors, temporary / "optimizer.safetensors")
         state = {
             "ppo": ppo.state(),
@@ -61,7 +62,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if (p / "state.json").is_file())
 
 
-def check_resumable(run_dir: Path, config: Config) -> Path:
+def check_resumable(run_dir: Path, config: Section) -> Path:
     """The newest checkpoint, if ``config`` may continue it.
 
     Raises:
@@ -72,7 +73,7 @@ def check_resumable(run_dir: Path, config: Config) -> Path:
         raise UserError(
             f"run_dir = {str(run_dir)!r}: there is no checkpoint to resume; leave out --resume to start afresh"
         )
-    saved = _read_state(checkpoints[-1])["config"]
+    saved = read_state(checkpoints[-1])["config"]
     now = config.model_dump(mode="json")
     for section in now:
         if section in _FREE or saved.get(section) == now[section]:
@@ -94,7 +95,7 @@ def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
     Raises:
         UserError: the checkpoint is damaged or belongs to another model.
     """
-    state = _read_state(folder)
+    state = read_state(folder)
     try:
         if (folder / "adapter").is_dir():
             lora.load_adapter(ppo.model.actor.lm, folder / "adapter")
@@ -102,7 +103,7 @@ def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
             ppo.model.actor.lm.load_state_dict(load_causal_lm(str(folder / "policy")).state_dict())
         critic = ppo.model.critic
         critic.load_state_dict({**critic.state_dict(), **load_file(folder / "critic.safetensors")})
-        ppo.optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
+        ppo.optimizer.load_state_dict(unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
         ppo.load_state(state["ppo"])
         seeding.set_global_state(state["rng"])
         return state.get("pending")
@@ -114,7 +115,8 @@ def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
         ) from None
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's ``state.json``."""
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -129,17 +131,19 @@ def _learned(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Detached tensors as safetensors wants them."""
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """An optimizer's state dict as named tensors and JSON groups."""
     tensors = {f"{i}.{key}": value for i, slots in state["state"].items() for key, value in slots.items()}
-    return _contiguous(tensors), state["param_groups"]
+    return contiguous(tensors), state["param_groups"]
 
 
-def _unflatten(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def unflatten(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state dict that ``flatten`` took apart."""
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)

@@ -1,4 +1,4 @@
-"""The shell: ``tppo-fast demo | train | metrics | doctor``. Exit codes: 0 done, 1 failure, 2 usage or input, 130 interrupted."""
+"""The shell: ``tppo-fast demo | sft | dpo | train | ...``. Exit codes: 0 done, 1 failure, 2 usage or input, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import click
 from tppo_fast import __version__
 from tppo_fast import config as settings
 from tppo_fast.errors import EngineError, TrainingDiverged, UserError
+from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.interrupt import Interrupted
+from tppo_fast.sections import load_section
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -25,9 +27,11 @@ def cli() -> None:
 class _WithSettings(click.Command):
     """A command whose --help also lists every setting that ``--section.key value`` can override."""
 
+    settings: type[settings.Section] = settings.Config
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx
-        for title, rows in _settings_help(settings.Config):
+        for title, rows in _settings_help(self.settings):
             with formatter.section(title):
                 formatter.write_dl(rows)
 
@@ -46,10 +50,55 @@ def _settings_help(section: type[settings.Section], prefix: str = "") -> Iterato
         yield from _settings_help(kind, inner)
 
 
-@cli.command(cls=_WithSettings, context_settings={"ignore_unknown_options": True})
-@click.argument("config", type=click.Path())
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key value]...")
-@click.option("--resume", is_flag=True, help="Continue the newest checkpoint in run_dir, bit for bit.")
+class _WithSFTSettings(_WithSettings):
+    settings = SFTConfig
+
+
+class _WithDPOSettings(_WithSettings):
+    settings = DPOConfig
+
+
+def _configured(kind: type[_WithSettings]) -> Callable[[Callable[..., None]], click.Command]:
+    """A command that takes CONFIG, overrides and --resume."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        resume = click.option("--resume", is_flag=True, help="Continue the newest checkpoint in run_dir, bit for bit.")
+        words = click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key value]...")
+        config = click.argument("config", type=click.Path())
+        command = cli.command(cls=kind, context_settings={"ignore_unknown_options": True})
+        return command(config(words(resume(function))))
+
+    return decorate
+
+
+@_configured(_WithSFTSettings)
+def sft(config: str, overrides: tuple[str, ...], resume: bool) -> None:
+    """Supervise a policy on sessions (history -> next queries) as CONFIG (a TOML file) says."""
+    loaded = load_section(config, list(overrides), SFTConfig)
+    _quiet_libraries()
+    from tppo_fast.sft import sft as run
+
+    result = run(loaded, resume=resume)
+    click.echo(f"supervised policy: {result.policy} (step {result.step})\nmetrics: {result.run_dir / 'metrics.jsonl'}")
+    click.echo(
+        f"held-out perplexity: {result.evaluation['eval/perplexity']:.3f} "
+        f"({result.evaluation['eval/loss']:.3f} nats per token), relevance: {result.evaluation['eval/relevance']:.3f}"
+    )
+
+
+@_configured(_WithDPOSettings)
+def dpo(config: str, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train a policy by DPO on pairs of true next queries and its own output, as CONFIG (a TOML file) says."""
+    loaded = load_section(config, list(overrides), DPOConfig)
+    _quiet_libraries()
+    from tppo_fast.dpo import dpo as run
+
+    result = run(loaded, resume=resume)
+    click.echo(f"trained policy: {result.policy} (step {result.step})\nmetrics: {result.run_dir / 'metrics.jsonl'}")
+    click.echo(f"held-out relevance: {result.evaluation['eval/relevance']:.3f}")
+
+
+@_configured(_WithSettings)
 def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     """Train a policy by token-level PPO as CONFIG (a TOML file) says."""
     loaded = settings.load(config, list(overrides))

@@ -250,7 +250,7 @@ class PPOConfig(Section):
 
 class TrainConfig(Section):
     steps: Count = 100
-    """PPO steps (one batch of rollouts each)."""
+    """Steps; in PPO one batch of rollouts each, in supervision one optimizer step each."""
     eval_every: Annotated[int, Field(ge=0)] = 10
     """Steps between evaluations on held-out sessions; 0 evaluates at the start and the end only."""
     eval_prompts: Count = 128
@@ -269,14 +269,13 @@ class TrainConfig(Section):
     """Also log to this Weights & Biases project (needs the wandb package)."""
 
 
-class Config(Section):
+class RunConfig(Section):
+    """What every kind of run has: where, with which model, on which sessions, how to sample, how often to look."""
+
     run_dir: Path = Path("runs/train")
     """Where metrics, checkpoints and the final model go."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides data order, sampling and initialisation."""
-    algorithm: Literal["tppo", "control", "ppo", "grpo", "bot-grpo"] = "tppo"
-    """"tppo": token rewards, token critic. "control": the same rewards summed onto the last token. "ppo": a sentence score
-    there. "grpo", "bot-grpo": sentence scores or token rewards, normalised over the responses to one prompt, no critic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA when there is a GPU."""
     threads: Annotated[int, Field(ge=0)] = 0
@@ -285,9 +284,17 @@ class Config(Section):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     vllm: VLLMConfig = VLLMConfig()
+    train: TrainConfig = TrainConfig()
+
+
+class Config(RunConfig):
+    """A run of ``tppo-fast train``."""
+
+    algorithm: Literal["tppo", "control", "ppo", "grpo", "bot-grpo"] = "tppo"
+    """"tppo": token rewards, token critic. "control": the same rewards summed onto the last token. "ppo": a sentence score
+    there. "grpo", "bot-grpo": sentence scores or token rewards, normalised over the responses to one prompt, no critic."""
     reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
-    train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
     def _fits_algorithm(self) -> Config:

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tppo_fast import checkpoint, evaluate, model, report, seeding, sft, trainer
+from tppo_fast import checkpoint, evaluate, finetune, model, report, sft, trainer
 from tppo_fast import config as settings_module
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.config import Config
@@ -28,6 +28,7 @@ from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session, write_sessions
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
+from tppo_fast.finetune_config import LearnConfig
 from tppo_fast.metrics import read_metrics
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import build_reward, token_spans
@@ -181,18 +182,19 @@ def _supervised(options: DemoSettings, sessions: Sequence[Session], console: Con
         return start
     base = Path(options.model) if options.model else _small_model(options, sessions)
     config = _config(options, base, "TPPO")
-    seeding.seed_everything(options.seed)
-    actor_critic, tokenizer = model.build(config.model, trainer.resolve_device(config.device))
-    builder = PromptBuilder(tokenizer, config.data)
+    actor, tokenizer, builder = finetune.build(config)
     examples = list(zip(builder.prompts(sessions), builder.responses(sessions), strict=True))
     scale = options.scale
     if scale.sft_steps:
         console.print(f"[bold]SFT[/]: {scale.sft_steps} steps on {len(examples)} sessions")
-        plan = sft.SFTSettings(steps=scale.sft_steps, batch_size=scale.sft_batch, lr=scale.sft_lr, seed=options.seed)
+        learn = LearnConfig(batch_size=scale.sft_batch, lr=scale.sft_lr)
         with Progress("sft", scale.sft_steps, "step") as progress:
-            sft.supervise(actor_critic.actor, examples, plan, lambda loss: progress.update(1, loss=loss))
+            sft.supervise(
+                actor, examples, learn, steps=scale.sft_steps, seed=options.seed,
+                on_step=lambda loss: progress.update(1, loss=loss),
+            )  # fmt: skip
     with atomic_folder(start) as temporary:
-        actor_critic.actor.save(temporary, tokenizer)
+        actor.save(temporary, tokenizer)
     return start
 
 

@@ -20,9 +20,9 @@ class EngineLost(EngineError):
 class TrainingDiverged(RuntimeError):
     """A loss or gradient stopped being finite: the weights were left as they were. The shell exits with 1."""
 
-    def __init__(self, report: dict[str, Any]) -> None:
+    def __init__(self, report: dict[str, Any], setting: str = "ppo.lr") -> None:
         self.report = report
         super().__init__(
             f"step {report['step']}: the loss or a gradient is not finite; the weights of the last finished optimizer step "
-            "are kept. Lower ppo.lr, or look at the report for the parameters and metrics involved"
+            f"are kept. Lower {setting}, or look at the report for the parameters and metrics involved"
         )

@@ -58,6 +58,18 @@ def score(rollouts: Sequence[Rollout], parse: Parse, *, num_queries: int) -> Sco
     return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in METRICS}
 
 
+def held_out(rollouts: Sequence[Rollout], parse: Parse, *, num_queries: int, seed: int) -> dict[str, float]:
+    """What a run logs of one evaluation: the mean of every metric under ``eval/``, and relevance with its interval."""
+    scores = score(rollouts, parse, num_queries=num_queries)
+    users = [rollout.prompt.user_id for rollout in rollouts]
+    relevance = summarise({"relevance": scores["relevance"]}, users, seed=seed)["relevance"]
+    return {
+        **{f"eval/{name}": float(values.mean()) for name, values in scores.items()},
+        "eval/relevance_low": relevance.low,
+        "eval/relevance_high": relevance.high,
+    }
+
+
 def copy_last(prompts: Sequence[Prompt], *, num_queries: int) -> Scores:
     """The scores of repeating the user's last query ``num_queries`` times; nothing is sampled, so no token metrics."""
     rows = [score_queries(p, list(p.history[-1:]) * num_queries, num_queries=num_queries) for p in prompts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from typing import Any
@@ -19,6 +20,17 @@ def derive(seed: int, *purpose: str | int) -> int:
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A CPU generator for one purpose."""
     return torch.Generator().manual_seed(derive(seed, *purpose))
+
+
+def batch(seed: int, purpose: str, step: int, *, size: int, count: int) -> list[int]:
+    """Which of ``count`` examples make up a step: shuffled passes over all of them, a function of (seed, step) alone."""
+    places = (divmod(position, count) for position in range(step * size, (step + 1) * size))
+    return [int(_permutation(seed, purpose, epoch, count)[place]) for epoch, place in places]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, purpose: str, epoch: int, count: int) -> torch.Tensor:
+    return torch.randperm(count, generator=generator(seed, purpose, epoch))
 
 
 def seed_everything(seed: int) -> None:

@@ -1,82 +1,142 @@
-"""Supervised fine-tuning on packed sessions: history -> next queries, loss on the response alone."""
+"""Supervised fine-tuning on packed sessions: history -> next queries, loss on the response alone. The baseline "GPT4Rec"."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import get_scheduler
 
-from tppo_fast import packing, seeding
+from tppo_fast import finetune, packing, seeding
+from tppo_fast.config import RunConfig
 from tppo_fast.data_types import Prompt, Rollout, RolloutBatch
-from tppo_fast.errors import TrainingDiverged
+from tppo_fast.errors import UserError
+from tppo_fast.finetune_config import LearnConfig, SFTConfig
 from tppo_fast.model import Actor
+from tppo_fast.rollout import build_engine
+from tppo_fast.runs import load_sessions, open_run_dir
+
+Example = tuple[Prompt, Sequence[int]]
+"""(prompt, the tokens of the true response with its end-of-sequence token)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SFTSettings:
-    """How to supervise."""
+def sft(config: SFTConfig, *, resume: bool = False) -> finetune.FinetuneResult:
+    """Supervise a policy on sessions and leave it, its metrics and its checkpoints in ``config.run_dir``.
 
-    steps: int
-    """Optimizer steps."""
-    batch_size: int = 64
-    """Sessions in each step."""
-    lr: float = 1e-3
-    """Peak learning rate; cosine decay to zero after the warm-up."""
-    warmup_steps: int = 20
-    """Steps of linear warm-up."""
-    microbatch_tokens: int = 8192
-    """Most tokens in one forward pass."""
-    seed: int = 0
-    """Decides the order of the sessions."""
+    Full fine-tuning, or adapters with ``model.lora_rank``; what is left in ``policy`` has them merged. Every evaluation
+    measures the held-out true responses (loss, perplexity) and one sampled response to each session (relevance, ...).
+
+    Args:
+        config: every setting; see ``tppo_fast.finetune_config``.
+        resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
+
+    Raises:
+        UserError: bad settings, data or model, before any expensive work.
+        TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
+        Interrupted: SIGINT; a checkpoint of the last finished step was saved.
+    """
+    start_from = open_run_dir(config, resume)
+    train_sessions, held_sessions = load_sessions(config)
+    held_sessions = held_sessions[: config.train.eval_prompts]
+    actor, tokenizer, builder = finetune.build(config)
+    prompts, held_prompts = builder.prompts(train_sessions), builder.prompts(held_sessions)
+    examples = list(zip(prompts, builder.responses(train_sessions), strict=True))
+    held_out = list(zip(held_prompts, builder.responses(held_sessions), strict=True))
+    check_lengths(config, config.sft, actor, [*examples, *held_out])
+    learner = finetune.Learner(actor, config.sft, config.train.steps)
+    engine = build_engine(config, tokenizer, actor.device)
+    held = finetune.Held(engine=engine, prompts=held_prompts, builder=builder)
+    objective = Supervision(actor, examples, held_out, config.sft, config.seed)
+    return finetune.run(config, config.sft, learner, objective, held, tokenizer, start_from=start_from, name="sft")
 
 
 def supervise(
     actor: Actor,
-    examples: Sequence[tuple[Prompt, Sequence[int]]],
-    settings: SFTSettings,
+    examples: Sequence[Example],
+    learn: LearnConfig,
+    *,
+    steps: int,
+    seed: int = 0,
     on_step: Callable[[float], None] = lambda _: None,
 ) -> None:
-    """Train ``actor`` in place on (prompt, response tokens) pairs; ``on_step`` gets each step's loss in nats per token.
+    """Train ``actor`` in place, without a run folder; ``on_step`` gets each step's loss in nats per token.
 
     Raises:
         TrainingDiverged: the loss stopped being finite.
     """
-    optimizer = torch.optim.AdamW(actor.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    scheduler = get_scheduler("cosine", optimizer, settings.warmup_steps, settings.steps)
-    for step in range(settings.steps):
-        order = torch.randint(
-            len(examples), (settings.batch_size,), generator=seeding.generator(settings.seed, "sft", step)
+    learner = finetune.Learner(actor, learn, steps)
+    objective = Supervision(actor, examples, [], learn, seed)
+    for _ in range(steps):
+        on_step(learner.take(objective.gradient)["fit/loss"])
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """Mean negative log-likelihood of the true response tokens: ``-1/A sum_a log pi(token a | before it)``."""
+
+    actor: Actor
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    learn: LearnConfig
+    seed: int
+
+    def gradient(self, step: int) -> finetune.Metrics:
+        chosen = seeding.batch(self.seed, "sft", step, size=self.learn.batch_size, count=len(self.examples))
+        batch = packed([self.examples[i] for i in chosen])
+        total = 0.0
+        for part in parts(batch, self.learn.microbatch_tokens, self.actor.device):
+            loss = -logprobs(self.actor, part).sum() / batch.num_actions
+            loss.backward()
+            total += float(loss.detach())
+        return {"fit/loss": total, "fit/tokens": float(batch.num_actions)}
+
+    @torch.no_grad()
+    def evaluate(self) -> finetune.Metrics:
+        batch = packed(self.held_out)
+        total = sum(
+            float(logprobs(self.actor, part).sum())
+            for part in parts(batch, self.learn.microbatch_tokens, self.actor.device)
         )
-        batch = _packed([examples[i] for i in order.tolist()])
-        optimizer.zero_grad(set_to_none=True)
-        loss = _backward(actor, batch, settings.microbatch_tokens)
-        norm = nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
-        if not (torch.isfinite(norm) and loss == loss):
-            raise TrainingDiverged({"step": step + 1, "loss": loss, "grad_norm": float(norm)})
-        optimizer.step()
-        scheduler.step()
-        on_step(loss)
-    optimizer.zero_grad(set_to_none=True)
+        loss = -total / batch.num_actions
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
 
-def _packed(examples: Sequence[tuple[Prompt, Sequence[int]]]) -> RolloutBatch:
+def packed(examples: Sequence[Example], *, share_prompts: bool = False) -> RolloutBatch:
+    """True responses as one packed batch."""
     rollouts = [
         Rollout(prompt=p, token_ids=ids, logprobs=[0.0] * len(ids), text="", finish_reason="stop", policy_version=0)
         for p, ids in examples
     ]
-    return packing.pack(rollouts, [r.logprobs for r in rollouts])
+    return packing.pack(rollouts, [r.logprobs for r in rollouts], share_prompts=share_prompts)
 
 
-def _backward(actor: Actor, batch: RolloutBatch, budget: int) -> float:
-    """Gradient of the mean negative log-likelihood per response token; returns it in nats."""
-    total = 0.0
-    for sequences in packing.microbatches(batch, range(batch.num_sequences), budget):
-        part = packing.select(batch, sequences)[0].to(actor.device)
-        logprobs, _ = actor.logprobs(actor.hidden(part)[part.state_index], part.actions, 1.0)
-        loss = -logprobs.sum() / batch.num_actions
-        loss.backward()
-        total += float(loss.detach())
-    return total
+def parts(batch: RolloutBatch, budget: int, device: torch.device) -> list[RolloutBatch]:
+    """The batch in microbatches of at most ``budget`` tokens, on ``device``."""
+    groups = packing.microbatches(batch, range(batch.num_sequences), budget)
+    return [packing.select(batch, group)[0].to(device) for group in groups]
+
+
+def logprobs(actor: Actor, part: RolloutBatch) -> torch.Tensor:
+    """log pi of every response token, [A]."""
+    return actor.logprobs(actor.hidden(part)[part.state_index], part.actions, 1.0)[0]
+
+
+def check_lengths(config: RunConfig, learn: LearnConfig, actor: Actor, examples: Sequence[Example]) -> None:
+    """Refuse what the model or one microbatch cannot hold.
+
+    Raises:
+        UserError: the longest example has more tokens than the model has positions, or than a microbatch may have.
+    """
+    longest = max(len(p.token_ids) + max(len(ids), config.rollout.max_new_tokens) for p, ids in examples)
+    limit = getattr(actor.lm.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest session needs {longest} positions with its response or rollout.max_new_tokens = "
+            f"{config.rollout.max_new_tokens}, the model has {limit}: lower data.max_prompt_tokens or rollout.max_new_tokens"
+        )
+    if longest > learn.microbatch_tokens:
+        raise UserError(
+            f"microbatch_tokens = {learn.microbatch_tokens}: one session needs {longest} tokens; raise it, or lower "
+            "data.max_prompt_tokens"
+        )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import resource
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -25,19 +23,18 @@ from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.attention import can_use_flash
 from tppo_fast.config import Config
 from tppo_fast.data.prompts import PromptBuilder
-from tppo_fast.data.sessions import Session, read_sessions, split_by_user
-from tppo_fast.data.synthetic import generate_sessions
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import TrainingDiverged, UserError
-from tppo_fast.evaluate import score, summarise
+from tppo_fast.evaluate import held_out
 from tppo_fast.interrupt import Interrupted, InterruptGuard
-from tppo_fast.metrics import GLOSSARY, METRICS_FILE, MetricsLogger
+from tppo_fast.metrics import MetricsLogger
 from tppo_fast.plugins import guarded, load_object
 from tppo_fast.ppo import PPO, Metrics
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import TokenRewards, build_reward
 from tppo_fast.rewards.display import examples_table
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
+from tppo_fast.runs import eval_sampling, load_sessions, open_run_dir, resolve_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +77,7 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT; a checkpoint of the last finished step was saved.
     """
-    start_from = _open_run_dir(config, resume)
+    start_from = open_run_dir(config, resume)
     run = setup(config)
     if start_from is not None:
         run.source.load_state(checkpoint.load(start_from, run.ppo))
@@ -209,27 +206,6 @@ def setup(config: Config) -> Run:
     )
 
 
-def resolve_device(name: str) -> torch.device:
-    """ "auto" becomes CUDA where there is a GPU.
-
-    Raises:
-        UserError: CUDA was asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError('device = "cuda", but torch sees no CUDA device: use "auto" or "cpu"')
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def load_sessions(config: Config) -> tuple[list[Session], list[Session]]:
-    """(training, held-out) sessions as configured."""
-    data = config.data
-    synthetic = data.train == "synthetic"
-    sessions = generate_sessions(data.synthetic_sessions, config.seed) if synthetic else read_sessions(data.train)
-    if data.eval is not None:
-        return sessions, read_sessions(data.eval)
-    return split_by_user(sessions, data.eval_fraction, config.seed)
-
-
 def _check_lengths(config: Config, actor: model.Actor, prompts: Sequence[Prompt]) -> None:
     longest = max(len(p.token_ids) for p in prompts) + config.rollout.max_new_tokens
     limit = getattr(actor.lm.config.get_text_config(), "max_position_embeddings", None)
@@ -245,41 +221,13 @@ def _check_lengths(config: Config, actor: model.Actor, prompts: Sequence[Prompt]
         )
 
 
-def _open_run_dir(config: Config, resume: bool) -> Path | None:
-    """The checkpoint to start from, or None for a new run in a folder that holds no other run."""
-    if resume:
-        return checkpoint.check_resumable(config.run_dir, config)
-    if checkpoint.list_checkpoints(config.run_dir) or (config.run_dir / "policy").exists():
-        raise UserError(
-            f"run_dir = {str(config.run_dir)!r} holds a run already: continue it with --resume, or choose another"
-        )
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run_dir = {str(config.run_dir)!r} cannot be made ({error.strerror}): choose another"
-        ) from None
-    for left in (config.run_dir / "tensorboard", config.run_dir / METRICS_FILE):  # of a run that saved nothing
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    return None
-
-
 # -------------------------------------------------------------------- pieces of a step
 
 
 def batch_of_prompts(config: Config, prompts: Sequence[Prompt], step: int) -> list[Prompt]:
     """The step's prompts: shuffled passes over the data, a function of (seed, step) alone."""
-    size, count = config.rollout.prompts_per_step, len(prompts)
-    picked = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, place = divmod(position, count)
-        picked.append(prompts[int(_permutation(config.seed, epoch, count)[place])])
-    return picked
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> torch.Tensor:
-    return torch.randperm(count, generator=seeding.generator(seed, "data", epoch))
+    size = config.rollout.prompts_per_step
+    return [prompts[i] for i in seeding.batch(config.seed, "data", step, size=size, count=len(prompts))]
 
 
 def sampling(config: Config, step: int) -> SamplingParams:
@@ -300,26 +248,8 @@ def evaluate(run: Run) -> Metrics:
     run.source.settle()
     run.engine.load_weights(run.ppo.model.actor.named_weights(), version=run.ppo.step)
     rollouts = run.engine.generate(run.eval_prompts, eval_sampling(run.config))
-    scores = score(rollouts, run.builder.parse, num_queries=run.config.data.num_queries)
-    users = [prompt.user_id for prompt in run.eval_prompts]
-    relevance = summarise({"relevance": scores["relevance"]}, users, seed=run.config.seed)["relevance"]
-    return {
-        **{name: float(values.mean()) for key, values in scores.items() if (name := f"eval/{key}") in GLOSSARY},
-        "eval/relevance_low": relevance.low,
-        "eval/relevance_high": relevance.high,
-        "time/eval": time.perf_counter() - began,
-    }
-
-
-def eval_sampling(config: Config, n: int = 1) -> SamplingParams:
-    """How to sample in an evaluation: the same seed every time, so that evaluations differ by the weights alone."""
-    return SamplingParams(
-        n=n,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        greedy=config.train.eval_greedy,
-        seed=seeding.derive(config.seed, "eval"),
-    )
+    found = held_out(rollouts, run.builder.parse, num_queries=run.config.data.num_queries, seed=run.config.seed)
+    return {**found, "time/eval": time.perf_counter() - began}
 
 
 def rollout_metrics(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tppo_fast.config import Config
+from tppo_fast.config import RunConfig
 from tppo_fast.errors import UserError
 from tppo_fast.plugins import guarded, load_object
 from tppo_fast.rollout.base import RolloutEngine, SamplingParams
@@ -15,7 +15,7 @@ from tppo_fast.rollout.base import RolloutEngine, SamplingParams
 __all__ = ["RolloutEngine", "SamplingParams", "build_engine"]
 
 
-def build_engine(config: Config, tokenizer: Any, device: torch.device) -> RolloutEngine:
+def build_engine(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEngine:
     """The configured engine: "hf", "vllm", or what ``module:function(config, tokenizer, device)`` returns.
 
     Raises:
@@ -35,7 +35,7 @@ def build_engine(config: Config, tokenizer: Any, device: torch.device) -> Rollou
     return HFEngine(lm.to(device), tokenizer)
 
 
-def _vllm(config: Config, tokenizer: Any, device: torch.device) -> RolloutEngine:
+def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEngine:
     from tppo_fast.rollout.publish import LiveSettings, Policy, PublishedEngine, stop_tokens
 
     own, path, dtype = config.vllm, config.model.path, config.model.dtype

@@ -1,0 +1,282 @@
+"""The loop of supervised runs (SFT, DPO): step, look at held-out sessions, keep the best, stop and resume exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import get_scheduler
+
+from tppo_fast import checkpoint, model, seeding
+from tppo_fast.atomic import atomic_folder, write_atomic
+from tppo_fast.config import RunConfig
+from tppo_fast.data.prompts import PromptBuilder
+from tppo_fast.data_types import Prompt, Rollout
+from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.evaluate import held_out
+from tppo_fast.finetune_config import LearnConfig
+from tppo_fast.interrupt import Interrupted, InterruptGuard
+from tppo_fast.metrics import MetricsLogger
+from tppo_fast.model import Actor
+from tppo_fast.progress import Progress
+from tppo_fast.rollout import RolloutEngine
+from tppo_fast.runs import eval_sampling, resolve_device
+
+Metrics = dict[str, float]
+
+
+class Objective(Protocol):
+    """What is minimised. Its gradient is a function of the weights and the step alone."""
+
+    def gradient(self, step: int) -> Metrics:
+        """Add the gradient of one step's batch to the parameters; returns the step's metrics, ``fit/loss`` among them."""
+        ...
+
+    def evaluate(self) -> Metrics:
+        """Metrics on held-out examples without gradient, ``eval/loss`` among them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneResult:
+    """What a finished run leaves behind."""
+
+    run_dir: Path
+    """Metrics, checkpoints and the final policy."""
+    policy: Path
+    """The policy: a folder plain transformers loads, adapters merged."""
+    step: int
+    """The step the policy is from."""
+    evaluation: Metrics
+    """The held-out evaluation of that policy."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Best:
+    """The evaluation with the lowest held-out loss so far."""
+
+    step: int = -1
+    """Its step; -1 before the first."""
+    evaluation: Metrics = field(default_factory=dict)
+    """Its metrics."""
+
+    @property
+    def loss(self) -> float:
+        return self.evaluation.get("eval/loss", math.inf)
+
+
+class Learner:
+    """The policy, its optimizer and its schedule: all that a checkpoint holds. ``step`` counts finished steps."""
+
+    def __init__(self, actor: Actor, learn: LearnConfig, steps: int, setting: str = "sft.lr") -> None:
+        self.actor, self.step, self.best = actor, 0, Best()
+        self._clip, self._setting = learn.max_grad_norm, setting
+        self.parameters = {name: p for name, p in actor.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=learn.lr,
+            betas=(learn.adam_beta1, learn.adam_beta2),
+            weight_decay=learn.weight_decay,
+        )
+        schedule = "constant_with_warmup" if learn.lr_schedule == "constant" else learn.lr_schedule
+        self.scheduler = get_scheduler(schedule, self.optimizer, learn.lr_warmup_steps, steps)
+
+    def take(self, gradient: Callable[[int], Metrics]) -> Metrics:
+        """One optimizer step on what ``gradient`` leaves in the parameters.
+
+        Raises:
+            TrainingDiverged: the loss or the gradient is not finite; the weights are left as they were.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = gradient(self.step)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self._clip))
+        if not (math.isfinite(norm) and math.isfinite(metrics["fit/loss"])):
+            self.optimizer.zero_grad(set_to_none=True)
+            report = {"step": self.step + 1, "loss": metrics["fit/loss"], "grad_norm": norm}
+            raise TrainingDiverged(report, self._setting)
+        metrics |= {"fit/grad_norm": norm, "fit/lr": self.optimizer.param_groups[0]["lr"]}
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return metrics
+
+    def save(self, config: RunConfig) -> Path:
+        """Write ``run_dir/checkpoints/step_N``, then drop all but the newest ``keep_checkpoints``."""
+        folder = config.run_dir / "checkpoints" / f"step_{self.step:06d}"
+        if folder not in checkpoint.list_checkpoints(config.run_dir):
+            with atomic_folder(folder) as temporary:
+                save_file(checkpoint.contiguous(dict(self.parameters)), temporary / "learned.safetensors")
+                tensors, groups = checkpoint.flatten(self.optimizer.state_dict())
+                save_file(tensors, temporary / "optimizer.safetensors")
+                state = {
+                    "step": self.step,
+                    "best": {"step": self.best.step, "evaluation": self.best.evaluation},
+                    "param_groups": groups,
+                    "scheduler": self.scheduler.state_dict(),
+                    "rng": seeding.global_state(),
+                    "config": config.model_dump(mode="json"),
+                }
+                (temporary / "state.json").write_text(json.dumps(state))
+        for old in checkpoint.list_checkpoints(config.run_dir)[: -config.train.keep_checkpoints]:
+            shutil.rmtree(old)
+        return folder
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Put a checkpoint in place.
+
+        Raises:
+            UserError: it is damaged or belongs to another model.
+        """
+        state = checkpoint.read_state(folder)
+        try:
+            saved = load_file(folder / "learned.safetensors")
+            if saved.keys() != self.parameters.keys():
+                raise ValueError("it holds other parameters than the model")
+            for name, parameter in self.parameters.items():
+                parameter.copy_(saved[name])
+            tensors = load_file(folder / "optimizer.safetensors")
+            self.optimizer.load_state_dict(checkpoint.unflatten(tensors, state["param_groups"]))
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.step, self.best = state["step"], Best(**state["best"])
+            seeding.set_global_state(state["rng"])
+        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"checkpoint {str(folder)!r} cannot be loaded ({error}): remove it to resume the one before"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Who answers the held-out sessions of a supervised run."""
+
+    engine: RolloutEngine
+    """Samples from a copy of the policy."""
+    prompts: Sequence[Prompt]
+    """The held-out sessions."""
+    builder: PromptBuilder
+    """Parses the responses."""
+
+    def evaluate(self, config: RunConfig, actor: Actor, version: int) -> tuple[Metrics, list[Rollout]]:
+        """Metrics of one response to each held-out session, and the responses."""
+        self.engine.load_weights(actor.named_weights(), version=version)
+        rollouts = self.engine.generate(self.prompts, eval_sampling(config))
+        found = held_out(rollouts, self.builder.parse, num_queries=config.data.num_queries, seed=config.seed)
+        return found, rollouts
+
+
+def build(config: RunConfig) -> tuple[Actor, Any, PromptBuilder]:
+    """The policy (no critic) on its device, its tokenizer, and the prompts' builder."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    seeding.seed_everything(config.seed)
+    actor_critic, tokenizer = model.build(config.model, resolve_device(config.device), critic=False)
+    return actor_critic.actor, tokenizer, PromptBuilder(tokenizer, config.data)
+
+
+def run(
+    config: RunConfig,
+    learn: LearnConfig,
+    learner: Learner,
+    objective: Objective,
+    held: Held,
+    tokenizer: Any,
+    *,
+    start_from: Path | None,
+    name: str,
+) -> FinetuneResult:
+    """The loop, from a checkpoint or the start, to ``run_dir/policy``.
+
+    Raises:
+        TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
+        Interrupted: SIGINT; a checkpoint of the last finished step was saved.
+    """
+    if start_from is not None:
+        learner.load(start_from)
+    logger = MetricsLogger(
+        config.run_dir,
+        start_step=learner.step,
+        tensorboard=config.train.tensorboard,
+        wandb_project=config.train.wandb_project,
+        config=config.model_dump(mode="json"),
+    )
+    with contextlib.closing(held.engine), logger, InterruptGuard() as guard:
+        try:
+            last = _loop(config, learner, objective, held, tokenizer, logger, guard, name)
+        except Interrupted:
+            saved = learner.save(config)
+            raise Interrupted(f"stopped after step {learner.step}; continue with --resume (saved in {saved})") from None
+        except TrainingDiverged as error:
+            report = config.run_dir / f"diverged_step_{error.report['step']:06d}.json"
+            write_atomic(report, json.dumps(error.report, indent=2).encode())
+            raise
+    policy, best = config.run_dir / "policy", config.run_dir / "best"
+    chosen = learner.best if learn.select == "best" else Best(step=learner.step, evaluation=last)
+    with atomic_folder(policy) as temporary:
+        if learn.select == "best":
+            shutil.copytree(best, temporary, dirs_exist_ok=True)
+        else:
+            learner.actor.save(temporary, tokenizer)
+    return FinetuneResult(run_dir=config.run_dir, policy=policy, step=chosen.step, evaluation=chosen.evaluation)
+
+
+def _loop(
+    config: RunConfig,
+    learner: Learner,
+    objective: Objective,
+    held: Held,
+    tokenizer: Any,
+    logger: MetricsLogger,
+    guard: InterruptGuard,
+    name: str,
+) -> Metrics:
+    """Steps and evaluations; returns the last evaluation."""
+    train, evaluation = config.train, {}
+
+    def look() -> Metrics:
+        began = time.perf_counter()
+        found = objective.evaluate()
+        found |= held.evaluate(config, learner.actor, learner.step)[0]
+        found["time/eval"] = time.perf_counter() - began
+        if found["eval/loss"] < learner.best.loss:
+            with atomic_folder(config.run_dir / "best") as temporary:
+                learner.actor.save(temporary, tokenizer)
+            learner.best = Best(step=learner.step, evaluation=found)
+        return found
+
+    if learner.step == 0:
+        evaluation = look()
+        logger.log(0, evaluation)
+    with Progress(name, train.steps, "step", start=learner.step) as progress:
+        while learner.step < train.steps:
+            guard.check()
+            began = time.perf_counter()
+            metrics = learner.take(objective.gradient)
+            metrics["time/step"] = time.perf_counter() - began
+            if _due(learner.step, train.eval_every, train.steps):
+                evaluation = look()
+                metrics |= evaluation
+            logger.log(learner.step, metrics)
+            if _due(learner.step, train.save_every, train.steps):
+                learner.save(config)
+            shown = {"loss": metrics["fit/loss"]}
+            if evaluation:
+                shown |= {"held-out": evaluation["eval/loss"], "relevance": evaluation["eval/relevance"]}
+            progress.update(1, **shown)
+    return evaluation or look()
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)

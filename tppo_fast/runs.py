@@ -1,0 +1,71 @@
+"""What every kind of run starts with: its folder, its device, its sessions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from tppo_fast import checkpoint, seeding
+from tppo_fast.config import RunConfig
+from tppo_fast.data.sessions import Session, read_sessions, split_by_user
+from tppo_fast.data.synthetic import generate_sessions
+from tppo_fast.errors import UserError
+from tppo_fast.metrics import METRICS_FILE
+from tppo_fast.rollout import SamplingParams
+
+
+def open_run_dir(config: RunConfig, resume: bool) -> Path | None:
+    """The checkpoint to start from, or None for a new run in a folder that holds no other run.
+
+    Raises:
+        UserError: the folder holds a run, or none that could be resumed, or cannot be made.
+    """
+    if resume:
+        return checkpoint.check_resumable(config.run_dir, config)
+    if checkpoint.list_checkpoints(config.run_dir) or (config.run_dir / "policy").exists():
+        raise UserError(
+            f"run_dir = {str(config.run_dir)!r} holds a run already: continue it with --resume, or choose another"
+        )
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run_dir = {str(config.run_dir)!r} cannot be made ({error.strerror}): choose another"
+        ) from None
+    for left in (config.run_dir / "tensorboard", config.run_dir / METRICS_FILE):  # of a run that saved nothing
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return None
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" becomes CUDA where there is a GPU.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError('device = "cuda", but torch sees no CUDA device: use "auto" or "cpu"')
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_sessions(config: RunConfig) -> tuple[list[Session], list[Session]]:
+    """(training, held-out) sessions as configured."""
+    data = config.data
+    synthetic = data.train == "synthetic"
+    sessions = generate_sessions(data.synthetic_sessions, config.seed) if synthetic else read_sessions(data.train)
+    if data.eval is not None:
+        return sessions, read_sessions(data.eval)
+    return split_by_user(sessions, data.eval_fraction, config.seed)
+
+
+def eval_sampling(config: RunConfig, n: int = 1) -> SamplingParams:
+    """How to sample in an evaluation: the same seed every time, so that evaluations differ by the weights alone."""
+    return SamplingParams(
+        n=n,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        greedy=config.train.eval_greedy,
+        seed=seeding.derive(config.seed, "eval"),
+    )
