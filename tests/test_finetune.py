@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from support import actor_critic, prompt
 from test_trainer import wait_for_step, write_toml
 
@@ -205,7 +206,7 @@ def test_dpo_equals_trl(share: bool) -> None:
         warnings.simplefilter("ignore")  # TRL asks transformers by a deprecated name
         theirs = DPOTrainer._compute_loss(fake, mine.actor.lm, inputs, False)
     theirs.backward()
-    assert got["fit/loss"] == pytest.approx(float(theirs), rel=1e-5)
+    assert got["fit/loss"] == pytest.approx(theirs.item(), rel=1e-5)
     for name, p in mine.actor.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4)
 
@@ -255,3 +256,21 @@ def test_dpo_trains_and_resumes_bit_for_bit(tiny_model: Path, tmp_path: Path) ->
 def test_a_pair_must_fit() -> None:
     with pytest.raises(UserError, match=r"dpo\.microbatch_tokens = 16: a pair needs 18"):
         moved_preference(False, microbatch_tokens=16).gradient(0)
+
+
+@pytest.mark.parametrize("section", ["sft", "dpo"])
+def test_adapters_alone_learn_and_are_saved(section: str, tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    given = values(tiny_model, tmp_path / "r", section, select="last")
+    given["model"] |= {"lora_rank": 2}
+    given["train"] |= {"steps": 2, "keep_checkpoints": 1}
+    run, kind = {"sft": (sft.sft, SFTConfig), "dpo": (dpo.dpo, DPOConfig)}[section]
+    run(build_section(given, kind))  # type: ignore[operator]
+    saved = checkpoint.list_checkpoints(tmp_path / "r")[-1] / "learned.safetensors"
+    names = load_file(saved).keys()
+    assert names
+    assert all("lora_" in name for name in names)
+    before = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "policy").state_dict()
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
