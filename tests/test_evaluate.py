@@ -31,6 +31,7 @@ def test_every_metric_of_one_response() -> None:
     assert one(["rome", "Rome Museums!", "rome map"], given) == {
         "relevance": pytest.approx(2 / 3),
         "hit": 1.0,
+        "hit_1": 0.0,
         "mrr": pytest.approx(1 / 3),
         "exact": pytest.approx(1 / 3),
         "word_relevance": pytest.approx(3 / 5),

@@ -60,6 +60,12 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "rollout": {"config", "data_types", "errors", "model", "plugins", "seeding"},
     "evaluate": {"data", "data_types", "errors", "rewards", "words"},
     "report": {"atomic", "errors", "metrics"},
+    "judging": {"data_types", "errors", "rewards"},
+    "panel": {
+        "atomic", "config", "data", "data_types", "errors", "evaluate", "judging", "model", "progress", "rewards", "rollout",
+        "runs", "words",
+    },
+    "evaluate_command": {"config", "data", "errors", "evaluate", "panel", "plugins", "report"},
     "doctor": {"errors"},
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from tppo_fast import config as settings
 from tppo_fast.errors import EngineError, TrainingDiverged, UserError
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.interrupt import Interrupted
-from tppo_fast.sections import load_section
+from tppo_fast.sections import build_section, load_section
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -108,6 +108,28 @@ def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     result = run(loaded, resume=resume)
     click.echo(f"trained policy: {result.policy}\nmetrics: {result.run_dir / 'metrics.jsonl'}")
     click.echo(f"held-out relevance: {result.evaluation['eval/relevance']:.3f}")
+
+
+@cli.command()
+@click.argument("policies", nargs=-1, required=True, metavar="[NAME=]FOLDER...")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Held-out sessions (.jsonl or .parquet).")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/evaluation"), show_default=True)
+@click.option("--config", type=click.Path(), help="A run's TOML file, for its data, rollout and model settings.")
+@click.option("--responses", type=click.IntRange(1), default=1, show_default=True, help="Responses to each session.")
+@click.option("--judge", default="lexical", show_default=True, help='"lexical", or module:object of a labeller.')
+@click.option("--pair-judge", help="module:function that compares two responses; it is asked in both orders.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=None, help="Of sampling and resampling.")
+def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **options: Any) -> None:
+    """Compare policies on held-out sessions, each against each, with intervals. A NAME given twice is two seeds of one."""
+    values = {} if config is None else settings.load(config).model_dump()
+    kept = {name: value for name, value in values.items() if name in settings.RunConfig.model_fields}
+    if seed is not None:
+        kept["seed"] = seed
+    loaded = build_section(kept, settings.RunConfig)
+    _quiet_libraries()
+    from tppo_fast.evaluate_command import run
+
+    run(loaded, policies, **options)
 
 
 @cli.command()

@@ -24,6 +24,7 @@ from tppo_fast.words import normalise_query
 METRICS: dict[str, str] = {
     "relevance": "Share of the num_queries slots filled with a relevant, unrepeated query that is not in the history.",
     "hit": "1 when any of the first num_queries queries is a true next query.",
+    "hit_1": "1 when the first query is a true next query.",
     "mrr": "1 / rank of the first true next query among the first num_queries queries, 0 without one.",
     "exact": "Share of the generated queries that equal a true next query.",
     "word_relevance": "Share of the generated words that the lexical labeller calls relevant, 0 without words.",
@@ -93,6 +94,7 @@ def score_queries(prompt: Prompt, queries: Sequence[str], *, num_queries: int) -
             slots, relevant=prompt.relevant_queries, history=prompt.history, num_queries=num_queries
         ),
         "hit": float(rank is not None),
+        "hit_1": float(rank == 1),
         "mrr": 1.0 / rank if rank else 0.0,
         "exact": _share([form in truth for form in forms]),
         "word_relevance": _share([c == RELEVANT for c in classes]),

@@ -65,6 +65,7 @@ GLOSSARY: dict[str, str] = {
     "eval/relevance_low": "Lower end of the 95 % bootstrap interval of eval/relevance over users, from 0 to 1.",
     "eval/relevance_high": "Upper end of the 95 % bootstrap interval of eval/relevance over users, from 0 to 1.",
     "eval/hit": "Share of held-out sessions with a true next query in the response's slots, from 0 to 1.",
+    "eval/hit_1": "Share of held-out sessions whose response starts with a true next query, from 0 to 1.",
     "eval/mrr": "Mean of 1 / rank of the response's first true next query (0 without one), from 0 to 1.",
     "eval/exact": "Share of a response's queries that equal a true next query after normalisation, from 0 to 1.",
     "eval/word_relevance": "Share of the generated words that the lexical labeller calls relevant, from 0 to 1.",

@@ -1,0 +1,110 @@
+"""``tppo-fast evaluate``: policies named in the shell, a table on stdout, JSON and CSV in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tppo_fast import panel
+from tppo_fast.config import RunConfig
+from tppo_fast.data.sessions import read_sessions
+from tppo_fast.errors import UserError
+from tppo_fast.evaluate import Estimate
+from tppo_fast.plugins import load_object
+from tppo_fast.report import verdict
+
+COLUMNS = ("relevance", "judged", "hit", "mrr", "similarity", "distinct", "valid", "length", "copy")
+"""What is printed; the files hold every metric."""
+WITH_INTERVAL = ("relevance", "judged")
+
+
+def run(
+    config: RunConfig,
+    words: Sequence[str],
+    *,
+    data: Path,
+    out: Path,
+    responses: int,
+    judge: str,
+    pair_judge: str | None,
+) -> panel.Panel:
+    """Evaluate, print and write.
+
+    Args:
+        config: the ``data`` and ``rollout`` settings.
+        words: policy folders, or NAME=FOLDER; one NAME may stand several times, once for each seed.
+        data: held-out sessions.
+        out: folder of ``evaluation.json`` and ``evaluation.csv``.
+        responses: sampled responses to each session.
+        judge: "lexical", or module:object of a labeller.
+        pair_judge: module:function that compares two responses, or None for the labeller's judgements.
+
+    Raises:
+        UserError: a folder, file or judge that cannot be used.
+    """
+    policies = parse_policies(words)
+    sessions = read_sessions(data)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    judges = panel.Judges(
+        labeller=panel.default_judge(config) if judge == "lexical" else load_object(judge, "--judge"),
+        pair=None if pair_judge is None else load_object(pair_judge, "--pair-judge"),
+    )
+    found = panel.evaluate_policies(config, policies, sessions, judges, responses=responses)
+    duels = found.duels(judges, config.seed)
+    show(found, duels)
+    record = {
+        "policies": {name: [str(f) for f in folders] for name, folders in policies.items()}, "data": str(data),
+        "sessions": len(sessions), "responses": responses, "judge": judge, "pair_judge": pair_judge,
+        "settings": config.model_dump(mode="json"),
+    }  # fmt: skip
+    for path in panel.write(out, found, duels, record):
+        Console(stderr=True).print(f"wrote {path}")
+    return found
+
+
+def parse_policies(words: Sequence[str]) -> dict[str, list[Path]]:
+    """NAME=FOLDER or FOLDER (named by itself) -> name -> folders.
+
+    Raises:
+        UserError: no such folder.
+    """
+    policies: dict[str, list[Path]] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        folder = folder if equals else word
+        if not Path(folder).is_dir():
+            raise UserError(f"policy {word!r}: there is no folder {folder!r}; give FOLDER or NAME=FOLDER")
+        policies.setdefault(name if equals else folder.rstrip("/"), []).append(Path(folder))
+    return policies
+
+
+def show(found: panel.Panel, duels: Sequence[panel.Duel]) -> None:
+    """The table, the duels and a sentence for each pair."""
+    table = found.table()
+    shown = Table(title="Held-out sessions: mean [95 % interval over users, and seeds where there are several]")
+    present = [column for column in COLUMNS if any(column in row for row in table.values())]
+    for column in ("policy", *present):
+        shown.add_column(column, overflow="fold")
+    for name, row in table.items():
+        shown.add_row(name, *(cell(row.get(metric), metric in WITH_INTERVAL) for metric in present))
+    console = Console()
+    console.print(shown)
+    for duel in duels:
+        gap = duel.difference
+        console.print(verdict(duel.a, duel.b, gap.mean, gap.low, gap.high, "eval/relevance"))
+        console.print(
+            f"  judged in both orders: {duel.a} wins {duel.win:.1%}, ties {duel.tie:.1%}, loses {duel.lose:.1%}; wins minus "
+            f"losses {duel.margin.mean:+.3f} [{duel.margin.low:+.3f}, {duel.margin.high:+.3f}]"
+        )
+
+
+def cell(value: Estimate | None, interval: bool) -> str:
+    """One cell of a table."""
+    if value is None:
+        return "-"
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]" if interval else f"{value.mean:.3f}"
