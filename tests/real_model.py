@@ -22,9 +22,16 @@ def missing() -> str | None:
 
 
 def convert(folder: Path) -> Path:
-    """Write the model to ``folder`` unless it is there already; it appears complete or not at all."""
-    if (folder / "config.json").is_file():
-        return folder
+    """Write the model to ``folder`` unless it is there already; it appears complete or not at all, and once."""
+    from filelock import FileLock
+
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not (folder / "config.json").is_file():
+            _convert(folder)
+    return folder
+
+
+def _convert(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +57,6 @@ def convert(folder: Path) -> Path:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 if __name__ == "__main__":

@@ -62,8 +62,9 @@ ENGINES = {"hf": hf, "scripted": scripted, "vllm": vllm}
 needs_vllm = pytest.mark.skipif(no_vllm() is not None, reason=str(no_vllm()))
 
 
-@pytest.fixture(params=["hf", "scripted", pytest.param("vllm", marks=needs_vllm)])
+@pytest.fixture(scope="class", params=["hf", "scripted", pytest.param("vllm", marks=needs_vllm)])
 def engine(request: pytest.FixtureRequest, wide_model: Path) -> Any:
+    """One for all tests of the suite: the first finds it without weights, the last closes it."""
     with contextlib.closing(ENGINES[request.param](wide_model)) as made:
         yield made
 

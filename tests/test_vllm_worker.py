@@ -64,32 +64,33 @@ def test_it_samples_like_the_colocated_engine(engine: Any, actor: Any, prompts: 
         disturb(actor, version)
         engine.load_weights(actor.named_weights(), version)
         assert gap(actor, engine, prompts, params()) < 1e-3
-    assert engine.live.ping() < 1.0
+    assert 0.0 < engine.live.ping() < 10.0
 
 
-@pytest.mark.parametrize("moment", ["generate", "update", "finish_update", "probe"])
-def test_killed_at_any_moment_the_answers_are_the_same(
-    engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch, moment: str
+def test_killed_while_weights_arrive_the_answers_are_the_same(
+    engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """While it loads and again while it is checked; the run of 20 steps kills it at other moments."""
     disturb(actor, 9)
     engine.load_weights(actor.named_weights(), 1)
     expected = engine.generate(prompts, params())
-    killed = kill_at(monkeypatch, (moment, 1))
+    killed = kill_at(monkeypatch, ("finish_update", 1), ("probe", 1))
     before = engine.restarts
     engine.load_weights(actor.named_weights(), 1)
     assert engine.generate(prompts, params()) == expected
-    assert killed == [moment]
-    assert engine.restarts == before + 1
+    assert killed == ["finish_update", "probe"]
+    assert engine.restarts == before + 2
 
 
 def test_it_gives_up_with_one_sentence(
     engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.load_weights(actor.named_weights(), 1)
+    monkeypatch.setattr(engine, "_retries", 1)
     killed = kill_at(monkeypatch, *(("generate", n) for n in range(1, 9)))
-    with pytest.raises(EngineError, match=r"died during generate \(request \d+\).*replaced 2 times") as caught:
+    with pytest.raises(EngineError, match=r"died during generate \(request \d+\).*replaced 1 times") as caught:
         engine.generate(prompts, params())
-    assert killed == ["generate"] * 3
+    assert killed == ["generate"] * 2
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
     assert gap(actor, engine, prompts, params()) < 1e-3  # and can be used again
@@ -186,12 +187,13 @@ class TestWorkerConformance(test_rollout.TestConformance):
 def test_one_step_ahead_with_a_killed_worker_is_the_same_run(
     wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run(wide_model, tmp_path / "undisturbed", steps=5, staleness=1)
+    expected = run(wide_model, tmp_path / "undisturbed", steps=5, staleness=1, process="colocated")
     killed = kill_at(monkeypatch, ("generate", 3))
     assert run(wide_model, tmp_path / "killed", steps=5, staleness=1) == expected
     assert killed == ["generate"]
 
 
-def test_a_run_that_sleeps_during_the_update_is_the_same_run(wide_model: Path, tmp_path: Path) -> None:
-    expected = run(wide_model, tmp_path / "awake", steps=2)
-    assert run(wide_model, tmp_path / "asleep", steps=2, sleep="stop") == expected
+def test_a_run_that_sleeps_during_the_update_is_the_same_run(
+    wide_model: Path, tmp_path: Path, undisturbed: list[tuple[float, ...]]
+) -> None:
+    assert run(wide_model, tmp_path / "asleep", steps=2, sleep="stop") == undisturbed[:2]
