@@ -88,7 +88,9 @@ def test_it_gives_up_with_one_sentence(
     engine.load_weights(actor.named_weights(), 1)
     monkeypatch.setattr(engine, "_retries", 1)
     killed = kill_at(monkeypatch, *(("generate", n) for n in range(1, 9)))
-    with pytest.raises(EngineError, match=r"died during generate \(request \d+\).*replaced 1 times") as caught:
+    with pytest.raises(
+        EngineError, match=r"died during generate \(request \d+\).*the engine was replaced 1 times"
+    ) as caught:
         engine.generate(prompts, params())
     assert killed == ["generate"] * 2
     assert "\n" not in str(caught.value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +12,9 @@ from tppo_fast.config import RunConfig
 from tppo_fast.errors import UserError
 from tppo_fast.plugins import guarded, load_object
 from tppo_fast.rollout.base import RolloutEngine, SamplingParams
+
+if TYPE_CHECKING:
+    from tppo_fast.rollout.publish import LiveEngine, LiveSettings
 
 __all__ = ["RolloutEngine", "SamplingParams", "build_engine"]
 
@@ -45,6 +49,8 @@ def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEng
             f'vllm.sleep = "{own.sleep}": vLLM frees memory in place on a GPU only; use "off", or "stop" with '
             'vllm.process = "worker"'
         )
+    if cpu and own.transfer == "nccl":
+        raise UserError('vllm.transfer = "nccl": weights travel so between GPUs, and this run is on a CPU')
     policy = Policy(path, dtype, trust_remote_code=config.model.trust_remote_code)
     wanted = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     settings = LiveSettings(
@@ -60,11 +66,35 @@ def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEng
         threads=config.threads,
     )
     stop, bucket_bytes = stop_tokens(path, tokenizer), own.bucket_mib << 20
-    if own.process == "worker":
-        from tppo_fast.rollout.remote import RemoteLive, WorkerEngine
+    if own.process == "colocated":
+        from tppo_fast.rollout.vllm_engine import LiveVLLM
 
-        start = partial(RemoteLive, settings, timeout=own.timeout)
-        return WorkerEngine(start, policy, tokenizer, stop, bucket_bytes=bucket_bytes, retries=own.retries)
-    from tppo_fast.rollout.vllm_engine import LiveVLLM
+        return PublishedEngine(LiveVLLM(settings), policy, tokenizer, stop, bucket_bytes=bucket_bytes)
+    from tppo_fast.rollout.remote import RecoveringEngine
 
-    return PublishedEngine(LiveVLLM(settings), policy, tokenizer, stop, bucket_bytes=bucket_bytes)
+    start = _server(config, settings) if own.process == "server" else _worker(config, settings)
+    return RecoveringEngine(start, policy, tokenizer, stop, bucket_bytes=bucket_bytes, retries=own.retries)
+
+
+def _worker(config: Config, settings: LiveSettings) -> Callable[[], LiveEngine]:
+    from tppo_fast.rollout.remote import RemoteLive
+
+    return partial(RemoteLive, settings, timeout=config.vllm.timeout)
+
+
+def _server(config: Config, settings: LiveSettings) -> Callable[[], LiveEngine]:
+    from tppo_fast.rollout.server import ServerLive, ServerSettings
+
+    own = config.vllm
+    return partial(
+        ServerLive,
+        ServerSettings(
+            url=str(own.url),
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            transfer=own.transfer,
+            trainer_address=own.trainer_address,
+            sleep_level=settings.sleep_level,
+            timeout=own.timeout,
+        ),
+    )

@@ -1,4 +1,4 @@
-"""A live engine in a process of its own, and a rollout engine that survives that process."""
+"""A live engine in a process of its own, and a rollout engine that survives the loss of its live one."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ class RemoteLive:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._connection is not None
 
     def _connect(self, settings: LiveSettings) -> None:
         key = secrets.token_bytes(32)
@@ -140,10 +144,11 @@ class RemoteLive:
             self._process.stdout.close()
 
 
-class WorkerEngine(PublishedEngine):
-    """Replaces a worker that died or hung, gives the new one the last published weights, and repeats the request.
+class RecoveringEngine(PublishedEngine):
+    """Replaces a worker that died or hung (or reaches its server again), publishes the last weights anew, and repeats the
+    request.
 
-    It keeps a copy of those weights in main memory for that. ``sleep`` ends the process: the next ``load_weights``
+    It keeps a copy of those weights in main memory for that. Where ``sleep`` ends the worker, the next ``load_weights``
     starts another.
     """
 
@@ -161,9 +166,8 @@ class WorkerEngine(PublishedEngine):
         self._start = start
         self._retries = retries
         self._kept: dict[str, Tensor] = {}
-        self._running = True
         self.restarts = 0
-        """How many workers were replaced so far."""
+        """How many live engines were replaced so far."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         named = self._policy.checked(weights)
@@ -187,26 +191,20 @@ class WorkerEngine(PublishedEngine):
         return self._persist(lambda: self.live.generate(prompts, sampling, self._stop), version=self._version)
 
     def _persist(self, action: Callable[[], T], *, version: int | None) -> T:
-        """``action`` on a worker that runs, which has the weights of ``version`` unless the action brings them."""
+        """``action`` on a live engine, which has the weights of ``version`` unless the action brings them."""
         for attempt in range(self._retries + 1):
             try:
-                if not self._running:
+                if not self.live.alive:
                     self.live = self._start()
-                    self._running = True
                     if version is not None:
                         self._publish(self._kept, version)
                 return action()
             except EngineLost as error:
                 self.live.close()
-                self._running = False
                 if attempt == self._retries:
                     raise EngineError(
-                        f"{error}; it was replaced {attempt} times (vllm.retries = {self._retries}): look at what it "
-                        "wrote to stderr, at the free memory, and at vllm.timeout"
+                        f"{error}; the engine was replaced {attempt} times (vllm.retries = {self._retries}): look at what "
+                        "it wrote to stderr, at the free memory, and at vllm.timeout"
                     ) from None
                 self.restarts += 1
         raise AssertionError("unreachable")
-
-    def sleep(self) -> None:
-        super().sleep()
-        self._running = False

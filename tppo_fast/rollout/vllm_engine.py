@@ -2,14 +2,18 @@
 # vLLM is an extra: the type checker runs without it.
 """vLLM in this process: sampling, and weight updates through vLLM's own weight-transfer API. The only file that imports vLLM.
 
-Tested with vLLM 0.32 on the CPU. ``LiveVLLM`` knows nothing of policies and versions: ``publish.PublishedEngine`` checks
-what is sent to it, and ``worker`` runs it in a process of its own.
+Tested with vLLM 0.32 on the CPU. For 0.26, which pins torch 2.11, every name and call here was read against its source, not
+run: there ``trainer_send_weights`` is abstract, and ``finish_weight_update`` takes no version. ``LiveVLLM`` knows nothing of
+policies and versions: ``publish.PublishedEngine`` checks what is sent to it, and ``worker`` runs it in a process of its own.
+``ServerExtension`` is what vLLM's own server needs for the same checks, see ``serve`` and ``server``.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tppo_fast import seeding
@@ -68,10 +73,13 @@ class _LocalInit(WeightTransferInitInfo):
 @dataclass
 class _LocalUpdate(WeightTransferUpdateInfo):
     weights: list[tuple[str, Tensor]] = field(default_factory=list)
+    """Within one process: the tensors themselves."""
+    file: str | None = None
+    """Between two: a safetensors file in shared memory that holds them."""
 
 
 class LocalTransfer(WeightTransferEngine[_LocalInit, _LocalUpdate]):
-    """Tensors handed over within the process, loaded by vLLM's own loader (fused and packed names are its business)."""
+    """Tensors handed over on one machine, loaded by vLLM's own loader (fused and packed names are its business)."""
 
     init_info_cls = _LocalInit
     update_info_cls = _LocalUpdate
@@ -89,7 +97,12 @@ class LocalTransfer(WeightTransferEngine[_LocalInit, _LocalUpdate]):
 
     def receive_weights(self, update_info: _LocalUpdate) -> None:
         model: Any = self.model
-        model.load_weights(iter(update_info.weights))
+        model.load_weights(iter(load_file(update_info.file).items() if update_info.file else update_info.weights))
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """vLLM 0.26 declares it abstract; the trainer's side is ours."""
+        raise NotImplementedError
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -125,6 +138,42 @@ class GreedyTemperature(AdapterLogitsProcessor):
 
 if BACKEND not in getattr(WeightTransferEngineFactory, "_registry", {}):
     WeightTransferEngineFactory.register_engine(BACKEND, LocalTransfer)
+
+
+class ServerExtension:
+    """Methods that vLLM's server gives its workers by ``--worker-extension-cls``; reached through ``/collective_rpc``."""
+
+    def tppo_settings(self) -> dict[str, Any]:
+        """What a trainer must know about the server before it trusts it."""
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        transfer = config.weight_transfer_config
+        return {
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "max_model_len": config.model_config.max_model_len,
+            "logprobs_mode": str(config.model_config.logprobs_mode),
+            "transfer": None if transfer is None else transfer.backend,
+            "workers": config.parallel_config.world_size_across_dp,
+        }
+
+    def tppo_version(self, new: str | None = None) -> dict[str, str | None]:
+        """The version of the weights, which dies with the process; ``new`` sets it."""
+        self._tppo_version: str | None = getattr(self, "_tppo_version", None) if new is None else new
+        return {"version": self._tppo_version}
+
+    def tppo_fingerprint(self, shapes: str) -> dict[str, str]:
+        """``publish.fingerprint`` by name as base64 of fp32; of split models only the vectors, the probe covers the rest."""
+        wanted = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
+        if self.vllm_config.parallel_config.world_size > 1:  # type: ignore[attr-defined]
+            wanted = {name: shape for name, shape in wanted.items() if len(shape) == 1 and "norm" in name}
+        found = _fingerprint(self.get_model(), wanted)  # type: ignore[attr-defined]
+        return {name: base64.b64encode(values.detach().numpy().tobytes()).decode() for name, values in found.items()}
+
+
+def nccl_group(address: str, port: int, world_size: int) -> Any:
+    """The trainer's end (rank 0, on the current GPU) of vLLM's NCCL weight transfer; blocks until every worker joined."""
+    from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+    return trainer_init({"master_address": address, "master_port": port, "world_size": world_size})
 
 
 class LiveVLLM:
@@ -261,7 +310,8 @@ class LiveVLLM:
         self._llm.update_weights({"update_info": {"weights": list(bucket)}})
 
     def finish_update(self, version: int) -> None:
-        self._llm.finish_weight_update(str(version))
+        del version  # ``publish`` keeps it
+        self._llm.finish_weight_update()
         self._reset_cache()
 
     def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -280,6 +330,10 @@ class LiveVLLM:
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
+
+    @property
+    def alive(self) -> bool:
+        return self._llm is not None
 
     def close(self) -> None:
         llm, self._llm = getattr(self, "_llm", None), None

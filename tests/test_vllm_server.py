@@ -1,0 +1,294 @@
+"""vLLM's own server, really started and reached over HTTP: the suite of every engine, and what can go wrong between the two."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import test_rollout
+import torch
+from support import no_vllm, tokenizer
+from test_rollout import params
+from test_vllm import config, disturb, gap, load_actor
+from test_vllm_worker import run
+
+from tppo_fast import config as settings
+from tppo_fast.data_types import Prompt
+from tppo_fast.errors import EngineError, UserError
+from tppo_fast.rollout import RolloutEngine, build_engine
+from tppo_fast.rollout import server as server_module
+from tppo_fast.rollout.server import ServerLive, ServerSettings
+
+needs_vllm = pytest.mark.skipif(no_vllm() is not None, reason=str(no_vllm()))
+KEY = "secret-key-of-this-test"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def process(
+    wide_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    port = free_port()
+    command = [
+        sys.executable, "-P", "-m", "tppo_fast.rollout.serve", str(wide_model), "--port", str(port),
+        "--dtype", "float32", "--max-model-len", "256", "--kv-cache-memory-bytes", str(50 << 20),
+    ]  # fmt: skip
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            command, stdout=output, stderr=output, env={**os.environ, "VLLM_API_KEY": KEY}, start_new_session=True
+        )
+    try:
+        yield started, f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)  # vLLM's engine is a child of its server
+        started.wait()
+
+
+def build(folder: Path, url: str, **vllm: Any) -> Any:
+    made = config(folder, process="server", url=url, kv_cache_gib=None, timeout=400.0, **vllm)
+    return build_engine(made, tokenizer(), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def engine(process: tuple[Any, str], wide_model: Path) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", KEY)
+        with contextlib.closing(build(wide_model, process[1], bucket_mib=1)) as made:
+            yield made
+
+
+@pytest.fixture
+def actor(wide_model: Path) -> Any:
+    return load_actor(wide_model)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    tok = tokenizer()
+    texts = ["pasta", "lisbon hotels", 3 * "cheap flights to lisbon, " + "tram map"]
+    return [
+        Prompt(token_ids=tok.encode(t), user_id=t, history=(t,), next_queries=("x",), relevant_queries=("x",))
+        for t in texts
+    ]
+
+
+def disturb_at(monkeypatch: pytest.MonkeyPatch, moment: str, action: Any) -> list[str]:
+    """Run an action once, right before the first request whose description starts with ``moment``; returns the log."""
+    done: list[str] = []
+
+    def sent(self: ServerLive, what: str) -> None:
+        if what.startswith(moment) and not done:
+            done.append(what)
+            action(self)
+
+    monkeypatch.setattr(ServerLive, "_sent", sent)
+    return done
+
+
+@needs_vllm
+class TestServerConformance(test_rollout.TestConformance):
+    """The suite of every engine; the server outlives the connection that the last test closes."""
+
+    @pytest.fixture
+    def engine(self, engine: Any) -> Any:
+        engine._version = None
+        return engine
+
+    def test_same_seed_same_rollouts(self, engine: RolloutEngine, actor: Any, prompts: list[Prompt]) -> None:
+        """To rounding: the server's batches depend on when requests arrive."""
+        engine.load_weights(actor.named_weights(), version=0)
+        first, second = engine.generate(prompts, params()), engine.generate(prompts, params())
+        assert [r.token_ids for r in first] == [r.token_ids for r in second]
+        for one, other in zip(first, second, strict=True):
+            assert list(one.logprobs) == pytest.approx(list(other.logprobs), abs=1e-5)
+
+
+@needs_vllm
+class TestServer:
+    def test_rounds_of_change_publish_generate(self, engine: Any, actor: Any, prompts: list[Prompt]) -> None:
+        for version in range(8):
+            disturb(actor, version)
+            engine.load_weights(actor.named_weights(), version)
+            assert gap(actor, engine, prompts, params(seed=version)) < 1e-3
+        assert gap(actor, engine, prompts, params(temperature=0.5)) < 1e-4
+        assert gap(actor, engine, prompts, params(temperature=0.7, greedy=True)) < 1e-4
+
+    def test_a_skipped_publish_is_caught(
+        self, engine: Any, actor: Any, monkeypatch: pytest.MonkeyPatch, prompts: list[Prompt]
+    ) -> None:
+        engine.load_weights(actor.named_weights(), 0)
+        disturb(actor, 1, size=1e-5)
+        monkeypatch.setattr(ServerLive, "update", lambda *_: None)
+        with pytest.raises(EngineError, match=r"weight '.*' of the rollout engine is not the published one"):
+            engine.load_weights(actor.named_weights(), 1)
+        with pytest.raises(UserError, match="before load_weights"):
+            engine.generate(prompts, params())
+
+    @pytest.mark.parametrize("moment", ["generate", "update"])
+    def test_a_server_that_lost_the_weights_gets_them_again(
+        self, engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch, moment: str
+    ) -> None:
+        """As after a restart: other weights, and no version that this trainer gave."""
+        engine.load_weights(actor.named_weights(), 1)
+        expected = [r.token_ids for r in engine.generate(prompts, params())]
+        other = load_actor(Path(actor.lm.config._name_or_path))
+        disturb(other, 17, size=0.1)
+
+        def forget(live: ServerLive) -> None:
+            monkeypatch.undo()
+            intruder = ServerLive(live._settings)
+            intruder.start_update()
+            intruder.update([(n, t) for n, t in other.named_weights() if n != "lm_head.weight"])
+            intruder.finish_update(99)
+            intruder.close()
+            monkeypatch.setenv("VLLM_API_KEY", KEY)
+
+        before = engine.restarts
+        disturbed = disturb_at(monkeypatch, moment, forget)
+        if moment == "update":
+            engine.load_weights(actor.named_weights(), 1)
+        assert [r.token_ids for r in engine.generate(prompts, params())] == expected
+        assert disturbed
+        assert engine.restarts == before + (moment == "generate")
+
+    def test_a_request_that_hangs_is_named_and_repeated(
+        self, process: tuple[Any, str], engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine.load_weights(actor.named_weights(), 1)
+        expected = [r.token_ids for r in engine.generate(prompts, params())]
+        group = process[0].pid
+        disturb_at(monkeypatch, "generate", lambda _: os.killpg(group, signal.SIGSTOP))
+        monkeypatch.setattr(engine.live._client, "timeout", httpx2.Timeout(1.0))
+        monkeypatch.setattr(engine, "_retries", 0)
+        try:
+            with pytest.raises(EngineError, match=r"generate prompt \d of 3 \(request tppo-\w+-\d+\) was not answered"):
+                engine.generate(prompts, params())
+        finally:
+            os.killpg(group, signal.SIGCONT)
+        monkeypatch.undo()
+        monkeypatch.setenv("VLLM_API_KEY", KEY)
+        assert [r.token_ids for r in engine.generate(prompts, params())] == expected
+
+    def test_another_dtype_is_refused(self, process: tuple[Any, str], engine: Any) -> None:
+        del engine
+        live = {"url": process[1], "transfer": "shared_memory", "trainer_address": "", "sleep_level": 0, "timeout": 9.0}
+        with pytest.raises(UserError, match=r"its dtype is 'float32', this run needs 'bfloat16'"):
+            ServerLive(ServerSettings(dtype="bfloat16", max_model_len=64, **live))  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"start it with --max-model-len 999"):
+            ServerLive(ServerSettings(dtype="float32", max_model_len=999, **live))  # type: ignore[arg-type]
+
+    def test_a_wrong_key_is_one_sentence(
+        self, process: tuple[Any, str], engine: Any, wide_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        del engine
+        monkeypatch.setenv("VLLM_API_KEY", "wrong")
+        with pytest.raises(EngineError, match="set the environment variable VLLM_API_KEY") as caught:
+            build(wide_model, process[1])
+        assert "wrong" not in str(caught.value)
+
+    def test_a_run(self, process: tuple[Any, str], engine: Any, wide_model: Path, tmp_path: Path) -> None:
+        del engine
+        assert len(run(wide_model, tmp_path / "run", steps=3, process="server", url=process[1], kv_cache_gib=None)) == 3
+
+
+# ---------------------------------------------------------------- without a server
+
+
+def test_nobody_there_is_one_sentence(wide_model: Path) -> None:
+    made = config(wide_model, process="server", url=f"http://127.0.0.1:{free_port()}", timeout=0.5, retries=0)
+    with pytest.raises(
+        EngineError, match=r"did not reach http.*; start it by python -m tppo_fast\.rollout\.serve MODEL"
+    ):
+        build_engine(made, tokenizer(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("vllm", "message"),
+    [
+        ({"process": "server"}, "a server needs one"),
+        ({"process": "worker", "url": "http://a"}, "a URL goes with"),
+        ({"process": "server", "url": "a:80"}, "write http://host:port"),
+        ({"process": "server", "url": "http://a", "sleep": "stop"}, "ends a process"),
+    ],
+)
+def test_settings_that_do_not_go_together(vllm: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        settings.build({"vllm": vllm})
+    assert "\n" not in str(caught.value)
+
+
+@needs_vllm
+def test_nccl_speaks_vllms_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU run would send, read by vLLM's own types; only the server and the NCCL group are stand-ins."""
+    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
+
+    served = {
+        "/collective_rpc": {"results": [{"dtype": "float32", "logprobs_mode": "processed_logprobs", "transfer": "nccl",
+                                         "max_model_len": 64, "workers": 2}]},
+        "/v1/models": {"data": [{"id": "m"}]},
+    }  # fmt: skip
+    asked: list[tuple[str, Any]] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        import json
+
+        asked.append((request.url.path, json.loads(request.content) if request.content else None))
+        return httpx2.Response(200, json=served.get(request.url.path, {}))
+
+    sent: list[torch.Tensor] = []
+
+    class Group:
+        def broadcast(self, tensor: torch.Tensor, src: int, stream: Any) -> None:
+            assert (src, stream) == (0, "stream")
+            sent.append(tensor)
+
+    class Stream(str):
+        def synchronize(self) -> None:
+            pass
+
+    opened: list[tuple[str, int, int]] = []
+    from tppo_fast.rollout import vllm_engine
+
+    monkeypatch.setattr(vllm_engine, "nccl_group", lambda *a: opened.append(a) or Group())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("stream"))
+    live = ServerLive(
+        ServerSettings(url="http://gpu", dtype="float32", max_model_len=64, transfer="nccl", trainer_address="10.0.0.1",
+                       sleep_level=0, timeout=5.0),
+        transport=httpx2.MockTransport(answer),
+    )  # fmt: skip
+    told = NCCLWeightTransferInitInfo(**dict(asked)["/init_weight_transfer_engine"]["init_info"])
+    assert opened == [(told.master_address, told.master_port, told.world_size)]
+    assert (told.master_address, told.rank_offset, told.world_size) == ("10.0.0.1", 1, 3)
+    tensors = [("a.weight", torch.ones(3, 2)), ("b.bias", torch.zeros(4, dtype=torch.bfloat16))]
+    live.update(tensors)
+    update = NCCLWeightTransferUpdateInfo(**dict(asked)["/update_weights"]["update_info"])
+    assert (update.names, update.dtype_names) == (["a.weight", "b.bias"], ["float32", "bfloat16"])
+    assert update.shapes == [[3, 2], [4]]
+    assert all(torch.equal(one, other) for one, (_, other) in zip(sent, tensors, strict=True))
+    live.close()
+    assert asked[-1][0] == "/shutdown_weight_transfer_engine"
+
+
+def test_an_error_of_either_side_of_a_transfer_ends_it() -> None:
+    import threading
+
+    stuck = threading.Event()
+    with pytest.raises(RuntimeError, match="broadcast"):
+        server_module._together(stuck.wait, lambda: (_ for _ in ()).throw(RuntimeError("broadcast")))
+    stuck.set()

@@ -1,0 +1,326 @@
+"""A live engine behind a URL: vLLM's own server, started by ``python -m tppo_fast.rollout.serve``.
+
+Sampling goes through ``/v1/completions`` with token ids, one request per prompt, all at once: vLLM batches them. Weights go
+through vLLM's weight-transfer routes: as safetensors files in shared memory (server and trainer on one machine), or by NCCL
+between GPUs (any machines). The server remembers which weights it was given under a name of this trainer's, which dies with
+its process: after each request, an answer of a server that started again or got other weights is not used.
+
+Sampling repeats from its seeds, but the server forms batches as requests arrive, so that log-probabilities repeat to rounding
+only, where ``vllm.process`` "colocated" and "worker" repeat them bit for bit.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import secrets
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx2
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tppo_fast import seeding
+from tppo_fast.errors import EngineError, EngineLost, UserError
+from tppo_fast.rollout.base import SamplingParams
+
+API_KEY = "VLLM_API_KEY"
+"""Environment variable with the server's key, if it wants one: the name that vLLM's server reads, too."""
+CONCURRENT = 256
+"""Requests under way at once."""
+START = "python -m tppo_fast.rollout.serve"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Where the server is, and what it must be."""
+
+    url: str
+    """http(s)://host:port."""
+    dtype: Literal["float32", "bfloat16"]
+    """Arithmetic of the engine."""
+    max_model_len: int
+    """Longest prompt plus response that will be asked for, in tokens."""
+    transfer: Literal["shared_memory", "nccl"]
+    """How weights travel."""
+    trainer_address: str
+    """This machine as the server's sees it, for NCCL's rendezvous."""
+    sleep_level: int
+    """What ``sleep`` frees, see ``config.VLLMConfig``."""
+    timeout: float
+    """Seconds that one request may take, and that the server may take to be there."""
+
+
+class ServerLive:
+    """``LiveEngine`` over HTTP. Every request is a function of the weights and its arguments: repeating one changes nothing."""
+
+    def __init__(self, settings: ServerSettings, *, transport: httpx2.BaseTransport | None = None) -> None:
+        """Wait for the server and check that it can serve this run.
+
+        Raises:
+            EngineLost: nothing answers at the URL.
+            UserError: the server is none of ``tppo_fast.rollout.serve``, or was started for another model or dtype.
+        """
+        self._settings = settings
+        self._name = secrets.token_hex(8)  # of the weights this connection brings
+        self._expected: str | None = None
+        self._count = 0
+        self._asleep = False
+        self._group: Any = None
+        key = os.environ.get(API_KEY)
+        self._client = httpx2.Client(
+            base_url=settings.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx2.Timeout(settings.timeout, connect=min(settings.timeout, 10.0)),
+            limits=httpx2.Limits(max_connections=CONCURRENT + 8),
+            transport=transport,
+        )
+        try:
+            self._connect()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---------------------------------------------------------------- requests
+
+    def _ask(self, method: str, path: str, what: str, **arguments: Any) -> Any:
+        """The JSON of an answer. Raises EngineLost where a repeated request may be answered, EngineError where not."""
+        self._count += 1
+        request = f"{what} (request tppo-{self._name}-{self._count})"
+        headers = {"X-Request-Id": f"tppo-{self._name}-{self._count}"}
+        try:
+            self._sent(what)
+            answer = self._client.request(method, path, headers=headers, **arguments)
+        except httpx2.TimeoutException:
+            raise EngineLost(
+                f"{request} was not answered within {self._settings.timeout:g} s by {self._settings.url}"
+            ) from None
+        except (httpx2.TransportError, RuntimeError) as error:  # RuntimeError: the client was closed
+            raise EngineLost(
+                f"{request} did not reach {self._settings.url} ({type(error).__name__}: {error})"
+            ) from None
+        if answer.status_code == 401:
+            raise EngineError(f"{self._settings.url} wants an API key: set the environment variable {API_KEY} to it")
+        if answer.is_error:
+            kind = EngineLost if answer.status_code >= 500 else EngineError
+            raise kind(f"{request}: the server answered {answer.status_code} ({' '.join(answer.text.split())[:300]})")
+        return answer.json() if answer.content else None
+
+    def _sent(self, what: str) -> None:
+        """A request is about to go: a place for tests to disturb the server."""
+
+    def _rpc(self, method: str, what: str, **kwargs: Any) -> Any:
+        """A method of ``ServerExtension`` on the first worker."""
+        return self._ask("POST", "/collective_rpc", what, json={"method": method, "kwargs": kwargs})["results"][0]
+
+    def _connect(self) -> None:
+        self._wait()
+        own = self._settings
+        try:
+            served = self._rpc("tppo_settings", "settings")
+        except EngineError as error:
+            raise UserError(
+                f"vllm.url = {own.url!r}: the server there takes no weights from a trainer ({error}); start it by {START} MODEL"
+            ) from None
+        backend = {"shared_memory": "tppo_local", "nccl": "nccl"}[own.transfer]
+        wanted = {"dtype": own.dtype, "logprobs_mode": "processed_logprobs", "transfer": backend}
+        for name, value in wanted.items():
+            if served[name] != value:
+                raise UserError(
+                    f"vllm.url = {own.url!r}: its {name} is {served[name]!r}, this run needs {value!r}; see {START} --help"
+                )
+        if served["max_model_len"] < own.max_model_len:
+            raise UserError(
+                f"vllm.url = {own.url!r}: it takes {served['max_model_len']} tokens, data.max_prompt_tokens + "
+                f"rollout.max_new_tokens = {own.max_model_len}: start it with --max-model-len {own.max_model_len}"
+            )
+        self._model = self._ask("GET", "/v1/models", "model name")["data"][0]["id"]
+        self._ask("POST", "/abort_requests", "abort", json={})  # what a lost connection left under way
+        if own.transfer == "nccl":
+            self._open_group(served["workers"])
+        else:
+            self._ask("POST", "/init_weight_transfer_engine", "transfer", json={"init_info": {}})
+
+    def _wait(self) -> None:
+        """Until the server says that it is well, for as long as one request may take."""
+        began = time.monotonic()
+        while True:
+            try:
+                self._ask("GET", "/health", "health check")
+                return
+            except EngineLost as error:
+                if time.monotonic() - began > self._settings.timeout:
+                    raise EngineLost(f"vllm.url = {self._settings.url!r}: {error}; start it by {START} MODEL") from None
+            time.sleep(0.5)
+
+    # ---------------------------------------------------------------- sampling
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, stop: Sequence[int]
+    ) -> list[tuple[list[int], list[float]]]:
+        self._reset_cache()
+
+        def body(index: int) -> dict[str, Any]:
+            asked: dict[str, Any] = {
+                "n": 1 if sampling.greedy else sampling.n,
+                "temperature": 0.0 if sampling.greedy else sampling.temperature,
+                "seed": seeding.derive(sampling.seed, "prompt", index) >> 1,
+                "max_tokens": sampling.max_new_tokens,
+                "stop_token_ids": list(stop),
+                "logprobs": 0,
+            }
+            return asked | ({"vllm_xargs": {"greedy_temperature": sampling.temperature}} if sampling.greedy else {})
+
+        def sample(index: int) -> list[tuple[list[int], list[float]]]:
+            choices = self._complete(prompts[index], f"generate prompt {index} of {len(prompts)}", body(index))
+            return [(c["token_ids"], c["logprobs"]["token_logprobs"]) for c in choices]
+
+        with ThreadPoolExecutor(min(CONCURRENT, max(len(prompts), 1)), thread_name_prefix="request") as pool:
+            tasks = [pool.submit(sample, index) for index in range(len(prompts))]
+            try:
+                answers = [answer for task in tasks for answer in task.result()]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        self._check_version("generate")
+        return answers
+
+    def _complete(self, token_ids: Sequence[int], what: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        fixed = {"model": self._model, "prompt": list(token_ids), "return_token_ids": True}
+        choices = self._ask("POST", "/v1/completions", what, json=fixed | body)["choices"]
+        return sorted(choices, key=lambda choice: choice["index"])
+
+    def probe(self, token_ids: Sequence[int]) -> Tensor:
+        self._reset_cache()
+        body = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        steps = self._complete(token_ids, "probe", body)[0]["prompt_logprobs"][1:]
+        self._check_version("probe")
+        return torch.tensor([step[str(t)]["logprob"] for step, t in zip(steps, token_ids[1:], strict=True)])
+
+    def _reset_cache(self) -> None:
+        if not self._ask("POST", "/reset_prefix_cache", "cache reset")["success"]:
+            raise EngineLost(
+                f"{self._settings.url} did not reset its prefix cache, so that old weights could live on in it"
+            )
+
+    def _check_version(self, what: str) -> None:
+        found = self._rpc("tppo_version", "version check")["version"]
+        if found is None or found != self._expected:
+            raise EngineLost(f"during {what}, {self._settings.url} started again or got another trainer's weights")
+
+    # ---------------------------------------------------------------- weights
+
+    def start_update(self) -> None:
+        self.wake()
+        self._expected = None
+        self._ask("POST", "/start_weight_update", "start_update")
+
+    def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        if self._group is not None:
+            self._broadcast(bucket)
+            return
+        shared = Path("/dev/shm")
+        with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None, prefix="tppo-") as folder:
+            file = Path(folder) / "weights.safetensors"
+            try:
+                save_file({name: t.detach().cpu().contiguous() for name, t in bucket}, file)
+            except Exception as error:  # safetensors has no type of its own for a full disk
+                raise EngineError(
+                    f"{folder} cannot hold a bucket of weights ({error}): lower vllm.bucket_mib"
+                ) from None
+            self._ask("POST", "/update_weights", "update", json={"update_info": {"file": str(file)}})
+
+    def finish_update(self, version: int) -> None:
+        self._ask("POST", "/finish_weight_update", "finish_update", json={})
+        self._reset_cache()
+        self._expected = f"{self._name}/{version}"
+        self._rpc("tppo_version", "version", new=self._expected)
+
+    def _open_group(self, workers: int) -> None:
+        """Rendezvous with every worker of the server; both sides block until all are there."""
+        from tppo_fast.rollout.vllm_engine import nccl_group
+
+        address, port = self._settings.trainer_address, _free_port()
+        told = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": workers + 1}
+        self._group = _together(
+            lambda: self._ask("POST", "/init_weight_transfer_engine", "transfer", json={"init_info": told}),
+            lambda: nccl_group(address, port, workers + 1),
+        )
+
+    def _broadcast(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        """The server receives (it is told what) while this GPU sends, tensor by tensor."""
+        told = {
+            "names": [name for name, _ in bucket],
+            "dtype_names": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
+            "shapes": [list(t.shape) for _, t in bucket],
+        }
+
+        def send() -> None:
+            stream = torch.cuda.current_stream()
+            kept = [t.detach().contiguous() for _, t in bucket]  # alive until all is sent
+            for tensor in kept:
+                self._group.broadcast(tensor, src=0, stream=stream)
+            stream.synchronize()
+
+        _together(lambda: self._ask("POST", "/update_weights", "update", json={"update_info": told}), send)
+
+    def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        found = self._rpc("tppo_fingerprint", "fingerprint", shapes=json.dumps(shapes))
+        return {
+            name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
+            for name, text in found.items()
+        }
+
+    # ---------------------------------------------------------------- memory
+
+    def sleep(self) -> None:
+        if self._settings.sleep_level and not self._asleep:
+            self._ask("POST", "/sleep", "sleep", params={"level": self._settings.sleep_level})
+            self._asleep = True
+
+    def wake(self) -> None:
+        if self._asleep:
+            self._ask("POST", "/wake_up", "wake")
+            self._asleep = False
+
+    @property
+    def alive(self) -> bool:
+        return not self._client.is_closed
+
+    def close(self) -> None:
+        """Leave the server running, with the weights it has."""
+        if self._group is not None:
+            self._group = None
+            with contextlib.suppress(EngineError):
+                self._ask("POST", "/shutdown_weight_transfer_engine", "transfer")
+        self._client.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _together(request: Callable[[], Any], action: Callable[[], Any]) -> Any:
+    """What ``action`` returns, while ``request`` is under way in a thread; an error of either at once."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="transfer")
+    try:
+        asked = pool.submit(request)
+        if asked.done():
+            asked.result()
+        result = action()
+        asked.result()
+        return result
+    finally:
+        pool.shutdown(wait=False)  # after an error the other side may never answer
