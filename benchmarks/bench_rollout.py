@@ -2,6 +2,8 @@
 
     python -m benchmarks.bench_rollout --model FOLDER --out benchmarks/results/cpu/rollout.json [--prompts 1 16 64]
 
+With ``--prompt-tokens LOW HIGH`` the lengths spread evenly from LOW to HIGH, as those of search histories do: transformers
+generate pays for left padding up to the longest and computes each prompt n times, vLLM computes it once for all n.
 Both engines live in this process, hold the same published weights, and take turns; the best of ``--repeats`` counts. Every
 batch's log-probabilities are compared with the trainer's first, so that a fast wrong engine is not timed.
 """
@@ -28,9 +30,11 @@ from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 SAMPLES = 4
 
 
-def prompts_of_length(count: int, length: int, vocabulary: int) -> list[Prompt]:
+def random_prompts(count: int, lengths: list[int], vocabulary: int) -> list[Prompt]:
+    """Prompts of random tokens, their lengths evenly spread from the first to the last of ``lengths``, in random order."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(vocabulary // 2, (count, length), generator=generator).tolist()
+    spread = torch.linspace(lengths[0], lengths[-1], count).long()[torch.randperm(count, generator=generator)]
+    rows = [torch.randint(vocabulary // 2, (int(length),), generator=generator).tolist() for length in spread]
     return [
         Prompt(token_ids=row, user_id=str(i), history=("a",), next_queries=("b",), relevant_queries=("b",))
         for i, row in enumerate(rows)
@@ -86,7 +90,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument(
+        "--prompt-tokens", type=int, nargs="+", default=[64], help="one length, or the least and the most"
+    )
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -98,7 +104,7 @@ def main() -> None:
         {
             "threads": args.threads,
             "model": {"path": args.model, "dtype": args.dtype},
-            "data": {"max_prompt_tokens": args.prompt_tokens},
+            "data": {"max_prompt_tokens": max(args.prompt_tokens)},
             "rollout": {"max_new_tokens": args.new_tokens},
         }
     )
@@ -113,13 +119,13 @@ def main() -> None:
         print(f"{name}: published in {time.perf_counter() - began:.2f} s", flush=True)
     rows = []
     for count in args.prompts:
-        prompts = prompts_of_length(count, args.prompt_tokens, len(tokenizer))
+        prompts = random_prompts(count, args.prompt_tokens, len(tokenizer))
         rows.append(compare(engines, actor, prompts, args))
         print(json.dumps(rows[-1]), flush=True)
     profiles: dict[str, Any] = {}
     if args.profile:
         sampling = SamplingParams(n=SAMPLES, max_new_tokens=args.new_tokens)
-        last = prompts_of_length(args.prompts[-1], args.prompt_tokens, len(tokenizer))
+        last = random_prompts(args.prompts[-1], args.prompt_tokens, len(tokenizer))
         profiles = {name: profile(engine, last, sampling) for name, engine in engines.items()}
     found = {
         "commit": commit(),

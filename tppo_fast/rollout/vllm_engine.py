@@ -210,7 +210,7 @@ class LiveVLLM:
         LiveVLLM._alive = True
         self._max_model_len = settings.max_model_len
         self._sleep_level = 0 if cpu else settings.sleep_level
-        self._asleep = False
+        self._asleep = self._updating = False
 
     @staticmethod
     def _start(settings: LiveSettings, memory: dict[str, Any]) -> Any:
@@ -304,6 +304,9 @@ class LiveVLLM:
 
     def start_update(self) -> None:
         self.wake()
+        if self._updating:  # broken off by an error; vLLM refuses a second start
+            self._llm.finish_weight_update()
+        self._updating = True
         self._llm.start_weight_update()
 
     def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -312,6 +315,7 @@ class LiveVLLM:
     def finish_update(self, version: int) -> None:
         del version  # ``publish`` keeps it
         self._llm.finish_weight_update()
+        self._updating = False
         self._reset_cache()
 
     def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
