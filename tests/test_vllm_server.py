@@ -164,7 +164,7 @@ class TestServer:
             engine.load_weights(actor.named_weights(), 1)
         assert [r.token_ids for r in engine.generate(prompts, params())] == expected
         assert disturbed
-        assert engine.restarts == before + 1
+        assert engine.restarts > before
 
     def test_a_request_that_hangs_is_named_and_repeated(
         self, process: tuple[Any, str], engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch

@@ -191,7 +191,7 @@ class ServerLive:
             try:
                 answers = [answer for task in tasks for answer in task.result()]
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)  # those under way end within the timeout, too
                 raise
         self._check_version("generate")
         return answers
@@ -199,6 +199,8 @@ class ServerLive:
     def _complete(self, token_ids: Sequence[int], what: str, body: dict[str, Any]) -> list[dict[str, Any]]:
         fixed = {"model": self._model, "prompt": list(token_ids), "return_token_ids": True}
         choices = self._ask("POST", "/v1/completions", what, json=fixed | body)["choices"]
+        if cut := {c["finish_reason"] for c in choices} - {"stop", "length"}:
+            raise EngineLost(f"{what}: the server ended it early ({', '.join(map(str, cut))})")
         return sorted(choices, key=lambda choice: choice["index"])
 
     def probe(self, token_ids: Sequence[int]) -> Tensor:
