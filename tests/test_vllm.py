@@ -37,8 +37,8 @@ def build(folder: Path, **vllm: Any) -> Any:
     return build_engine(config(folder, **vllm), tokenizer(), torch.device("cpu"))
 
 
-def load_actor(folder: Path) -> model.Actor:
-    return model.build(settings.ModelConfig(path=str(folder)), "cpu")[0].actor
+def load_actor(folder: Path, **changes: Any) -> model.Actor:
+    return model.build(settings.ModelConfig(path=str(folder), **changes), "cpu")[0].actor
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -103,6 +103,21 @@ def test_fifty_rounds_of_change_publish_generate(engine: Any, actor: model.Actor
         assert first.policy_version == version
         texts.add(tuple(first.token_ids))
     assert len(texts) > 25  # the policies did differ
+
+
+def test_a_policy_with_adapters_is_published_merged(engine: Any, folder: Path, prompts: list[Prompt]) -> None:
+    pytest.importorskip("peft")
+    adapted = load_actor(folder, lora_rank=4)
+    engine.load_weights(adapted.named_weights(), 0)
+    before = [r.token_ids for r in engine.generate(prompts, params())]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:  # the adapters alone
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    engine.load_weights(adapted.named_weights(), 1)
+    assert gap(adapted, engine, prompts, params()) < 1e-3
+    assert [r.token_ids for r in engine.generate(prompts, params())] != before
 
 
 @pytest.mark.parametrize(("temperature", "greedy"), [(0.5, False), (2.0, False), (0.7, True), (1.0, True)])
