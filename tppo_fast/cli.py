@@ -1,4 +1,4 @@
-"""The shell: ``tppo-fast demo | sft | dpo | train | ...``. Exit codes: 0 done, 1 failure, 2 usage or input, 130 interrupted."""
+"""The shell: ``tppo-fast demo | sft | label | ...``. Exit codes: 0 done, 1 failure, 2 usage or input, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import click
 
 from tppo_fast import __version__
 from tppo_fast import config as settings
-from tppo_fast.errors import EngineError, TrainingDiverged, UserError
+from tppo_fast.cli_label import label
+from tppo_fast.errors import EngineError, LabellingFailed, TrainingDiverged, UserError
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.interrupt import Interrupted
 from tppo_fast.sections import build_section, load_section
@@ -75,7 +76,7 @@ def _configured(kind: type[_WithSettings]) -> Callable[[Callable[..., None]], cl
 def sft(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     """Supervise a policy on sessions (history -> next queries) as CONFIG (a TOML file) says."""
     loaded = load_section(config, list(overrides), SFTConfig)
-    _quiet_libraries()
+    quiet_libraries()
     from tppo_fast.sft import sft as run
 
     result = run(loaded, resume=resume)
@@ -90,7 +91,7 @@ def sft(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 def dpo(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     """Train a policy by DPO on pairs of true next queries and its own output, as CONFIG (a TOML file) says."""
     loaded = load_section(config, list(overrides), DPOConfig)
-    _quiet_libraries()
+    quiet_libraries()
     from tppo_fast.dpo import dpo as run
 
     result = run(loaded, resume=resume)
@@ -102,7 +103,7 @@ def dpo(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     """Train a policy by token-level PPO as CONFIG (a TOML file) says."""
     loaded = settings.load(config, list(overrides))
-    _quiet_libraries()
+    quiet_libraries()
     from tppo_fast.trainer import train as run
 
     result = run(loaded, resume=resume)
@@ -126,7 +127,7 @@ def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **
     if seed is not None:
         kept["seed"] = seed
     loaded = build_section(kept, settings.RunConfig)
-    _quiet_libraries()
+    quiet_libraries()
     from tppo_fast.evaluate_command import run
 
     run(loaded, policies, **options)
@@ -145,10 +146,13 @@ def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **
 @click.option("--fresh", is_flag=True, help="Remove an earlier demo in run-dir and start again.")
 def demo(**options: Any) -> None:
     """Supervise a small model on search sessions, then train it by TPPO and by sentence-level PPO, and compare."""
-    _quiet_libraries()
+    quiet_libraries()
     from tppo_fast.demo import DemoSettings, run_demo
 
     run_demo(DemoSettings(**{name: value for name, value in options.items() if value is not None}))
+
+
+cli.add_command(label)
 
 
 @cli.command()
@@ -168,7 +172,7 @@ def doctor() -> None:
     sys.exit(render(diagnose()))
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Our own progress is enough; and nothing is looked up on a hub for a local folder."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -190,7 +194,7 @@ def run(command: Callable[[], Any]) -> int:
         return exit_.exit_code
     except UserError as error:
         return _say(f"error: {error}", 2)
-    except (EngineError, TrainingDiverged) as error:
+    except (EngineError, LabellingFailed, TrainingDiverged) as error:
         return _say(f"error: {error}", 1)
     except (Interrupted, KeyboardInterrupt) as error:
         return _say(str(error) or "interrupted", 130)

@@ -17,6 +17,14 @@ class EngineLost(EngineError):
     """The rollout engine's process died or did not answer in time; a new one may take over."""
 
 
+class LabellingFailed(RuntimeError):
+    """A labeller could not judge, and may later; what was labelled is kept. The shell exits with 1."""
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        self.final = final  # asking again cannot help: a refused key, an unknown model
+        super().__init__(reason)
+
+
 class TrainingDiverged(RuntimeError):
     """A loss or gradient stopped being finite: the weights were left as they were. The shell exits with 1."""
 

@@ -18,7 +18,6 @@ The rules, where the paper leaves them open:
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +26,9 @@ from functools import lru_cache
 import snowballstemmer
 
 from tppo_fast.errors import UserError
-from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, SEPARATOR, Labels, Span
-from tppo_fast.words import normalise_query, normalise_word, stem, word_spans
+from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, Labels
+from tppo_fast.rewards.segment import query_words, segment
+from tppo_fast.words import normalise_query, stem
 
 
 def classify_queries(
@@ -57,11 +57,6 @@ def classify_queries(
             classes.append(_judge(stems, truth, left))
         known.add(form)
     return classes
-
-
-def query_words(query: str) -> list[Span]:
-    """Character spans of the words that have a normal form."""
-    return [(start, end) for start, end in word_spans(query) if normalise_word(query[start:end])]
 
 
 @lru_cache(maxsize=1 << 12)
@@ -108,18 +103,10 @@ class LexicalLabeller:
             raise UserError(f"language = {self.language!r}: Snowball knows {', '.join(snowballstemmer.algorithms())}")
 
     def __call__(self, history: Sequence[str], next_queries: Sequence[str], response_text: str, /) -> Labels:
-        breaks = [match.span() for match in re.finditer(re.escape(self.separator.strip()), response_text)]
-        starts = [0, *(end for _, end in breaks)]
-        ends = [*(start for start, _ in breaks), len(response_text)]
-        queries = [response_text[start:end] for start, end in zip(starts, ends, strict=True)]
-        labelled = [(span, SEPARATOR) for span in breaks]
+        parts = segment(response_text, self.separator)
+        queries = [parts.query(index) for index in range(len(parts.queries))]
         judged = classify_queries(history, next_queries, queries, num_queries=self.num_queries, language=self.language)
-        for offset, query, classes in zip(starts, queries, judged, strict=True):
-            spans = query_words(query)
-            labelled += [((s + offset, e + offset), c) for (s, e), c in zip(spans, classes, strict=True)]
-        labelled.sort()
-        classes = [c for _, c in labelled]
-        return Labels(spans=[span for span, _ in labelled], classes=classes, sentence=_sentence(classes))
+        return parts.labels(judged, _sentence([kind for kinds in judged for kind in kinds]))
 
 
 def _sentence(classes: list[int]) -> int:

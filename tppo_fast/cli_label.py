@@ -1,0 +1,227 @@
+"""``tppo-fast label``: options in, one labelling run or one comparison out. Imports nothing heavy before it must."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tppo_fast.errors import LabellingFailed, UserError
+
+if TYPE_CHECKING:
+    from tppo_fast.data.sessions import Session
+    from tppo_fast.labelling.judges import Judge
+    from tppo_fast.labelling.records import Response
+    from tppo_fast.labelling.run import Plan, Result
+
+FILE = click.Path(path_type=Path)
+COUNT = click.IntRange(1)
+POSITIVE = click.FloatRange(0, min_open=True)
+
+
+@click.command()
+@click.argument("sessions", type=FILE, required=False)
+@click.option(
+    "--responses", type=FILE, help="Responses to label (.jsonl, .parquet), or a policy's folder to sample from."
+)
+@click.option("--labeller", type=click.Choice(["lexical", "embedding", "llm"]), help="Who judges.")
+@click.option("--out", type=FILE, help="Labels file, .jsonl or .parquet; journal, record and rejects stand beside it.")
+@click.option(
+    "--agreement", type=FILE, nargs=2, help="Compare two labels files instead; --out FILE.json keeps the figures."
+)
+@click.option("--model", default="", help="embedding: folder of a sentence encoder. llm: the model's name.")
+@click.option("--separator", default=", ", show_default=True, help="Text between the queries of a response.")
+@click.option("--num-queries", type=COUNT, help="lexical, embedding: words of later queries are irrelevant.")
+@click.option(
+    "--mode",
+    type=click.Choice(["leave-one-out", "prefix"]),
+    default="leave-one-out",
+    show_default=True,
+    help="embedding: what a word is compared with; prefix labels are causal.",
+)
+@click.option("--query-threshold", type=float, help="embedding: least similarity of a query with relevant words.")
+@click.option("--word-threshold", type=float, help="embedding: least similarity that a word must add.")
+@click.option("--sentence-threshold", type=float, default=0.5, show_default=True, help="embedding: relevant responses.")
+@click.option("--base-url", help="llm: any OpenAI-compatible endpoint.")
+@click.option("--key-variable", default="OPENAI_API_KEY", show_default=True, help="llm: where the key is.")
+@click.option("--template", default="token", show_default=True, help="llm: token, sentence, or your own .toml file.")
+@click.option(
+    "--response-format",
+    type=click.Choice(["json_schema", "json_object", "text"]),
+    default="json_schema",
+    show_default=True,
+    help="llm: how the endpoint is held to the answer's form.",
+)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="llm: of the judge.")
+@click.option("--answer-tokens", type=click.IntRange(0), help="llm: longest answer, 0 for no limit. [64 + 12 per word]")
+@click.option("--timeout", type=POSITIVE, default=60.0, show_default=True, help="llm: seconds for one request.")
+@click.option("--retries", type=click.IntRange(0), default=5, show_default=True, help="llm: of a request that failed.")
+@click.option("--attempts", type=COUNT, default=3, show_default=True, help="llm: at an answer that is malformed.")
+@click.option("--concurrency", type=COUNT, default=8, show_default=True, help="llm: requests at once.")
+@click.option("--requests-per-minute", type=POSITIVE, help="llm: limit of the whole run.")
+@click.option("--tokenizer", type=FILE, help="llm: folder of a tokenizer for the estimate. [4 characters a token]")
+@click.option("--price-prompt", type=click.FloatRange(0), help="llm: of a million prompt tokens, for the estimate.")
+@click.option("--price-completion", type=click.FloatRange(0), help="llm: of a million completion tokens.")
+@click.option("--samples", type=COUNT, default=1, show_default=True, help="Responses to each session from a policy.")
+@click.option("--max-new-tokens", type=COUNT, default=48, show_default=True, help="Longest response from a policy.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of sampling and intervals."
+)
+@click.option("--engine", default="hf", show_default=True, help="Who samples: hf or vllm.")
+@click.option("--dry-run", is_flag=True, help="Only estimate.")
+@click.option("--retry-rejects", is_flag=True, help="Judge again what was set aside.")
+@click.option("--fresh", is_flag=True, help="Forget an earlier run into the same --out.")
+def label(sessions: Path | None, agreement: tuple[Path, Path] | None, **options: Any) -> None:
+    """Label every word of the responses to SESSIONS, or compare two labellers.
+
+    Stopped in any way, the same command goes on where it was; the labels are the same as in one go.
+    """  # fmt: skip
+    if agreement:
+        _compare(*agreement, out=options["out"], seed=options["seed"])
+        return
+    missing = [n for n in ("responses", "labeller", "out") if options[n] is None]
+    if sessions is None or missing:
+        raise click.UsageError(
+            f"Missing {'SESSIONS' if sessions is None else '--' + missing[0]}; or use --agreement A B."
+        )
+    _label(sessions, options)
+
+
+def _label(sessions_file: Path, options: dict[str, Any]) -> None:
+    """Everything that can be wrong is said before anything is sampled or asked."""
+    from tppo_fast.data.sessions import read_sessions
+    from tppo_fast.labelling import run as runs
+
+    out: Path = options["out"]
+    if out.suffix not in (".jsonl", ".parquet") or not out.parent.is_dir():
+        raise UserError(f"--out {str(out)!r}: give a name ending in .jsonl or .parquet, in a folder that exists")
+    from tppo_fast.cli import quiet_libraries
+
+    sessions = read_sessions(sessions_file)
+    if options["labeller"] == "embedding" or options["responses"].is_dir():
+        quiet_libraries()
+    with contextlib.closing(_judge(options)) as judge:
+        if not options["fresh"]:
+            runs.check_out(out, judge.identity)
+        elif not options["dry_run"]:
+            runs.forget(out)
+        responses, responses_file = _responses(sessions, sessions_file, options)
+        files = {"sessions": sessions_file, "responses": responses_file}
+        sources = runs.Sources(sessions=sessions, responses=responses, files=files)
+        work = runs.plan(sources, judge.identity)
+        _estimate(work, judge, options)
+        if options["dry_run"]:
+            return
+        concurrency = 0
+        if options["labeller"] == "llm":
+            judge.check()  # type: ignore[attr-defined]
+            concurrency = options["concurrency"]
+        result = runs.run(sources, judge, out, work, concurrency=concurrency, retry_rejects=options["retry_rejects"])
+        _say(result, judge, out)
+
+
+def _say(result: Result, judge: Judge, out: Path) -> None:
+    used = getattr(judge, "usage", None)
+    if used:
+        counts = f"{used.prompt_tokens} prompt and {used.completion_tokens} completion tokens"
+        click.echo(f"used: {used.requests} answers, {counts}")
+    if result.rejected:
+        click.echo(f"set aside: {result.rejected} responses, with the reason: {result.rejects}")
+    if not result.labelled:
+        raise LabellingFailed(f"no response could be labelled: every answer was set aside, see {result.rejects}")
+    click.echo(f"labels: {result.labelled} responses in {out}")
+
+
+def _judge(options: dict[str, Any]) -> Judge:
+    """The chosen labeller."""
+    kind, model = options["labeller"], options["model"]
+    if kind != "lexical" and not model:
+        what = "the folder of a sentence encoder" if kind == "embedding" else "the model's name at the endpoint"
+        raise UserError(f"--labeller {kind} needs --model: give {what}")
+    shared = {name: options[name] for name in ("separator", "num_queries")}
+    if kind == "lexical":
+        from tppo_fast.labelling.judges import OneByOne
+        from tppo_fast.rewards.lexical import LexicalLabeller
+
+        identity = {"labeller": "lexical", "rules": 1, "language": "english", **shared, "causal": True}
+        return OneByOne(labeller=LexicalLabeller(**shared), identity=identity)
+    if kind == "embedding":
+        from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
+
+        own = ("mode", "query_threshold", "word_threshold", "sentence_threshold")
+        return EmbeddingJudge(SentenceEncoder(model), EmbeddingSettings(**shared, **{n: options[n] for n in own}))
+    from tppo_fast.labelling.llm import LLMJudge, LLMSettings
+    from tppo_fast.labelling.prompting import load_template
+
+    settings = LLMSettings(**{name: options[name] for name in LLMSettings.__slots__})
+    return LLMJudge(settings, load_template(options["template"]))
+
+
+def _responses(
+    sessions: Sequence[Session], sessions_file: Path, options: dict[str, Any]
+) -> tuple[Sequence[Response], Path]:
+    """The responses and their file; a policy is sampled first, except in a dry run."""
+    from tppo_fast.labelling.records import Response, read_responses
+
+    given: Path = options["responses"]
+    if not given.is_dir():
+        return read_responses(given, sessions), given
+    from tppo_fast.labelling.sampling import SampleSettings, policy_sha256, sampled_responses
+
+    out: Path = options["out"].with_name(f"{options['out'].stem}.responses.jsonl")
+    own = {name: options[name] for name in ("samples", "max_new_tokens", "seed", "engine", "separator")}
+    if options["dry_run"] and not out.exists():
+        policy_sha256(given)
+        click.echo("nothing is sampled in a dry run: the estimate takes the true next queries for responses")
+        texts = [(n, s, options["separator"].join(s.next_queries)) for n, s in enumerate(sessions, 1)]
+        samples = range(options["samples"])
+        return [
+            Response(session=n, user_id=s.user_id, text=f"{text}{' ' * i}") for n, s, text in texts for i in samples
+        ], out
+    settings = SampleSettings(policy=given, **own)
+    return sampled_responses(settings, sessions, sessions_file, out, fresh=options["fresh"]), out
+
+
+def _estimate(work: Plan, judge: Judge, options: dict[str, Any]) -> None:
+    """What the run will take, printed before it begins."""
+    from tppo_fast.labelling.cost import by_characters, estimate
+    from tppo_fast.labelling.journal import read_journal
+    from tppo_fast.labelling.run import journal_path
+
+    done = {} if options["fresh"] else read_journal(journal_path(options["out"]))
+    pending = work.pending(done)
+    click.echo(
+        f"{len(work.keys)} responses, {len(work.items)} distinct, {len(work.items) - len(pending)} labelled already"
+    )
+    if options["labeller"] != "llm":
+        return
+    count, rule = by_characters, "4 characters a token"
+    if options["tokenizer"]:
+        from tppo_fast.model import load_tokenizer
+
+        tokenizer = load_tokenizer(str(options["tokenizer"]))
+        count, rule = (lambda text: len(tokenizer.encode(text, add_special_tokens=False))), str(options["tokenizer"])
+    template: Any = judge.template  # type: ignore[attr-defined]
+    found = estimate(pending, template, options["separator"], count)
+    line = f"estimate ({rule}): {found.requests} requests, {found.prompt_tokens} prompt tokens, {found.completion_tokens} back"
+    if options["price_prompt"] is not None or options["price_completion"] is not None:
+        line += f", {found.price(options['price_prompt'] or 0.0, options['price_completion'] or 0.0):.4f} by the given prices"
+    click.echo(f"{line}; retries and answers asked again come on top")
+
+
+def _compare(a: Path, b: Path, *, out: Path | None, seed: int) -> None:
+    from rich.console import Console
+
+    from tppo_fast.atomic import write_atomic
+    from tppo_fast.labelling.agreement import compare
+    from tppo_fast.labelling.records import read_labels
+
+    comparison = compare(read_labels(a), read_labels(b), seed=seed)
+    Console(width=None if Console().is_terminal else 120).print(comparison.table())
+    if out is not None:
+        write_atomic(out, (json.dumps({"a": a.name, "b": b.name, **comparison.as_json()}, indent=2) + "\n").encode())
+        click.echo(f"figures: {out}")

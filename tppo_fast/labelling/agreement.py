@@ -1,0 +1,195 @@
+"""How far two labellers agree on the same responses: share and Cohen's kappa, with bootstrap intervals over users.
+
+Words are compared where both labelled the same responses; B's classes are projected onto A's words by characters, so that a
+person may cut words differently. Kappa (Cohen 1960) is ``(p_o - p_e) / (1 - p_e)``: agreement beyond what the two labellers'
+own rates would give by chance. It is NaN where one of them never varies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from scipy import stats
+
+from tppo_fast.errors import UserError
+from tppo_fast.labelling.records import LabelledResponse
+from tppo_fast.rewards.alignment import project
+from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT
+
+PAPER = {"word": 0.9118, "sentence": 0.8095}
+"""LLaMA-3-70B against people, 60 examples (TPPO, section 4)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A value with its 95 % bootstrap interval over users; NaN ends with fewer than two users."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How two labellers agree at one level."""
+
+    level: str
+    """"word" or "sentence"."""
+    count: int
+    """Words, or responses, compared."""
+    relevant: tuple[float, float]
+    """The share that A and that B call relevant."""
+    agreement: Interval
+    """Share of equal labels."""
+    kappa: Interval
+    """Cohen's kappa."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two label files compared."""
+
+    labellers: tuple[str, str]
+    """Who labelled A and B."""
+    responses: int
+    """Distinct responses in both."""
+    only: tuple[int, int]
+    """Distinct responses in A alone and in B alone."""
+    users: int
+    """Users among the compared responses: what the bootstrap resamples."""
+    levels: list[Agreement]
+    """Words, then sentences."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, NaN as null."""
+        return {
+            "labellers": list(self.labellers),
+            "responses": self.responses,
+            "only_in_one": list(self.only),
+            "users": self.users,
+            **{
+                level.level: {
+                    "count": level.count,
+                    "relevant": list(level.relevant),
+                    "agreement": _plain(level.agreement),
+                    "kappa": _plain(level.kappa),
+                    "paper_agreement_with_people": PAPER[level.level],
+                }
+                for level in self.levels
+            },
+        }
+
+    def table(self) -> Table:
+        """For people; the paper's figures against people stand below, for reference."""
+        table = Table(title=f"A = {self.labellers[0]}, B = {self.labellers[1]}")
+        table.add_column("level")
+        for name in ("n", "A relevant", "B relevant", "agreement", "Cohen's kappa"):
+            table.add_column(name, justify="right")
+        for level in self.levels:
+            rates = [f"{rate:.1%}" for rate in level.relevant]
+            share = level.agreement
+            shown = f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}]"
+            kappa = f"{level.kappa.value:.3f} [{level.kappa.low:.3f}, {level.kappa.high:.3f}]"
+            table.add_row(level.level, str(level.count), *rates, shown, kappa)
+        for name, value in PAPER.items():
+            table.add_row(f"paper, {name}, LLM and people", "", "", "", f"{value:.2%}", "", style="dim")
+        table.caption = (
+            f"{self.responses} responses of {self.users} users in both files, {self.only[0]} only in A, {self.only[1]} only in "
+            "B; 95 % intervals by bootstrap over users"
+        )
+        return table
+
+
+def compare(
+    a: Sequence[LabelledResponse], b: Sequence[LabelledResponse], *, seed: int = 0, resamples: int = 2000
+) -> Comparison:
+    """Compare two labellers on the responses that both labelled, each distinct one once.
+
+    Raises:
+        UserError: no response is in both.
+    """
+    left, right = ({_key(label): label for label in side} for side in (a, b))
+    shared = [key for key in left if key in right]
+    if not shared:
+        raise UserError("--agreement: no response is in both files: label the same responses with both labellers")
+    users = sorted({left[key].user_id for key in shared})
+    place = {user: index for index, user in enumerate(users)}
+    words, sentences = np.zeros((2, len(users), 2, 2))  # [U, A's label, B's label] counts
+    for key in shared:
+        one, two = left[key], right[key]
+        user = place[one.user_id]
+        sentences[user, one.labels.sentence, two.labels.sentence] += 1
+        projected = project(two.labels, one.labels.spans)
+        for mine, theirs in zip(one.labels.classes, projected, strict=True):
+            if mine in (IRRELEVANT, RELEVANT) and theirs in (IRRELEVANT, RELEVANT):
+                words[user, mine - 1, theirs - 1] += 1
+    levels = [_level(name, counts, seed, resamples) for name, counts in (("word", words), ("sentence", sentences))]
+    return Comparison(
+        labellers=(left[shared[0]].labeller, right[shared[0]].labeller),
+        responses=len(shared),
+        only=(len(left) - len(shared), len(right) - len(shared)),
+        users=len(users),
+        levels=levels,
+    )
+
+
+def _level(name: str, counts: np.ndarray, seed: int, resamples: int) -> Agreement:
+    total = counts.sum(0)
+    n = total.sum()
+    rates = (float(total[1].sum() / n), float(total[:, 1].sum() / n)) if n else (np.nan, np.nan)
+    return Agreement(
+        level=name,
+        count=int(n),
+        relevant=rates,
+        agreement=_interval(_share, counts, seed, resamples),
+        kappa=_interval(_kappa, counts, seed, resamples),
+    )
+
+
+def _share(counts: np.ndarray) -> np.ndarray:
+    """[..., 2, 2] -> [...] share on the diagonal, NaN where nothing was counted."""
+    total = counts.sum((-2, -1))
+    return np.divide(np.trace(counts, axis1=-2, axis2=-1), total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+def _kappa(counts: np.ndarray) -> np.ndarray:
+    """[..., 2, 2] -> [...] Cohen's kappa."""
+    total = counts.sum((-2, -1))
+    chance = (counts.sum(-1) * counts.sum(-2)).sum(-1)
+    chance = np.divide(chance, total**2, out=np.ones(total.shape), where=total > 0)
+    return np.divide(_share(counts) - chance, 1 - chance, out=np.full(total.shape, np.nan), where=chance < 1)
+
+
+def _interval(statistic: Any, counts: np.ndarray, seed: int, resamples: int) -> Interval:
+    """Percentile interval; users are resampled whole, with all their words."""
+    users = len(counts)
+    value = float(statistic(counts.sum(0)))
+    if users < 2 or not np.isfinite(value):
+        return Interval(value=value, low=np.nan, high=np.nan)
+    result = stats.bootstrap(
+        (np.arange(users),),
+        lambda drawn, axis: statistic(counts[drawn].sum(axis - 2 if axis < 0 else axis)),
+        vectorized=True,
+        axis=-1,
+        n_resamples=resamples,
+        batch=max(1, 2_000_000 // counts.size),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).bootstrap_distribution
+    finite = result[np.isfinite(result)]  # a resample in which nothing varies has no kappa
+    low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) else (np.nan, np.nan)
+    return Interval(value=value, low=float(low), high=float(high))
+
+
+def _plain(interval: Interval) -> dict[str, float | None]:
+    values = {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {name: value if np.isfinite(value) else None for name, value in values.items()}
+
+
+def _key(label: LabelledResponse) -> tuple[Any, ...]:
+    history = tuple((kind, tuple(entries)) for kind, entries in sorted(label.history.items()))
+    return label.user_id, history, tuple(label.next_queries), label.response

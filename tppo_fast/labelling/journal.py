@@ -1,0 +1,221 @@
+"""Work that survives being killed at any moment: an append-only journal, and the loop that fills it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from tppo_fast.data.rows import show
+from tppo_fast.errors import LabellingFailed, UserError
+from tppo_fast.interrupt import Interrupted, InterruptGuard
+from tppo_fast.progress import Progress
+
+Entry = dict[str, Any]
+Work = Callable[[Sequence[int]], list[Entry]]
+"""Numbers of one chunk's items -> one entry each."""
+
+GRACE = 10.0
+"""Seconds that requests under way may take to be answered, and kept, after Ctrl-C."""
+LIMIT = 5
+"""Failed chunks in a row, beyond those under way at once, after which the run stops."""
+
+
+class Journal:
+    """Entries by key in a JSON Lines file. What ``append`` returned from is on disk; a torn last line is cut off.
+
+    Raises:
+        UserError: the file cannot be written, is no journal, or another process is writing it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        try:
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise UserError(f"{show(str(path))} cannot be written ({error.strerror}): choose another --out") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._load()
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"{show(str(path))} is being written by another run: wait for it, or stop it") from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _load(self) -> None:
+        self._file.seek(0)
+        self.entries, good = _parse(self._file, self.path)
+        self._file.truncate(good)
+
+    def append(self, entries: dict[str, Entry]) -> None:
+        """Keep entries under their keys; they are on disk when this returns."""
+        lines = [json.dumps({"key": key, **entry}, ensure_ascii=False) + "\n" for key, entry in entries.items()]
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.entries.update(entries)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path) -> dict[str, Entry]:
+    """The entries of a journal that is not written now; none where there is no file."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        return _parse(file, path)[0]
+
+
+def _parse(file: IO[bytes], path: Path) -> tuple[dict[str, Entry], int]:
+    """Entries by key, and how many bytes hold whole ones."""
+    entries: dict[str, Entry] = {}
+    good = 0
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            break  # killed while writing it
+        try:
+            entry = json.loads(line)
+            entries[entry.pop("key")] = entry
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(
+                f"{show(str(path))} line {number} is no journal entry: remove the file, or use --fresh"
+            ) from None
+        good += len(line)
+    return entries, good
+
+
+def fill(
+    journal: Journal, keys: Sequence[str], work: Work, *, chunk: int, concurrency: int, verb: str, unit: str
+) -> None:
+    """Work until the journal holds every key.
+
+    Chunks are always the same ``chunk`` neighbours of ``keys``; a chunk that is only partly in the journal is worked on
+    again as a whole and the missing part kept, so that a kill changes nothing of what a chunk gives.
+
+    Args:
+        journal: what is done already and will be.
+        keys: of all items, distinct.
+        work: makes the entries of one chunk; called from ``concurrency`` threads, or from this one where that is 0.
+        chunk: items of one call.
+        concurrency: calls at once.
+        verb: for the progress display.
+        unit: for the progress display.
+
+    Raises:
+        LabellingFailed: some chunks failed; what was done is in the journal.
+        Interrupted: SIGINT; what was done is in the journal.
+    """
+    chunks = [range(start, min(start + chunk, len(keys))) for start in range(0, len(keys), chunk)]
+    missing = [c for c in chunks if not all(keys[i] in journal.entries for i in c)]
+    done = sum(key in journal.entries for key in keys)
+    failures: list[LabellingFailed] = []
+    in_a_row = 0
+    with InterruptGuard() as guard, Progress(verb, len(keys), unit, start=done) as progress:
+        try:
+            for numbers, outcome in _outcomes(missing, work, concurrency, guard):
+                if isinstance(outcome, LabellingFailed):
+                    failures.append(outcome)
+                    in_a_row += 1
+                    if outcome.final or in_a_row >= LIMIT + concurrency:
+                        break
+                    continue
+                in_a_row = 0
+                pairs = zip(numbers, outcome, strict=True)
+                new = {keys[i]: entry for i, entry in pairs if keys[i] not in journal.entries}
+                journal.append(new)
+                progress.update(len(new))
+        except Interrupted:
+            kept = sum(key in journal.entries for key in keys)
+            raise Interrupted(f"stopped with {kept} of {len(keys)} done and saved; the same command goes on") from None
+    if failures:
+        kept = sum(key in journal.entries for key in keys)
+        raise LabellingFailed(
+            f"{failures[-1]}; {kept} of {len(keys)} are done and saved, the same command goes on with the rest"
+        )
+
+
+def _outcomes(
+    chunks: Sequence[range], work: Work, concurrency: int, guard: InterruptGuard
+) -> Iterator[tuple[range, list[Entry] | LabellingFailed]]:
+    """(chunk, its entries or failure) as they are finished; what is under way at a Ctrl-C still comes, then ``Interrupted``."""
+    if concurrency == 0:
+        for numbers in chunks:
+            guard.check()
+            yield numbers, work(numbers)
+        return
+    pool = _Pool(chunks, work, concurrency)
+    asked = None  # when Ctrl-C came
+    try:
+        while pool.unfinished(new=asked is None):
+            if asked is None:
+                try:
+                    guard.check()
+                except Interrupted:
+                    asked = time.monotonic()
+                    pool.stop.set()
+            elif time.monotonic() - asked > GRACE:
+                break
+            try:
+                numbers, outcome = pool.results.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if isinstance(outcome, BaseException) and not isinstance(outcome, LabellingFailed):
+                raise outcome
+            yield numbers, outcome
+    finally:
+        pool.stop.set()
+    if asked is not None:
+        raise Interrupted
+
+
+class _Pool:
+    """Threads that take chunks in order. Daemons: a request nobody waits for must not keep the process alive."""
+
+    def __init__(self, chunks: Sequence[range], work: Work, concurrency: int) -> None:
+        self._work = work
+        self._tasks = iter(chunks)
+        self._lock = threading.Lock()
+        self._left = len(chunks)  # not yet taken
+        self._busy = 0
+        self.results: queue.Queue[tuple[range, Any]] = queue.Queue()
+        self.stop = threading.Event()
+        for _ in range(min(concurrency, len(chunks))):
+            threading.Thread(target=self._serve, daemon=True).start()
+
+    def unfinished(self, *, new: bool) -> bool:
+        """Whether results are still to come, from chunks under way or, with ``new``, from ones not yet begun."""
+        with self._lock:
+            return bool(self._busy or not self.results.empty() or (new and self._left))
+
+    def _serve(self) -> None:
+        while (numbers := self._take()) is not None:
+            try:
+                outcome: Any = self._work(numbers)
+            except BaseException as error:  # travels to the thread that waits for results
+                outcome = error
+                if isinstance(error, LabellingFailed) and error.final:
+                    self.stop.set()
+            with self._lock:
+                self.results.put((numbers, outcome))
+                self._busy -= 1
+
+    def _take(self) -> range | None:
+        with self._lock:
+            if self.stop.is_set() or not self._left:
+                return None
+            self._left -= 1
+            self._busy += 1
+            return next(self._tasks)

@@ -1,0 +1,258 @@
+"""The LLM judge: any OpenAI-compatible chat endpoint, asked through the official client.
+
+The client retries connections, timeouts, 408, 409, 429 and 5xx with exponential backoff and honours Retry-After; every HTTP
+request, retries included, passes the shared ``RateLimiter``. An answer that is not what the schema asks for is asked again, with
+what was wrong, and then set aside. Not causal: the judge sees the whole response at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from tppo_fast.errors import LabellingFailed, UserError
+from tppo_fast.labelling.judges import Item, Rejected
+from tppo_fast.labelling.prompting import MalformedAnswer, Message, PromptTemplate
+from tppo_fast.rewards.labels import Labels
+from tppo_fast.rewards.segment import segment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMSettings:
+    """How the endpoint is asked."""
+
+    model: str
+    """The model's name at the endpoint."""
+    base_url: str | None = None
+    """Where the endpoint is; None is the official client's default."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key. An endpoint given by ``base_url`` may need none."""
+    response_format: str = "json_schema"
+    """"json_schema" (answers are made to fit), "json_object" or "text", for endpoints that know less."""
+    temperature: float = 0.0
+    """Sampling temperature of the judge."""
+    separator: str = ", "
+    """Text between the queries of a response."""
+    timeout: float = 60.0
+    """Seconds for one request."""
+    retries: int = 5
+    """How often the client repeats a request that failed on the way."""
+    attempts: int = 3
+    """How often a malformed answer is asked for in all."""
+    requests_per_minute: float | None = None
+    """Limit of the whole run; None sets none."""
+    answer_tokens: int | None = None
+    """Longest answer; None: 64 and 12 for every word, 0: no limit (for models that think first)."""
+
+
+class RateLimiter:
+    """Spaces requests evenly over all threads, and holds all of them back when one was told to wait."""
+
+    def __init__(self, requests_per_minute: float | None) -> None:
+        self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def wait(self) -> None:
+        """Return when the next request may go out."""
+        with self._lock:
+            now = time.monotonic()
+            at = max(now, self._next)
+            self._next = at + self._interval
+        time.sleep(at - now)
+
+    def pause(self, seconds: float) -> None:
+        """No request goes out for this long."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What the endpoint counted in this run."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, usage: Any) -> None:
+        with self.lock:
+            self.requests += 1
+            self.prompt_tokens += getattr(usage, "prompt_tokens", 0) or 0
+            self.completion_tokens += getattr(usage, "completion_tokens", 0) or 0
+
+
+class LLMJudge:
+    """A ``Judge`` and a ``Labeller``. Safe to call from several threads.
+
+    Raises:
+        UserError: the official client is not installed, no key, or a base URL that holds a password.
+    """
+
+    chunk = 1
+
+    def __init__(self, settings: LLMSettings, template: PromptTemplate) -> None:
+        self.settings, self.template, self.usage = settings, template, Usage()
+        self._key = _key(settings)
+        self._limiter = RateLimiter(settings.requests_per_minute)
+        self._client = self._connect()
+        self.identity: Mapping[str, Any] = {
+            "labeller": "llm",
+            "model": settings.model,
+            "template": {"name": template.name, "version": template.version, "sha256": template.sha256},
+            "temperature": settings.temperature,
+            "response_format": settings.response_format,
+            "separator": settings.separator,
+            "causal": False,
+        }
+
+    def _connect(self) -> Any:
+        try:
+            import openai  # imported here: it is an extra
+        except ImportError:
+            raise UserError("--labeller llm needs the official client: pip install 'tppo-fast[label]'") from None
+        hooks = {"request": [lambda _: self._limiter.wait()], "response": [self._slow_down]}
+        return openai.OpenAI(
+            api_key=self._key or "none",  # the client insists on one
+            base_url=self.settings.base_url,
+            timeout=self.settings.timeout,
+            max_retries=self.settings.retries,
+            http_client=openai.DefaultHttpxClient(event_hooks=hooks, timeout=self.settings.timeout),
+        )
+
+    def _slow_down(self, response: Any) -> None:
+        """One thread that is told to wait waits for all."""
+        if response.status_code in (429, 503):
+            try:
+                seconds = float(response.headers.get("retry-after", "0"))
+            except ValueError:  # a date, which the client itself understands
+                return
+            if 0.0 < seconds < float("inf"):
+                self._limiter.pause(seconds)
+
+    def check(self) -> None:
+        """Ask one tiny example, so that a wrong address, key, model or setting stops the run before it begins.
+
+        Raises:
+            LabellingFailed: what the endpoint said.
+        """
+        item = Item(history=("lisbon",), next_queries=("lisbon tram map",), response="lisbon map")
+        parts = segment(item.response, self.settings.separator)
+        self._ask(self.template.messages(item, parts), len(parts.flat), first=True)
+
+    def judge(self, items: Sequence[Item]) -> list[Labels | Rejected]:
+        return [self._judge(item) for item in items]
+
+    def __call__(self, history: Sequence[str], next_queries: Sequence[str], response_text: str, /) -> Labels:
+        """The labels of one response.
+
+        Raises:
+            LabellingFailed: also for an answer that stays malformed.
+        """
+        outcome = self._judge(Item(history=tuple(history), next_queries=tuple(next_queries), response=response_text))
+        if isinstance(outcome, Rejected):
+            raise LabellingFailed(f"the judge gave no usable answer: {outcome.reason}")
+        return outcome
+
+    def _judge(self, item: Item) -> Labels | Rejected:
+        parts = segment(item.response, self.settings.separator)
+        count = len(parts.flat)
+        if not count:
+            return parts.labels([[] for _ in parts.words], 0)  # nothing to judge, nothing to pay
+        messages = self.template.messages(item, parts)
+        reason = answer = ""
+        for _ in range(self.settings.attempts):
+            try:
+                answer = self._ask(messages, count)
+                return self.template.parse(answer, parts)
+            except MalformedAnswer as error:
+                reason, answer = str(error), getattr(error, "answer", answer)
+            again = f"That answer cannot be used: {reason}. Answer the question again, with the JSON alone."
+            messages = [*messages[:2], {"role": "assistant", "content": answer}, {"role": "user", "content": again}]
+        return Rejected(reason=self._scrub(reason), answer=self._scrub(answer))
+
+    def _ask(self, messages: list[Message], count: int, *, first: bool = False) -> str:
+        import openai
+
+        try:
+            completion = self._client.chat.completions.create(**self._request(messages, count))
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise LabellingFailed(self._said(error), final=True) from None
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if first:
+                raise LabellingFailed(self._said(error), final=True) from None
+            raise MalformedAnswer(self._said(error)) from None
+        except openai.OpenAIError as error:
+            raise LabellingFailed(self._said(error)) from None
+        except ValueError as error:  # a body that is not the JSON it says it is
+            raise MalformedAnswer(f"the endpoint did not answer with JSON ({error})") from None
+        if not getattr(completion, "choices", None):
+            raise _malformed("the endpoint's answer holds no choice", str(completion))
+        self.usage.add(completion.usage)
+        return _text_of(completion.choices[0])
+
+    def _request(self, messages: list[Message], count: int) -> dict[str, Any]:
+        own = self.settings
+        request: dict[str, Any] = {"model": own.model, "messages": messages, "temperature": own.temperature}
+        limit = 64 + 12 * count if own.answer_tokens is None else own.answer_tokens
+        if limit:
+            request["max_completion_tokens"] = limit
+        if own.response_format == "json_schema":
+            schema = {"name": "labels", "strict": True, "schema": self.template.schema(count)}
+            request["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif own.response_format == "json_object":
+            request["response_format"] = {"type": "json_object"}
+        return request
+
+    def _said(self, error: Exception) -> str:
+        """An error of the client in one line."""
+        kind = type(error).__name__
+        return self._scrub(f"the endpoint {self.settings.base_url or 'api.openai.com'} failed ({kind}: {error})")
+
+    def _scrub(self, text: str) -> str:
+        """Short enough to keep, and never with the key in it."""
+        text = text if not self._key else text.replace(self._key, "***")
+        return text if len(text) <= 2000 else text[:2000] + " ..."
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _text_of(choice: Any) -> str:
+    """The answer's text.
+
+    Raises:
+        MalformedAnswer: there is none, or it was cut off.
+    """
+    text = choice.message.content or ""
+    if getattr(choice.message, "refusal", None):
+        raise _malformed("the model refused", choice.message.refusal)
+    if choice.finish_reason == "length":
+        raise _malformed("the answer was cut at its longest length (--answer-tokens)", text)
+    if choice.finish_reason == "content_filter":
+        raise _malformed("the endpoint's content filter cut the answer", text)
+    return text
+
+
+def _malformed(reason: str, answer: str) -> MalformedAnswer:
+    error = MalformedAnswer(reason)
+    error.answer = answer  # type: ignore[attr-defined]
+    return error
+
+
+def _key(settings: LLMSettings) -> str | None:
+    url = urlsplit(settings.base_url or "")
+    if url.username or url.password:
+        raise UserError(f"--base-url holds a user name or password: put the key into ${settings.key_variable} instead")
+    if settings.base_url and url.scheme not in ("http", "https"):
+        raise UserError(f"--base-url {settings.base_url!r}: start it with http:// or https://")
+    key = os.environ.get(settings.key_variable)
+    if not key and not settings.base_url:
+        raise UserError(f"${settings.key_variable} is not set: put the endpoint's key there, or give --base-url")
+    return key

@@ -1,0 +1,187 @@
+"""One labelling run: sessions and responses in; labels, what could not be judged, and a record of both out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tppo_fast
+from tppo_fast.data.files import write_rows
+from tppo_fast.data.rows import Session, show
+from tppo_fast.errors import UserError
+from tppo_fast.labelling.journal import Entry, Journal, fill
+from tppo_fast.labelling.judges import Item, Judge, Rejected, labeller_id, searched
+from tppo_fast.labelling.records import (
+    LabelledResponse,
+    Response,
+    parse_labels,
+    read_record,
+    record_path,
+    sha256_of,
+    write_labels,
+    write_record,
+)
+from tppo_fast.rewards.labels import Labels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What is labelled, and from which files it came."""
+
+    sessions: Sequence[Session]
+    """In file order."""
+    responses: Sequence[Response]
+    """In file order."""
+    files: Mapping[str, Path]
+    """``sessions`` and ``responses`` -> their files, for the record."""
+
+    def item(self, response: Response) -> Item:
+        """What a labeller sees of one response."""
+        session = self.sessions[response.session - 1]
+        return Item(history=searched(session), next_queries=tuple(session.next_queries), response=response.text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run has to do."""
+
+    keys: list[str]
+    """The key of every response, repeats included."""
+    items: dict[str, Item]
+    """Key -> what to judge: each distinct response once, in file order."""
+
+    def pending(self, done: Mapping[str, Entry]) -> list[Item]:
+        """What is not judged yet."""
+        return [item for key, item in self.items.items() if key not in done]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a run left behind."""
+
+    labelled: int
+    """Rows in the labels file."""
+    rejected: int
+    """Responses set aside with the reason, in ``rejects``."""
+    rejects: Path
+    """Where they are; there is no file without any."""
+
+
+def plan(sources: Sources, identity: Mapping[str, Any]) -> Plan:
+    """Equal responses to equal sessions are judged once."""
+    labeller = labeller_id(identity)
+    items = [sources.item(response) for response in sources.responses]
+    keys = [item.key(labeller) for item in items]
+    return Plan(keys=keys, items=dict(zip(keys, items, strict=True)))
+
+
+def run(sources: Sources, judge: Judge, out: Path, work: Plan, *, concurrency: int, retry_rejects: bool) -> Result:
+    """Label everything and write ``out``; started again after any end, it goes on where it was.
+
+    Args:
+        sources: what to label.
+        judge: who labels.
+        out: the labels file; journal, record and rejects stand beside it.
+        work: from ``plan``.
+        concurrency: requests at once; 0 judges in this thread.
+        retry_rejects: judge again what was set aside before.
+
+    Raises:
+        UserError: ``out`` holds another labeller's labels.
+        LabellingFailed: the endpoint failed; what was judged is kept.
+        Interrupted: SIGINT; what was judged is kept.
+    """
+    check_out(out, judge.identity)
+    items = list(work.items.values())
+    keys = list(work.items)
+
+    def judge_chunk(numbers: Sequence[int]) -> list[Entry]:
+        return [_entry(outcome) for outcome in judge.judge([items[i] for i in numbers])]
+
+    with Journal(journal_path(out)) as journal:
+        if retry_rejects:
+            journal.entries = {key: entry for key, entry in journal.entries.items() if "rejected" not in entry}
+        fill(journal, keys, judge_chunk, chunk=judge.chunk, concurrency=concurrency, verb="label", unit="response")
+        return _write(sources, judge, out, work, journal.entries)
+
+
+def check_out(out: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to replace another labeller's labels."""
+    if not out.exists():
+        return
+    record = read_record(out)
+    if record is None and not journal_path(out).exists():
+        raise UserError(f"--out {show(str(out))} exists and was not written by a labelling run: choose another name")
+    if record and record.get("labeller", {}).get("id") != labeller_id(identity):
+        raise UserError(
+            f"--out {show(str(out))} holds labels of {record.get('labeller', {}).get('id')}, not {labeller_id(identity)}: "
+            "choose another name, or use --fresh"
+        )
+
+
+def forget(out: Path) -> None:
+    """Remove what an earlier run into ``out`` left."""
+    for path in (out, record_path(out), journal_path(out), rejects_path(out)):
+        path.unlink(missing_ok=True)
+
+
+def journal_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.journal")
+
+
+def rejects_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.rejects.jsonl")
+
+
+def _entry(outcome: Labels | Rejected) -> Entry:
+    if isinstance(outcome, Rejected):
+        return {"rejected": outcome.reason, "answer": outcome.answer}
+    spans = [list(span) for span in outcome.spans]
+    return {"spans": spans, "classes": outcome.classes, "sentence": outcome.sentence}
+
+
+def _write(sources: Sources, judge: Judge, out: Path, work: Plan, entries: Mapping[str, Entry]) -> Result:
+    """The files, from the journal alone: the same bytes however often the run was stopped."""
+    labeller = labeller_id(judge.identity)
+    labels, rejects = [], []
+    for response, key in zip(sources.responses, work.keys, strict=True):
+        entry = entries[key]
+        if "rejected" in entry:
+            row = {"session": response.session, "user_id": response.user_id, "response": response.text}
+            rejects.append({**row, "reason": entry["rejected"], "answer": entry["answer"], "labeller": labeller})
+            continue
+        session = sources.sessions[response.session - 1]
+        labels.append(
+            LabelledResponse(
+                user_id=session.user_id,
+                history=session.history,
+                next_queries=session.next_queries,
+                response=response.text,
+                labels=parse_labels(entry, response.text, f"{show(str(journal_path(out)))} entry {key[:12]}"),
+                labeller=labeller,
+            )
+        )
+    if rejects:
+        write_rows(rejects_path(out), rejects, "reject")
+    else:
+        rejects_path(out).unlink(missing_ok=True)
+    if labels:
+        write_labels(out, labels)
+        write_record(out, _record(sources, judge.identity, out, len(labels), len(rejects), len(work.items)))
+    return Result(labelled=len(labels), rejected=len(rejects), rejects=rejects_path(out))
+
+
+def _record(
+    sources: Sources, identity: Mapping[str, Any], out: Path, labelled: int, rejected: int, distinct: int
+) -> dict[str, Any]:
+    return {
+        "tppo_fast": tppo_fast.__version__,
+        "labels": {"file": out.name, "sha256": sha256_of(out)},
+        **{name: {"file": path.name, "sha256": sha256_of(path)} for name, path in sources.files.items()},
+        "labeller": {"id": labeller_id(identity), **identity},
+        "labelled": labelled,
+        "distinct": distinct,
+        "rejected": rejected,
+    }

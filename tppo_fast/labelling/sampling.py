@@ -1,0 +1,152 @@
+"""Responses of a policy to label, sampled once and kept, so that a resumed run labels the same ones."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tppo_fast.config import Config, build
+from tppo_fast.data.prompts import PromptBuilder
+from tppo_fast.data.rows import Session, show
+from tppo_fast.data_types import Rollout
+from tppo_fast.errors import UserError
+from tppo_fast.labelling.journal import Journal, fill
+from tppo_fast.labelling.records import (
+    Response,
+    read_record,
+    read_responses,
+    sha256_of,
+    write_record,
+    write_responses,
+)
+from tppo_fast.rollout import SamplingParams, build_engine
+from tppo_fast.seeding import derive
+
+BATCH = 8
+"""Sessions in one call of the engine; fixed, since it decides which random numbers a response gets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSettings:
+    """What to sample from a policy."""
+
+    policy: Path
+    """Folder of a causal LM and its tokenizer."""
+    samples: int = 1
+    """Responses to each session."""
+    max_new_tokens: int = 48
+    """Longest response."""
+    seed: int = 0
+    """Of the sampling."""
+    engine: str = "hf"
+    """Rollout engine."""
+    template: str = "History:\n{history}\nNext queries:"
+    """Prompt text, as the policy was supervised with."""
+    separator: str = ", "
+    """Text between queries."""
+
+
+def sampled_responses(
+    settings: SampleSettings, sessions: Sequence[Session], sessions_file: Path, out: Path, *, fresh: bool
+) -> list[Response]:
+    """The responses in ``out``, sampled now where that file does not hold them yet.
+
+    Raises:
+        UserError: ``out`` holds responses that were sampled with other settings, or the policy cannot be loaded.
+    """
+    wanted = {
+        "sessions_sha256": sha256_of(sessions_file),
+        "policy_sha256": policy_sha256(settings.policy),
+        **{name: value for name, value in asdict(settings).items() if name != "policy"},
+    }
+    if fresh:
+        out.unlink(missing_ok=True)
+        _journal(out).unlink(missing_ok=True)
+    if out.exists():
+        _same(read_record(out), wanted, out)
+        return read_responses(out, sessions)
+    keys = [f"{number}/{hashlib.sha256(repr(wanted).encode()).hexdigest()[:16]}" for number in range(len(sessions))]
+    with Journal(_journal(out)) as journal:
+        if not all(key in journal.entries for key in keys):
+            with contextlib.closing(_Sampler(settings, sessions)) as sampler:
+                fill(journal, keys, sampler, chunk=BATCH, concurrency=0, verb="sample", unit="session")
+        texts = [journal.entries[key]["responses"] for key in keys]
+    responses = [
+        Response(session=number, user_id=session.user_id, text=text)
+        for number, (session, answers) in enumerate(zip(sessions, texts, strict=True), 1)
+        for text in answers
+    ]
+    write_record(out, wanted)
+    write_responses(out, responses)
+    _journal(out).unlink()
+    return responses
+
+
+def policy_sha256(folder: Path) -> str:
+    """One hash over the weights, config and tokenizer of a model folder.
+
+    Raises:
+        UserError: it is no model folder.
+    """
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    if not (folder / "config.json").is_file() or not any(f.suffix == ".safetensors" for f in files):
+        raise UserError(
+            f"--responses {show(str(folder))}: give a .jsonl or .parquet file, or a folder with a causal LM (safetensors)"
+        )
+    return hashlib.sha256("".join(f"{f.name} {sha256_of(f)}\n" for f in files).encode()).hexdigest()
+
+
+class _Sampler:
+    """Samples one batch of sessions; the engine loads with the first."""
+
+    def __init__(self, settings: SampleSettings, sessions: Sequence[Session]) -> None:
+        import torch
+
+        from tppo_fast.model import load_causal_lm, load_tokenizer
+
+        self._settings = settings
+        path = str(settings.policy)
+        config = _config(settings)
+        tokenizer = load_tokenizer(path)
+        self._prompts = PromptBuilder(tokenizer, config.data).prompts(sessions)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._engine = build_engine(config, tokenizer, device)
+        self._engine.load_weights(load_causal_lm(path).state_dict().items(), version=0)
+
+    def __call__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        own = self._settings
+        sampling = SamplingParams(
+            n=own.samples, max_new_tokens=own.max_new_tokens, seed=derive(own.seed, "label", numbers[0])
+        )
+        rollouts: list[Rollout] = self._engine.generate([self._prompts[i] for i in numbers], sampling)
+        groups = [rollouts[start : start + own.samples] for start in range(0, len(rollouts), own.samples)]
+        return [{"responses": [rollout.text for rollout in group]} for group in groups]
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _config(settings: SampleSettings) -> Config:
+    return build(
+        {
+            "model": {"path": str(settings.policy)},
+            "data": {"template": settings.template, "separator": settings.separator},
+            "rollout": {"engine": settings.engine, "max_new_tokens": settings.max_new_tokens},
+        }
+    )
+
+
+def _journal(out: Path) -> Path:
+    return out.with_name(f"{out.name}.journal")
+
+
+def _same(found: dict[str, Any] | None, wanted: dict[str, Any], out: Path) -> None:
+    changed = sorted(name for name in wanted if (found or {}).get(name) != wanted[name])
+    if changed:
+        raise UserError(
+            f"{show(str(out))} was sampled with another {changed[0]}: use --fresh to sample again, or another --out"
+        )
