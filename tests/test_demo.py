@@ -47,7 +47,7 @@ def test_two_demos_do_not_mix(options: demo.DemoSettings, tiny_model: Path) -> N
 
 
 def test_methods_differ_in_credit_assignment_alone(options: demo.DemoSettings) -> None:
-    a, b = (demo._config(options, Path("x"), name).model_dump() for name in demo.METHODS)
+    a, b = (demo.run_config(options, Path("x"), name).model_dump() for name in demo.METHODS)
     assert (a["reward"].pop("placement"), b["reward"].pop("placement")) == ("token", "last")
     assert (a["ppo"].pop("gamma"), b["ppo"].pop("gamma")) == (0.7, 1.0)
     assert a.pop("run_dir") != b.pop("run_dir")

@@ -243,7 +243,7 @@ def test_a_reward_file_in_the_current_directory(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("lexicl", 'write "lexical", or module:function'),
+        ("lexicl", 'write "lexical", "model", or module:function'),
         ("no_such_module_here:f", "there is no module 'no_such_module_here'"),
         ("json.no_such_part:f", "there is no module 'json.no_such_part'"),
         ("needs_more:f", "importing 'needs_more' failed with ModuleNotFoundError"),

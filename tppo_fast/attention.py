@@ -10,16 +10,34 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tppo_fast.data_types import RolloutBatch
 from tppo_fast.errors import UserError
 
 NAME = "tppo_packed"
+
+
+class Segmented(Protocol):
+    """What attention needs to know of a packed batch, such as a ``RolloutBatch``; the fields are explained there."""
+
+    @property
+    def token_ids(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+    @property
+    def prefix(self) -> Tensor: ...
+
+
+class Segments(NamedTuple):
+    """The least that is ``Segmented``."""
+
+    token_ids: Tensor
+    cu_seqlens: Tensor
+    prefix: Tensor
 
 
 @dataclass(slots=True)
@@ -66,7 +84,7 @@ def can_use_flash(device: torch.device, half_precision: bool) -> str | None:
     return None
 
 
-def build_layout(batch: RolloutBatch, *, flash: bool = False) -> Layout:
+def build_layout(batch: Segmented, *, flash: bool = False) -> Layout:
     """The layout of a batch. Segments with a prefix always take SDPA blocks: flash-attn varlen has no such mask."""
     cu = batch.cu_seqlens.tolist()
     prefix = batch.prefix.tolist()

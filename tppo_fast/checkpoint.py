@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if (p / "state.json").is_file())
 
 
-def check_resumable(run_dir: Path, config: Section) -> Path:
-    """The newest checkpoint, if ``config`` may continue it.
+def check_resumable(run_dir: Path, config: Section, free: Collection[str] = _FREE) -> Path:
+    """The newest checkpoint, if ``config`` may continue it; the settings in ``free`` may differ.
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or a setting that changes the result differs.
@@ -76,7 +77,7 @@ def check_resumable(run_dir: Path, config: Section) -> Path:
     saved = read_state(checkpoints[-1])["config"]
     now = config.model_dump(mode="json")
     for section in now:
-        if section in _FREE or saved.get(section) == now[section]:
+        if section in free or saved.get(section) == now[section]:
             continue
         was, is_now = saved.get(section), now[section]
         if isinstance(is_now, dict) and isinstance(was, dict):

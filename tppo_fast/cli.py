@@ -16,7 +16,8 @@ from tppo_fast.cli_label import label
 from tppo_fast.errors import EngineError, LabellingFailed, TrainingDiverged, UserError
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.interrupt import Interrupted
-from tppo_fast.sections import build_section, load_section
+from tppo_fast.reward_model.settings import RewardModelConfig
+from tppo_fast.sections import Section, build_section, load_section
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -28,7 +29,7 @@ def cli() -> None:
 class _WithSettings(click.Command):
     """A command whose --help also lists every setting that ``--section.key value`` can override."""
 
-    settings: type[settings.Section] = settings.Config
+    settings: type[Section] = settings.Config
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx
@@ -37,11 +38,11 @@ class _WithSettings(click.Command):
                 formatter.write_dl(rows)
 
 
-def _settings_help(section: type[settings.Section], prefix: str = "") -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _settings_help(section: type[Section], prefix: str = "") -> Iterator[tuple[str, list[tuple[str, str]]]]:
     rows, nested = [], []
     for name, field in section.model_fields.items():
         default = field.default
-        if isinstance(default, settings.Section):
+        if isinstance(default, Section):
             nested.append((type(default), f"{prefix}{name}."))
         else:
             shown = repr(str(default)) if isinstance(default, Path) else repr(default)
@@ -57,6 +58,10 @@ class _WithSFTSettings(_WithSettings):
 
 class _WithDPOSettings(_WithSettings):
     settings = DPOConfig
+
+
+class _WithRewardModelSettings(_WithSettings):
+    settings = RewardModelConfig
 
 
 def _configured(kind: type[_WithSettings]) -> Callable[[Callable[..., None]], click.Command]:
@@ -109,6 +114,17 @@ def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     result = run(loaded, resume=resume)
     click.echo(f"trained policy: {result.policy}\nmetrics: {result.run_dir / 'metrics.jsonl'}")
     click.echo(f"held-out relevance: {result.evaluation['eval/relevance']:.3f}")
+
+
+@_configured(_WithRewardModelSettings)
+def reward_model(config: str, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train a token-level reward model on labelled responses as CONFIG (a TOML file) says."""
+    loaded = load_section(config, list(overrides), RewardModelConfig)
+    _quiet_libraries()
+    from tppo_fast.reward_model.run import train_reward_model
+
+    result = train_reward_model(loaded, resume=resume)
+    click.echo(f"{result.verdict}\nreward model: {result.folder}")
 
 
 @cli.command()

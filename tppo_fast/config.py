@@ -170,7 +170,19 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     source: Pluggable = "lexical"
-    """Who scores: "lexical" (word labels against the true next queries) or module:function."""
+    """Who scores: "lexical" (word labels against the true next queries), "model" or module:function."""
+    model: str = ""
+    """With source "model": the folder of a token reward model, from tppo-fast reward-model. It is frozen."""
+    value: Literal["argmax", "soft", "tlcr", "red"] = "argmax"
+    """What the reward model's class probabilities pay. "argmax": the likeliest class, by ``scale`` (TPPO). "soft": the
+    expectation over classes. "tlcr": 2 P(relevant) - 1, without ``scale``. "red": what each token adds to the score of the
+    response so far (needs a causal model)."""
+    red_share: Unit = 1.0
+    """With "red": this share is spread over the tokens, the rest stands on the last one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the reward model scores; auto is the trainer's device."""
+    batch_tokens: Annotated[int, Field(ge=16)] = 16384
+    """Most tokens in one forward pass of the reward model."""
     placement: Literal["token", "last", "sentence"] = "token"
     """"token": each token gets its own reward. "last": the same rewards summed onto the last token. "sentence": one judgement
     of the whole response there. Every ``algorithm`` but "tppo" sets it."""

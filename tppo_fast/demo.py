@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tppo_fast import checkpoint, evaluate, finetune, model, report, sft, trainer
+from tppo_fast import checkpoint, evaluate, finetune, model, report, scratch, sft, trainer
 from tppo_fast import config as settings_module
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.config import Config
@@ -115,12 +115,12 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
         UserError: ``run_dir`` holds a demo with other settings.
     """
     console = Console(stderr=True)
-    _open(options)
+    open_folder(options)
     if options.scale.threads:
         torch.set_num_threads(options.scale.threads)
-    train_sessions, eval_sessions = _sessions(options)
-    start = _supervised(options, train_sessions, console)
-    configs = {name: _config(options, start, name) for name in METHODS}
+    train_sessions, eval_sessions = sessions(options)
+    start = supervised(options, train_sessions, console)
+    configs = {name: run_config(options, start, name) for name in METHODS}
     for name, config in configs.items():
         if not (config.run_dir / "policy").is_dir():
             console.print(f"[bold]{name}[/]: {config.train.steps} steps of {config.rollout.prompts_per_step} prompts")
@@ -142,7 +142,7 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
     return table
 
 
-def _open(options: DemoSettings) -> None:
+def open_folder(options: DemoSettings) -> None:
     """Refuse to mix two demos in one folder."""
     if options.fresh:
         shutil.rmtree(options.run_dir, ignore_errors=True)
@@ -165,7 +165,7 @@ def _open(options: DemoSettings) -> None:
     write_atomic(record, json.dumps(wanted, indent=2).encode())
 
 
-def _sessions(options: DemoSettings) -> tuple[list[Session], list[Session]]:
+def sessions(options: DemoSettings) -> tuple[list[Session], list[Session]]:
     """Training and held-out sessions, also written beside the runs."""
     data = {"train": options.data, "synthetic_sessions": options.sessions}
     config = settings_module.build({"seed": options.seed, "data": data})
@@ -175,13 +175,13 @@ def _sessions(options: DemoSettings) -> tuple[list[Session], list[Session]]:
     return train_sessions, eval_sessions
 
 
-def _supervised(options: DemoSettings, sessions: Sequence[Session], console: Console) -> Path:
+def supervised(options: DemoSettings, sessions: Sequence[Session], console: Console) -> Path:
     """The starting policy: a supervised model in ``run_dir/start``."""
     start = options.run_dir / "start"
     if start.is_dir():
         return start
     base = Path(options.model) if options.model else _small_model(options, sessions)
-    config = _config(options, base, "TPPO")
+    config = run_config(options, base, "TPPO")
     actor, tokenizer, builder = finetune.build(config)
     examples = list(zip(builder.prompts(sessions), builder.responses(sessions), strict=True))
     scale = options.scale
@@ -200,45 +200,17 @@ def _supervised(options: DemoSettings, sessions: Sequence[Session], console: Con
 
 def _small_model(options: DemoSettings, sessions: Sequence[Session]) -> Path:
     """A random Llama of about a million parameters and a byte-level BPE tokenizer trained on the sessions."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
 
     texts = [" " + q for s in sessions for q in (*s.history.get("search", ()), *s.next_queries)]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    plan = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([*texts, "History:\n", "Next queries:"], plan)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
-    )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=2,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        eos_token_id=bpe.token_to_id("</s>"),
-        pad_token_id=bpe.token_to_id("<pad>"),
-        bos_token_id=None,
-    )
-    torch.manual_seed(options.seed)
+    tokenizer = scratch.byte_bpe([*texts, "History:\n", "Next queries:"])
     folder = options.run_dir / "untrained"
-    LlamaForCausalLM(config).save_pretrained(folder)
+    scratch.make(LlamaForCausalLM, scratch.llama_config(tokenizer), options.seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _config(options: DemoSettings, start: Path, method: str) -> Config:
+def run_config(options: DemoSettings, start: Path, method: str) -> Config:
     """One method's run."""
     scale, own = options.scale, METHODS[method]
     return settings_module.build(

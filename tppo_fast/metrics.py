@@ -22,6 +22,8 @@ GLOSSARY: dict[str, str] = {
     "rollout/length_mean": "Mean response length, in tokens, the end-of-sequence token included.",
     "rollout/truncated_share": "Share of responses cut at rollout.max_new_tokens, from 0 to 1.",
     "rollout/relevant_share": "Share of relevant tokens (class 2) among those of class 1 or 2, from 0 to 1.",
+    "rollout/repeated_share": "Mean share of a response's queries that repeat an earlier one of it, from 0 to 1.",
+    "rollout/copied_share": "Mean share of a response's queries that stand in the history, from 0 to 1.",
     "rollout/tokens": "Sampled tokens in the step, a count.",
     "rollout/staleness": "Steps by which the policy that sampled is older than the one that learns, a count.",
     "ppo/policy_loss": "Clipped policy objective, negated, in advantage units per token.",
@@ -84,6 +86,18 @@ GLOSSARY: dict[str, str] = {
     "time/eval": "Evaluation on held-out sessions, in seconds.",
     "time/step": "The whole step, evaluation and checkpoint left out, in seconds.",
     "perf/tokens_per_second": "Sampled tokens of the step divided by time/step, in tokens per second.",
+    "reward_model/loss": "Training loss of the reward model, the weighted sum of the two below, without unit.",
+    "reward_model/local_loss": "Class-weighted cross-entropy of a step's valid response tokens, in nats per token.",
+    "reward_model/global_loss": "Squared error of a response's mean soft value against 1 + its sentence label, per response.",
+    "reward_model/grad_norm": "Global norm of the reward model's gradient before clipping.",
+    "reward_model/validation_loss": "The loss on the validation users, every response token valid, without dropout.",
+    "reward_model/accuracy": "Share of response tokens whose likeliest class is their label, from 0 to 1.",
+    "reward_model/macro_f1": "Mean over the classes that occur of 2 TP / (2 TP + FP + FN), over response tokens, from 0 to 1.",
+    "reward_model/auc": "Probability that a relevant token scores higher than an irrelevant one; its score is "
+    "P(relevant) / (P(relevant) + P(irrelevant)).",
+    "reward_model/calibration_error": "Mean over words' tokens of |score - share relevant| in 10 equal bins of that score.",
+    "reward_model/sentence_auc": "Probability that a response labelled relevant has a higher mean soft value over its "
+    "words' tokens than one labelled irrelevant.",
     "perf/peak_memory_gib": "Peak memory since the run began, of the GPU, or of the process on a CPU, in GiB.",
 }
 """Every metric a run may log, with its unit. ``MetricsLogger.log`` refuses a name that is not defined here."""

@@ -89,6 +89,10 @@ class Report:
     """method -> metric -> estimate; a metric that a method lacks is shown as a dash."""
     examples: Sequence[Example] = ()
     """Labelled responses."""
+    number_shown: str = "the reward it received"
+    """What the number under an example's token is."""
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    """Caption -> any further figure."""
     machine: Mapping[str, str] = field(default_factory=lambda: machine_record())
     """Where it ran; ``machine_record()`` unless given."""
 
@@ -203,6 +207,7 @@ def write_report(path: Path, report: Report) -> list[Path]:
     images = {curve: _png(figure) for curve, figure in drawn.items()}
     page = environment.get_template("report.html").render(
         report=report,
+        figures=[(caption, base64.b64encode(_png(figure)).decode()) for caption, figure in report.figures.items()],
         curves=[(curve.metric, base64.b64encode(png).decode()) for curve, png in images.items()],
         not_recorded=[label(curve.metric) for curve in CURVES if curve not in images] if report.runs else [],
         columns=list(dict.fromkeys(metric for row in report.table.values() for metric in row)),

@@ -27,12 +27,14 @@ from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.evaluate import held_out
 from tppo_fast.interrupt import Interrupted, InterruptGuard
-from tppo_fast.metrics import MetricsLogger
+from tppo_fast.metrics import MetricsLogger, read_metrics
 from tppo_fast.plugins import guarded, load_object
 from tppo_fast.ppo import PPO, Metrics
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import TokenRewards, build_reward
 from tppo_fast.rewards.display import examples_table
+from tppo_fast.rewards.token_model import RECORD
+from tppo_fast.rewards.watch import HackingWatch, repetition_and_copies
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.runs import eval_sampling, load_sessions, open_run_dir, resolve_device
 
@@ -79,6 +81,8 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     """
     start_from = open_run_dir(config, resume)
     run = setup(config)
+    if config.reward.source == "model":
+        write_atomic(config.run_dir / "reward_model.json", (Path(config.reward.model) / RECORD).read_bytes())
     if start_from is not None:
         run.source.load_state(checkpoint.load(start_from, run.ppo))
     first = run.ppo.step
@@ -109,9 +113,11 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
     """The PPO loop."""
     config, ppo, steps = run.config, run.ppo, run.config.train.steps
     evaluation: Metrics = {}
+    watch = HackingWatch(read_metrics(config.run_dir))
     if evaluate_first:
         evaluation = evaluate(run)
         logger.log(0, evaluation)
+        watch(evaluation)
     with Progress("train", steps, "step", start=ppo.step) as progress:
         while ppo.step < steps:
             guard.check()
@@ -132,6 +138,7 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
                 learned = ppo.update(train_batch)
 
             metrics = {**rollout_metrics(rollouts, rewards, classes), **prepared, **learned, **clock.metrics(rollouts)}
+            metrics |= repetition_and_copies(rollouts, config.data.separator)
             metrics["rollout/staleness"] = step - rollouts[0].policy_version
             if step == 0 and config.train.show_examples:
                 show_examples(run, rollouts, rewards, classes)
@@ -139,6 +146,8 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
                 evaluation = evaluate(run)
                 metrics |= evaluation
             logger.log(ppo.step, metrics)
+            for warning in watch(metrics):
+                Console(stderr=True).print(f"[yellow]step {ppo.step}: {warning}[/]")
             if _due(ppo.step, config.train.save_every, steps):
                 checkpoint.save(config.run_dir, ppo, run.tokenizer, config, run.source.state(ppo.step))
             shown = {"reward": metrics["rollout/reward_per_token"], "kl": metrics["ppo/kl"]}
@@ -174,6 +183,7 @@ def setup(config: Config) -> Run:
         expected_length=expected or 0.0,
         separator=config.data.separator,
         num_queries=config.data.num_queries,
+        device=device,
     )
     prompts = builder.prompts(train_sessions)
     eval_prompts = builder.prompts(eval_sessions[: config.train.eval_prompts])

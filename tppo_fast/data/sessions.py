@@ -23,12 +23,21 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from tppo_fast.data.files import read_rows, write_rows
 from tppo_fast.data.rows import Session, parse_row, to_row
 from tppo_fast.errors import UserError
 
 __all__ = ["Session", "read_sessions", "split_by_user", "write_sessions"]
+
+
+class _OfUser(Protocol):
+    @property
+    def user_id(self) -> str: ...
+
+
+T = TypeVar("T", bound=_OfUser)
 
 
 def read_sessions(path: str | os.PathLike[str]) -> list[Session]:
@@ -56,7 +65,7 @@ def write_sessions(path: str | os.PathLike[str], sessions: Iterable[Session]) ->
     write_rows(Path(path), rows, "session")
 
 
-def split_by_user(sessions: Sequence[Session], fraction: float, seed: int) -> tuple[list[Session], list[Session]]:
+def split_by_user(sessions: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """Hold out about ``fraction`` of the USERS; returns (train, eval), each in the order given.
 
     A user is held out when a hash of seed and user_id, read as a number in [0, 1), is below ``fraction``: the same on

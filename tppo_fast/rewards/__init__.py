@@ -10,6 +10,7 @@ from tppo_fast.rewards.alignment import project, token_spans
 from tppo_fast.rewards.labels import CLASS_NAMES, Labeller, Labels
 from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.transfer import encode, encode_labels, transfer
+from tppo_fast.rewards.values import ClassProbabilities
 from tppo_fast.words import normalise_query
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLASS_NAMES",
+    "ClassProbabilities",
     "Labeller",
     "Labels",
     "LexicalLabeller",

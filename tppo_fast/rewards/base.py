@@ -18,26 +18,27 @@ from tppo_fast.rewards.alignment import project, token_spans
 from tppo_fast.rewards.labels import IRRELEVANT, Labeller, Labels
 from tppo_fast.rewards.length_penalty import lwp
 from tppo_fast.rewards.lexical import LexicalLabeller
-from tppo_fast.rewards.output import checked_items, checked_labels, checked_numbers
+from tppo_fast.rewards.output import checked_items, checked_labels, checked_numbers, checked_probabilities
+from tppo_fast.rewards.values import SCALES, ClassProbabilities, sentence_value, token_values
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    Rewards = Sequence[float] | Sequence[Sequence[float]] | Sequence[Tensor] | Sequence[Labels] | Tensor | np.ndarray
-
-SCALES = {"paper": (0.0, 1.0, 2.0), "binary": (0.0, 0.0, 1.0), "centred": (0.0, -1.0, 1.0)}
-"""Reward of a separator, irrelevant, relevant token. Paper: TPPO, section 3.2."""
+    Numbers = Sequence[float] | Sequence[Sequence[float]] | Sequence[Tensor] | Tensor | np.ndarray
+    Rewards = Numbers | Sequence[Labels] | Sequence[ClassProbabilities]
 
 
 class RewardFunction(Protocol):
     """Scores responses; any callable will do."""
 
     def __call__(self, rollouts: Sequence[Rollout], /) -> Rewards:
-        """For every rollout a float (lands on the last token), or its [length] rewards, or the Labels of its words.
+        """For every rollout a float (lands on the last token), or its [length] rewards, the Labels of its words, or the
+        ClassProbabilities of its tokens.
 
-        One kind for the whole batch. Labels are aligned to tokens and scaled by ``reward.scale``.
+        One kind for the whole batch. Labels are aligned to tokens and scaled by ``reward.scale``; class probabilities are
+        valued by ``reward.value``.
         """
         ...
 
@@ -58,6 +59,7 @@ def build_reward(
     expected_length: float,
     separator: str,
     num_queries: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> TokenRewards:
     """The reward of a run.
 
@@ -67,6 +69,7 @@ def build_reward(
         expected_length: sl of the length penalty, in tokens, measured on the training sessions.
         separator: text between the queries of a response.
         num_queries: how many queries a response should hold; the lexical labeller calls later ones irrelevant.
+        device: where a reward model scores when ``reward.device`` is auto.
 
     Raises:
         UserError: a source that cannot be loaded, or an expected length that is not a number of tokens.
@@ -76,8 +79,12 @@ def build_reward(
         raise UserError(f"reward.expected_length = {length}: give a number of tokens, 0 or more")
     if config.source == "lexical":
         source: RewardFunction = label_with(LexicalLabeller(separator=separator, num_queries=num_queries))
+    elif config.source == "model":
+        from tppo_fast.rewards import model_source  # needs transformers
+
+        source = model_source.build(config, tokenizer, device)
     elif ":" not in config.source:
-        raise UserError(f'reward.source = {config.source!r}: write "lexical", or module:function for your own')
+        raise UserError(f'reward.source = {config.source!r}: write "lexical", "model", or module:function for your own')
     else:
         source = load_object(config.source, "reward.source")
     if isinstance(source, type):
@@ -114,21 +121,24 @@ class TokenRewards:
         """Rewards and classes together, from one call of the source."""
         name = self.config.source
         items = checked_items(self._ask(rollouts), rollouts, name)
-        labels = checked_labels(items, rollouts, name)
-        if labels is None:
+        scalar, classes = False, None
+        sentence = self.config.placement == "sentence"
+        if labels := checked_labels(items, rollouts, name):
+            classes = [self._token_classes(*pair, i) for i, pair in enumerate(zip(labels, rollouts, strict=True))]
+            table, scalar = np.array(SCALES[self.config.scale]), sentence
+            indices = [IRRELEVANT + given.sentence for given in labels] if sentence else classes
+            arrays = [table[np.array(c, dtype=np.int64)] for c in indices]
+        elif scores := checked_probabilities(items, rollouts, name):
+            classes, scalar = [s.classes for s in scores], sentence
+            value = sentence_value if sentence else token_values
+            arrays = [value(s, self.config).numpy() for s in scores]
+        else:
             arrays, scalar = checked_numbers(items, rollouts, name)
-            classes = None
-            if self.config.placement == "sentence" and not scalar:
+            if sentence and not scalar:
                 raise UserError(
                     f"reward {name!r} gives numbers for tokens, and a sentence score is asked for: return one number per "
                     'response or Labels, or use algorithm = "control", which sums the tokens'
                 )
-        else:
-            classes = [self._token_classes(*pair, i) for i, pair in enumerate(zip(labels, rollouts, strict=True))]
-            table = np.array(SCALES[self.config.scale])
-            arrays, scalar = [table[np.array(c, dtype=np.int64)] for c in classes], False
-            if self.config.placement == "sentence":
-                arrays, scalar = [table[IRRELEVANT + given.sentence] for given in labels], True
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         penalty = self._penalty(max(lengths, default=0), scalar)
         rewards = [self._placed(a, n, penalty) for a, n in zip(arrays, lengths, strict=True)]

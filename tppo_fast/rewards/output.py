@@ -11,6 +11,7 @@ import torch
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.rewards.labels import Labels
+from tppo_fast.rewards.values import ClassProbabilities
 
 _EXPECTED = "one float, one [length] sequence or one Labels per rollout"
 
@@ -38,14 +39,8 @@ def checked_labels(items: list[Any], rollouts: Sequence[Rollout], name: str) -> 
     Raises:
         UserError: labels for some rollouts only, or a span past the end of the response.
     """
-    found = [isinstance(item, Labels) for item in items]
-    if not any(found):
+    if not _all_are(Labels, items, name):
         return None
-    if not all(found):
-        index = found.index(False)
-        raise UserError(
-            f"reward {name!r}, rollout {index}: {_kind(items[index])} among Labels, expected one kind for all"
-        )
     for index, (labels, rollout) in enumerate(zip(items, rollouts, strict=True)):
         if labels.spans and labels.spans[-1][1] > len(rollout.text):
             raise UserError(
@@ -53,6 +48,35 @@ def checked_labels(items: list[Any], rollouts: Sequence[Rollout], name: str) -> 
                 f"{len(rollout.text)} characters, expected spans of Rollout.text"
             )
     return items
+
+
+def checked_probabilities(items: list[Any], rollouts: Sequence[Rollout], name: str) -> list[ClassProbabilities] | None:
+    """The items as class probabilities, or None where none of them are.
+
+    Raises:
+        UserError: probabilities for some rollouts only, of the wrong shape, or not finite.
+    """
+    if not _all_are(ClassProbabilities, items, name):
+        return None
+    for index, (item, rollout) in enumerate(zip(items, rollouts, strict=True)):
+        values, length = item.values, len(rollout.token_ids)
+        if tuple(values.shape) != (length, 3) or not torch.isfinite(values).all():
+            raise UserError(
+                f"reward {name!r}, rollout {index}: class probabilities of shape {list(values.shape)}, expected finite "
+                f"ones of shape [{length}, 3]"
+            )
+    return items
+
+
+def _all_are(kind: type, items: list[Any], name: str) -> bool:
+    """Whether every item is of this kind; some but not all is an error."""
+    found = [isinstance(item, kind) for item in items]
+    if any(found) and not all(found):
+        index = found.index(False)
+        raise UserError(
+            f"reward {name!r}, rollout {index}: {_kind(items[index])} among {kind.__name__}, expected one kind for all"
+        )
+    return any(found)
 
 
 def checked_numbers(items: list[Any], rollouts: Sequence[Rollout], name: str) -> tuple[list[np.ndarray], bool]:

@@ -1,0 +1,218 @@
+"""Does a policy get better by a reward model's rewards, in the eyes of a judge that did not label? From sessions to verdict.
+
+    python -m benchmarks.learning_from_feedback --out runs/feedback                     # the demo's model, full length
+    python -m benchmarks.learning_from_feedback --out runs/real --model .cache/smollm2 --data SESSIONS.jsonl ...
+
+Supervise a policy, sample its responses to the training users' sessions, spoil a copy of each, label all by words, train a
+reward model, train the policy by TPPO on its rewards with several seeds from the same start, and score start and result on the
+held-out users. ``--labels planted`` labels against every relevant query of the generated world; ``next`` against what the users
+asked next, which is noisy. The judges are the other one and the lexical one, whichever did not label. Every stage is kept in
+--out and taken up again: run the same command to continue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from scipy import stats
+
+from tppo_fast import checkpoint, demo, evaluate, model, report, trainer
+from tppo_fast import config as settings
+from tppo_fast.atomic import write_atomic
+from tppo_fast.config import Config
+from tppo_fast.data.perturb import perturb
+from tppo_fast.data.prompts import PromptBuilder
+from tppo_fast.data.relevance import relevance
+from tppo_fast.data.sessions import Session
+from tppo_fast.labelling.records import LabelledResponse, read_labels, write_labels
+from tppo_fast.reward_model.data import encode, searches, split
+from tppo_fast.reward_model.run import score, train_reward_model
+from tppo_fast.reward_model.settings import RewardModelConfig
+from tppo_fast.rewards.lexical import LexicalLabeller
+from tppo_fast.rewards.token_model import load
+from tppo_fast.rollout import SamplingParams, build_engine
+from tppo_fast.sections import build_section
+
+INDEPENDENT = {"planted": ("hit", "mrr", "exact", "word_relevance"), "next": ("relevance",)}
+"""Labels -> the held-out metrics whose truth the labeller never saw. ``relevance`` reads the world's relevant queries, the
+others what the users asked next; where no wider truth is known (a sessions file) the two are the same."""
+
+
+def main() -> None:
+    """Run or continue every stage."""
+    options = _arguments()
+    torch.set_num_threads(1)
+    out: Path = options.out
+    base = demo.DemoSettings(
+        run_dir=out, model=options.model, data=options.data, sft_steps=options.sft_steps, steps=options.steps
+    )
+    demo.open_folder(base)
+    sessions, held_out = demo.sessions(base)
+    start = demo.supervised(base, sessions, Console(stderr=True))
+    labels = _labels(options, demo.run_config(base, start, "TPPO"), sessions)
+    reward_model = _reward_model(options, labels, start)
+    runs = [_trained(options, base, start, reward_model, seed) for seed in range(options.seeds)]
+    config = demo.run_config(base, start, "TPPO")
+    evaluation = demo.Evaluation(config, start, sessions, held_out[: options.eval_sessions])
+    names = [f"seed {seed}" for seed in range(len(runs))]
+    scores = evaluation.scores({"start": start, **dict(zip(names, runs, strict=True))})
+    result = {
+        "command": {k: str(v) for k, v in vars(options).items()},
+        "machine": report.machine_record(),
+        "reward_model": _model_figures(reward_model, sessions, labels, options.labels),
+        "differences": _differences(scores, names, evaluation.users),
+        "independent": INDEPENDENT[options.labels],
+    }
+    write_atomic(out / "result.json", json.dumps(result, indent=2).encode())
+    print(json.dumps(result, indent=2))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="", help="a causal LM; empty: the demo's small one")
+    parser.add_argument("--data", default="synthetic")
+    parser.add_argument("--labels", choices=INDEPENDENT, default="planted")
+    parser.add_argument("--backbone", default="policy", help="'policy', 'scratch', or a folder")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sft-steps", type=int)
+    parser.add_argument("--steps", type=int, help="PPO steps")
+    parser.add_argument("--sessions", type=int, default=10_000, help="training sessions whose responses are labelled")
+    parser.add_argument("--samples", type=int, default=2, help="responses sampled to each of them")
+    parser.add_argument("--eval-sessions", type=int, default=10_000)
+    parser.add_argument("--rm-lr", type=float, default=1e-3)
+    parser.add_argument("--rm-epochs", type=int, default=1)
+    parser.add_argument("--value", default="soft")
+    return parser.parse_args()
+
+
+def _labels(options: argparse.Namespace, config: Config, sessions: Sequence[Session]) -> Path:
+    """Sampled responses and a spoiled copy of each, labelled word by word."""
+    path = options.out / f"labels-{options.labels}.jsonl"
+    if path.exists():
+        return path
+    labeller, rng = LexicalLabeller(num_queries=config.data.num_queries), random.Random(0)
+    pool = [query for session in sessions for query in session.next_queries]
+    rows = []
+    for session, text in _sampled(options, config, sessions[: options.sessions]):
+        queries = [query.strip() for query in text.split(config.data.separator.strip()) if query.strip()]
+        spoiled = perturb(queries, searches(session.history), pool, rng) if queries else []
+        truth = session.relevant_queries if options.labels == "planted" else session.next_queries
+        for response in (text, " " + config.data.separator.join(spoiled)):
+            found = labeller(searches(session.history), truth, response)
+            if found.spans:
+                rows.append(_row(session, response, found, f"lexical-{options.labels}"))
+    write_labels(path, rows)
+    return path
+
+
+def _row(session: Session, response: str, labels: Any, labeller: str) -> LabelledResponse:
+    return LabelledResponse(
+        user_id=session.user_id,
+        history=session.history,
+        next_queries=session.next_queries,
+        response=response,
+        labels=labels,
+        labeller=labeller,
+    )
+
+
+def _sampled(options: argparse.Namespace, config: Config, sessions: Sequence[Session]) -> list[tuple[Session, str]]:
+    """(session, response) of the supervised policy; kept in ``responses.json``."""
+    path = options.out / "responses.json"
+    if not path.exists():
+        tokenizer = model.load_tokenizer(config.model.path)
+        prompts = PromptBuilder(tokenizer, config.data).prompts(sessions)
+        sampling = SamplingParams(
+            n=options.samples, max_new_tokens=config.rollout.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=1
+        )
+        with contextlib.closing(build_engine(config, tokenizer, torch.device("cpu"))) as engine:
+            engine.load_weights(model.load_causal_lm(config.model.path).state_dict().items(), version=0)
+            texts = [rollout.text for rollout in engine.generate(prompts, sampling)]
+        write_atomic(path, json.dumps(texts).encode())
+    repeated = itertools.chain.from_iterable(itertools.repeat(s, options.samples) for s in sessions)
+    return list(zip(repeated, json.loads(path.read_text()), strict=True))
+
+
+def _reward_model(options: argparse.Namespace, labels: Path, start: Path) -> Path:
+    run_dir = options.out / f"reward-model-{options.labels}"
+    if not (run_dir / "model").is_dir():
+        values = {
+            "run_dir": str(run_dir),
+            "threads": 1,
+            "backbone": {"path": str(start) if options.backbone == "policy" else options.backbone},
+            "data": {"labels": str(labels)},
+            "train": {"lr": options.rm_lr, "epochs": options.rm_epochs, "eval_every": 200},
+        }
+        config = build_section(values, RewardModelConfig)
+        train_reward_model(config, resume=bool(checkpoint.list_checkpoints(run_dir)))
+    return run_dir / "model"
+
+
+def _trained(options: argparse.Namespace, base: demo.DemoSettings, start: Path, reward_model: Path, seed: int) -> Path:
+    """The policy that TPPO makes of ``start`` with the reward model's rewards."""
+    config = demo.run_config(base, start, "TPPO")
+    reward = {"source": "model", "model": str(reward_model), "value": options.value}
+    config = settings.build(
+        config.model_dump(mode="json")
+        | {
+            "run_dir": str(options.out / f"tppo-{options.labels}-{options.value}-{seed}"),
+            "seed": seed,
+            "threads": 1,
+            "reward": config.reward.model_dump(mode="json") | reward,
+            "train": config.train.model_dump(mode="json") | {"show_examples": 0, "tensorboard": False},
+        }
+    )
+    if not (config.run_dir / "policy").is_dir():
+        trainer.train(config, resume=bool(checkpoint.list_checkpoints(config.run_dir)))
+    return config.run_dir / "policy"
+
+
+def _model_figures(folder: Path, sessions: Sequence[Session], labels: Path, kind: str) -> dict[str, Any]:
+    """The test users' metrics; for planted labels also Spearman's rho of mean soft value and true relevance."""
+    record = json.loads((folder / "record.json").read_text())
+    figures: dict[str, Any] = {"verdict": record["verdict"], "metrics": record["metrics"]}
+    if kind == "planted":
+        config = build_section(record["config"], RewardModelConfig)
+        rows = split(read_labels(labels), config.data, config.seed).test
+        frozen, _ = load(str(folder), "cpu")
+        examples = encode(rows, frozen.reader)
+        means = score(frozen, examples, config.train.microbatch_tokens).sentence_scores()
+        truth = {(s.user_id, tuple(searches(s.history))): s.relevant_queries for s in sessions}
+        true = [_true_relevance(e.row, truth[e.row.user_id, tuple(searches(e.row.history))]) for e in examples]
+        figures["spearman"] = float(stats.spearmanr(means, true).statistic)
+    return figures
+
+
+def _true_relevance(row: LabelledResponse, relevant: Sequence[str]) -> float:
+    queries = [query.strip() for query in row.response.split(",") if query.strip()]
+    return relevance(queries, relevant=relevant, history=searches(row.history), num_queries=3)
+
+
+def _differences(scores: dict[str, evaluate.Scores], names: Sequence[str], users: Sequence[str]) -> dict[str, Any]:
+    """Metric -> start, trained policies, and their paired difference over users and seeds with its 95 % interval."""
+    table = {}
+    for metric in ("relevance", "hit", "mrr", "exact", "word_relevance", "copy", "distinct", "valid", "length"):
+        after = np.stack([scores[name][metric] for name in names])  # [R, B]
+        before = np.broadcast_to(scores["start"][metric], after.shape)
+        gap = evaluate.paired_difference(after, before, users)
+        table[metric] = {
+            "start": float(before.mean()),
+            "trained": [float(run.mean()) for run in after],
+            "difference": [gap.mean, gap.low, gap.high],
+        }
+    return table
+
+
+if __name__ == "__main__":
+    main()

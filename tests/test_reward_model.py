@@ -1,0 +1,346 @@
+"""The reward model's training: losses by hand, metrics against scipy, planted truth, exact resume, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import planted
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from scipy import stats
+from support import tokenizer
+from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig, BertForTokenClassification
+
+from tppo_fast import cli
+from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.interrupt import Interrupted, InterruptGuard
+from tppo_fast.metrics import GLOSSARY
+from tppo_fast.reward_model import quality, training
+from tppo_fast.reward_model.data import encode, split
+from tppo_fast.reward_model.losses import balanced, class_weights, global_loss, local_loss
+from tppo_fast.reward_model.run import RewardModelResult, score, train_reward_model
+from tppo_fast.reward_model.settings import LabelsConfig, RewardModelConfig
+from tppo_fast.rewards.token_model import Reader, TokenModel, load
+from tppo_fast.sections import build_section
+
+TRUE = torch.ones(4, dtype=torch.bool)
+
+
+def config(run_dir: Path, labels: Path, **train: Any) -> RewardModelConfig:
+    values = {
+        "run_dir": str(run_dir),
+        "resamples": 200,
+        "data": {"labels": str(labels), "test_fraction": 0.2},
+        "train": {"lr": 1e-3, "epochs": 2, "batch_size": 16, **train},
+    }
+    return build_section(values, RewardModelConfig)
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted.write(tmp_path_factory.mktemp("labels") / "planted.jsonl", 1200)
+
+
+@pytest.fixture(scope="module")
+def trained(labels: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardModelResult:
+    return train_reward_model(config(tmp_path_factory.mktemp("rm") / "run", labels))
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_local_loss_is_the_weighted_cross_entropy_of_the_valid_tokens() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6], [0.3, 0.3, 0.4]]))
+    valid = torch.tensor([True, True, True, False])
+    found = local_loss(logits, torch.tensor([0, 2, 1, 1]), valid, torch.tensor([1.0, 2.0, 3.0]))
+    assert float(found) == pytest.approx(-(math.log(0.5) + 3.0 * math.log(0.8) + 2.0 * math.log(0.2)), rel=1e-6)
+
+
+def test_global_loss_compares_mean_soft_values_with_sentence_labels() -> None:
+    logits = torch.log(
+        torch.tensor([[0.0, 0.5, 0.5], [0.8, 0.1, 0.1], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]).clamp_min(1e-9)
+    )
+    labels, owner = torch.tensor([2, 0, 2, 1]), torch.tensor([0, 0, 0, 1])
+    # response 0: soft values 1.5 and 2 (the separator does not count), label 2; response 1: 1, label 1; response 2 is empty
+    found = global_loss(logits, labels, TRUE, owner, torch.tensor([1, 0, 1]))
+    assert float(found) == pytest.approx((1.75 - 2.0) ** 2 + 0.0, abs=1e-6)
+    masked = global_loss(logits, labels, torch.tensor([True, True, False, True]), owner, torch.tensor([1, 0, 1]))
+    assert float(masked) == pytest.approx((1.5 - 2.0) ** 2, abs=1e-6)
+
+
+def test_class_weights_are_inverse_frequencies_with_mean_one() -> None:
+    counts = torch.tensor([10, 30, 60])
+    weights = class_weights(counts)
+    assert torch.allclose(weights, torch.tensor([100 / 30, 100 / 90, 100 / 180]))
+    assert float(weights @ counts.float()) == pytest.approx(100.0)
+    assert class_weights(torch.tensor([5, 0, 5])).tolist() == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("ones", "twos"), [(10, 100), (100, 10), (20, 30), (0, 50), (7, 22)])
+def test_the_probability_mask_keeps_the_classes_within_the_ratio(ones: int, twos: int) -> None:
+    labels = torch.cat([torch.zeros(5), torch.ones(ones), 2 * torch.ones(twos)]).long()
+    keep = balanced(labels, 3.0, torch.Generator().manual_seed(0))
+    assert keep[:5].all()  # class 0 stays
+    left = [int((labels[keep] == c).sum()) for c in (1, 2)]
+    assert min(left) == min(ones, twos)
+    assert max(left) == (min(max(ones, twos), 3 * min(ones, twos)) if min(ones, twos) else max(ones, twos))
+    assert torch.equal(keep, balanced(labels, 3.0, torch.Generator().manual_seed(0)))
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def scored(seed: int = 0, responses: int = 60) -> quality.Scored:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 9, responses)
+    labels = rng.integers(0, 3, lengths.sum())
+    noisy = np.eye(3)[labels] + rng.random((len(labels), 3)).round(1)  # rounded: ties occur
+    return quality.Scored(
+        probabilities=noisy / noisy.sum(1, keepdims=True),
+        labels=labels,
+        sentence=rng.integers(0, 2, responses),
+        response=np.repeat(np.arange(responses), lengths),
+        user=np.sort(rng.integers(0, 20, responses)),
+    )
+
+
+def test_metrics_equal_their_textbook_forms() -> None:
+    data = scored()
+    found = quality.measure(data, resamples=1)
+    predicted, labels = data.probabilities.argmax(1), data.labels
+    assert found["accuracy"].mean == pytest.approx((predicted == labels).mean())
+    f1 = []
+    for c in range(3):
+        hit, either = ((predicted == c) & (labels == c)).sum(), (predicted == c).sum() + (labels == c).sum()
+        f1.append(2 * hit / either)
+    assert found["macro_f1"].mean == pytest.approx(np.mean(f1))
+    words, relevance = labels > 0, data.relevance
+    up, down = relevance[labels == 2], relevance[labels == 1]
+    u = stats.mannwhitneyu(up, down).statistic
+    assert found["auc"].mean == pytest.approx(u / (len(up) * len(down)))
+    sentence = data.sentence_scores()
+    u = stats.mannwhitneyu(sentence[data.sentence == 1], sentence[data.sentence == 0]).statistic
+    pairs = (data.sentence == 1).sum() * (data.sentence == 0).sum()
+    assert found["sentence_auc"].mean == pytest.approx(u / pairs)
+    bins = np.minimum((relevance[words] * 10).astype(int), 9)
+    gaps = [
+        abs(relevance[words][bins == b].mean() - (labels[words] == 2)[bins == b].mean()) * (bins == b).sum()
+        for b in range(10)
+        if (bins == b).any()
+    ]
+    assert found["calibration_error"].mean == pytest.approx(sum(gaps) / words.sum())
+
+
+def test_a_weight_of_two_is_a_user_counted_twice() -> None:
+    data = scored()
+    again = data.user == 3
+    tokens = again[data.response]
+    places = np.cumsum(again) - 1 + len(data.sentence)
+    doubled = quality.Scored(
+        probabilities=np.concatenate([data.probabilities, data.probabilities[tokens]]),
+        labels=np.concatenate([data.labels, data.labels[tokens]]),
+        sentence=np.concatenate([data.sentence, data.sentence[again]]),
+        response=np.concatenate([data.response, places[data.response[tokens]]]),
+        user=np.concatenate([data.user, data.user[again]]),
+    )
+    weights = np.ones(int(data.user.max()) + 1)
+    weights[3] = 2.0
+    weighted, plain = quality._Statistics(data)(weights), quality.measure(doubled, resamples=1)
+    assert weighted == pytest.approx({name: e.mean for name, e in plain.items()})
+
+
+def test_baselines_and_degenerate_data() -> None:
+    data = scored()
+    flat = quality.measure(quality.majority(data, np.array([1, 5, 3])), resamples=50)
+    assert (flat["auc"].mean, flat["auc"].low, flat["auc"].high) == (0.5, 0.5, 0.5)
+    assert flat["accuracy"].mean == pytest.approx((data.labels == 1).mean())
+    perfect = quality.measure(quality.copy_of_history(data, data.labels), resamples=50)
+    assert perfect["accuracy"].mean == perfect["auc"].low == 1.0
+    one = quality.Scored(
+        probabilities=np.eye(3)[[2]],
+        labels=np.array([2]),
+        sentence=np.array([1]),
+        response=np.array([0]),
+        user=np.array([0]),
+    )
+    assert math.isnan(quality.measure(one)["auc"].mean)
+    assert {f"reward_model/{name}" for name in quality.METRICS} <= set(GLOSSARY)
+
+
+# ---------------------------------------------------------------- reading and direction
+
+
+def reader(**settings: Any) -> Reader:
+    given = {"template": "History:\n{history}\nNext queries:", "separator": ", ", "max_tokens": 200, **settings}
+    return Reader(tokenizer=tokenizer(), **given)
+
+
+def test_a_response_is_read_the_same_with_and_without_its_leading_space() -> None:
+    one, two = reader()([["lisbon"]] * 2, ["lisbon hotels, tram", "  lisbon hotels, tram "])
+    assert one.input_ids == two.input_ids
+    text = "  lisbon hotels, tram "
+    for (a, b), (c, d) in zip(one.spans, two.spans, strict=True):
+        assert "lisbon hotels, tram"[a:b].strip() == text[c:d].strip()
+    assert "".join("lisbon hotels, tram"[a:b] for a, b in one.spans) == "lisbon hotels, tram"
+
+
+def test_a_long_history_loses_its_oldest_part_and_a_long_response_is_refused() -> None:
+    short = reader(max_tokens=24)
+    (found,) = short([["museum " * 30, "tram map"]], ["lisbon hotels"])
+    assert len(found.input_ids) == 24
+    assert "tram map\nNext queries: lisbon hotels" in short.tokenizer.decode(found.input_ids)
+    with pytest.raises(UserError, match=r"24 tokens.*data\.max_tokens"):
+        short([["lisbon"]], ["hotels " * 40])
+
+
+def test_a_query_of_the_history_holds_no_separator() -> None:
+    one, two = reader()([["lisbon, tram"], ["lisbon  tram"]], ["map"] * 2)
+    assert one.input_ids == two.input_ids
+
+
+def bert(vocabulary: int) -> BertForTokenClassification:
+    torch.manual_seed(0)
+    return BertForTokenClassification(
+        BertConfig(
+            vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+            max_position_embeddings=128, num_labels=3,
+        )
+    )  # fmt: skip
+
+
+def test_an_encoder_sees_later_tokens_and_a_decoder_runs_packed(trained: RewardModelResult) -> None:
+    encoder = TokenModel(bert(300), reader())
+    assert encoder.hindsight
+    assert not encoder.packed
+    decoder, record = load(str(trained.folder), "cpu")
+    assert not decoder.hindsight
+    assert decoder.packed
+    assert record["hindsight"] is False
+
+
+def test_batching_and_packing_do_not_change_the_scores(trained: RewardModelResult) -> None:
+    texts = [" hotels price", " book, video course, flights", " tent"] * 3
+    histories = [["lisbon", "kyoto"], ["chess"], ["yoga", "pottery", "python"]] * 3
+    for model in (load(str(trained.folder), "cpu")[0], TokenModel(bert(300), reader())):
+        inputs = model.reader(histories, texts)
+        small, large = model.probabilities(inputs, 16), model.probabilities(inputs, 10_000)
+        for a, b, one in zip(small, large, inputs, strict=True):
+            alone = model.classifier.eval()(input_ids=torch.tensor([one.input_ids])) if not model.packed else None
+            assert torch.allclose(a, b, atol=1e-5)
+            if alone is not None:
+                assert torch.allclose(alone.logits[0][one.response].softmax(-1), a, atol=1e-5)
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_planted_truth_is_found(trained: RewardModelResult, labels: Path) -> None:
+    own = trained.table["reward model"]
+    assert own["auc"].mean >= 0.95
+    assert own["auc"].low > max(trained.table[name]["auc"].high for name in ("majority", "copy of the history"))
+    assert "do not overlap" in trained.verdict
+    model, record = load(str(trained.folder), "cpu")
+    rows = split(planted.rows(1200), LabelsConfig(labels=str(labels), test_fraction=0.2), 0).test
+    test = encode(rows, model.reader)
+    assert len(test) == record["counts"]["test"]
+    soft = score(model, test, 4096).sentence_scores()
+    true = [sum(c == 2 for c in e.row.labels.classes) / sum(c > 0 for c in e.row.labels.classes) for e in test]
+    assert stats.spearmanr(soft, true).statistic >= 0.8
+
+
+def test_what_it_leaves_behind(trained: RewardModelResult, labels: Path) -> None:
+    plain = AutoModelForTokenClassification.from_pretrained(trained.folder)
+    assert plain.config.id2label == {0: "separator", 1: "irrelevant", 2: "relevant"}
+    assert AutoTokenizer.from_pretrained(trained.folder).is_fast
+    record = json.loads((trained.folder / "record.json").read_text())
+    assert record["labeller"] == ["planted"]
+    assert len(record["labels_sha256"]) == 64
+    assert record["metrics"]["reward model"]["auc"]["mean"] == trained.table["reward model"]["auc"].mean
+    assert record["config"]["data"]["labels"] == str(labels)
+    card = (trained.folder / "README.md").read_text()
+    assert trained.verdict in card
+    assert "causal" in card
+    assert "{{" not in card
+    page = (trained.folder / "report.html").read_text()
+    assert page.count("<figure>") == 2
+    assert page.count('class="example"') == 12
+
+
+def test_no_user_stands_in_two_parts() -> None:
+    parts = split(planted.rows(400), LabelsConfig(labels="x", test_fraction=0.2), 3)
+    users = [{row.user_id for row in part} for part in (parts.train, parts.validation, parts.test)]
+    assert all(users)
+    assert len(set.union(*users)) == sum(map(len, users))
+    with pytest.raises(UserError, match="2 users"):
+        split(planted.rows(8), LabelsConfig(labels="x"), 0)
+
+
+def test_interrupted_and_resumed_is_as_if_it_had_never_stopped(
+    labels: Path, tmp_path: Path, trained: RewardModelResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(10_000))
+
+    def check(_: InterruptGuard) -> None:
+        if next(calls) == 31:
+            raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.InterruptGuard, "check", check)
+        with pytest.raises(Interrupted, match="stopped after step 31"):
+            train_reward_model(config(tmp_path / "run", labels))
+    with pytest.raises(UserError, match=r"train\.lr"):
+        train_reward_model(config(tmp_path / "run", labels, lr=1e-4), resume=True)
+    resumed = train_reward_model(config(tmp_path / "run", labels), resume=True)
+    first, second = (load_file(r.folder / "model.safetensors") for r in (trained, resumed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert resumed.table == trained.table
+
+
+def test_a_run_dir_with_a_run_and_changed_labels_are_refused(
+    labels: Path, tmp_path: Path, trained: RewardModelResult
+) -> None:
+    run_dir = trained.folder.parent
+    with pytest.raises(UserError, match="--resume"):
+        train_reward_model(config(run_dir, labels))
+    other = tmp_path / "labels.jsonl"
+    planted.write(other, 100)
+    moved = config(tmp_path / "run", other, epochs=1, save_every=1)
+    train_reward_model(moved)
+    planted.write(other, 104)
+    with pytest.raises(UserError, match="has changed"):
+        train_reward_model(moved, resume=True)
+
+
+def test_divergence_names_the_setting(labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "local_loss", lambda logits, *_: logits.sum() * math.nan)
+    with pytest.raises(TrainingDiverged, match=r"train\.lr"):
+        train_reward_model(config(tmp_path / "run", labels))
+
+
+def test_early_stopping_keeps_the_best_weights(labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([0.5, 0.3, 0.4, 0.6, 0.9, 0.9])
+    monkeypatch.setattr(training.Learner, "validate", lambda *_: next(losses))
+    result = train_reward_model(config(tmp_path / "run", labels, eval_every=2, patience=2))
+    record = json.loads((result.folder / "record.json").read_text())
+    assert (record["best_step"], record["step"]) == (4, 8)
+
+
+def test_the_shell(labels: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rm.toml"
+    file.write_text(f'[data]\nlabels = "{labels}"\n')
+    run = CliRunner().invoke
+    said = run(cli.cli, ["reward-model", "--help"]).output
+    for name in ("--data.labels", "--loss.local_weight", "--backbone.path", "--train.lr"):
+        assert name in said
+    wrong = run(cli.cli, ["reward-model", str(file), "--backbone.path", "nowhere", "--run-dir", str(tmp_path / "r")])
+    assert isinstance(wrong.exception, UserError)
+    assert "backbone.path = 'nowhere'" in str(wrong.exception)
+    wrong = run(cli.cli, ["reward-model", str(file), "--loss.local-wieght", "1"])
+    assert "loss.local_weight" in str(wrong.exception)

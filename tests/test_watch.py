@@ -1,0 +1,72 @@
+"""The watch for reward hacking: it warns of each kind once, and of nothing in a healthy run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support import prompt, rollout
+
+from tppo_fast.metrics import GLOSSARY
+from tppo_fast.rewards.watch import HackingWatch, repetition_and_copies
+
+HEALTHY = {
+    "rollout/reward_mean": 1.0,
+    "rollout/length_mean": 12.0,
+    "rollout/repeated_share": 0.05,
+    "rollout/copied_share": 0.1,
+    "ppo/kl": 0.05,
+}
+
+
+def run(change: dict[str, float], looks: tuple[float, float] = (0.4, 0.45)) -> list[str]:
+    """Twenty steps that move from the healthy values to changed ones, and a look at each end."""
+    watch = HackingWatch()
+    said = watch({"eval/relevance": looks[0], "eval/word_relevance": 0.5})
+    for step in range(20):
+        said += watch({**HEALTHY, **(change if step >= 10 else {})})
+    return said + watch({**HEALTHY, **change, "eval/relevance": looks[1], "eval/word_relevance": 0.5})
+
+
+def test_a_healthy_run_is_left_in_peace() -> None:
+    assert run({"rollout/reward_mean": 2.0, "rollout/length_mean": 14.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rollout/length_mean": 25.0}, "grown from 12.0 to"),
+        ({"rollout/repeated_share": 0.4}, "repeat an earlier one"),
+        ({"rollout/copied_share": 0.4}, "stand in the history"),
+        ({"ppo/kl": 0.9}, "nats per token from the reference"),
+    ],
+)
+def test_each_kind_is_said_once(change: dict[str, float], said: str) -> None:
+    (only,) = run(change)
+    assert said in only
+
+
+def test_reward_up_while_relevance_falls() -> None:
+    (only,) = run({"rollout/reward_mean": 2.0}, looks=(0.4, 0.3))
+    assert "it is hacked" in only
+    assert "0.100" in only
+    assert run({"rollout/reward_mean": 0.5}, looks=(0.4, 0.3)) == []  # the reward fell too: nothing was gamed
+
+
+@pytest.mark.parametrize("stopped", [3, 11, 14])
+def test_a_resumed_run_warns_as_if_it_had_never_stopped(stopped: int) -> None:
+    rows = [HEALTHY] * 10 + [{**HEALTHY, "ppo/kl": 0.9, "rollout/length_mean": 40.0}] * 8
+    straight, resumed = HackingWatch(), HackingWatch(rows[:stopped])
+    for number, row in enumerate(rows):
+        said = straight(row)
+        if number >= stopped:
+            assert resumed(row) == said
+    assert straight(rows[-1]) == []
+
+
+def test_shares_of_a_step() -> None:
+    where = replace(prompt([1]), history=("Lisbon", "tram map"))
+    texts = [" lisbon, tram, tram, hotels", ""]
+    found = repetition_and_copies([replace(rollout(where, [1]), text=t) for t in texts], ", ")
+    assert found == {"rollout/repeated_share": 0.125, "rollout/copied_share": 0.125}
+    assert found.keys() <= GLOSSARY.keys()

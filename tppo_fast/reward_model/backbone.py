@@ -1,0 +1,70 @@
+"""What a reward model starts from: a transformers backbone of the user's, or a small one made from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tppo_fast import scratch
+from tppo_fast.errors import UserError
+from tppo_fast.reward_model.settings import RewardModelConfig
+from tppo_fast.rewards.labels import CLASS_NAMES
+from tppo_fast.rewards.token_model import Reader, TokenModel
+
+_HEAD = {
+    "num_labels": 3,
+    "id2label": dict(enumerate(CLASS_NAMES)),
+    "label2id": {n: i for i, n in enumerate(CLASS_NAMES)},
+}
+
+
+def build(config: RewardModelConfig, texts: Iterable[str], device: torch.device | str) -> TokenModel:
+    """An untrained token classifier on the configured backbone; ``texts`` make the tokenizer of a "scratch" one.
+
+    Raises:
+        UserError: the folder holds no usable backbone, or its tokenizer has no offsets.
+    """
+    make = _from_nothing if config.backbone.path == "scratch" else _pretrained
+    classifier, tokenizer = make(config, texts)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"backbone.path = {config.backbone.path!r}: its tokenizer gives no character offsets; use a model with a fast one"
+        )
+    settings = classifier.config.get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None) or config.data.max_tokens
+    limit = min(config.data.max_tokens, positions, tokenizer.model_max_length)
+    data = config.data
+    reader = Reader(tokenizer=tokenizer, template=data.template, separator=data.separator, max_tokens=limit)
+    return TokenModel(classifier.to(device), reader)
+
+
+def _pretrained(config: RewardModelConfig, texts: Iterable[str]) -> tuple[Any, Any]:
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    del texts
+    path, trust = config.backbone.path, config.backbone.trust_remote_code
+    torch.manual_seed(config.seed)  # of the new head
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        classifier = AutoModelForTokenClassification.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust, **_HEAD
+        )
+    except Exception as error:  # transformers raises many kinds for a bad folder
+        known = Path(path).is_dir()
+        reason = " ".join(str(error).split())[:200] if known else "no such folder, and it cannot be found on a hub"
+        raise UserError(f"backbone.path = {path!r}: no token classifier could be made of it ({reason})") from None
+    return classifier, tokenizer
+
+
+def _from_nothing(config: RewardModelConfig, texts: Iterable[str]) -> tuple[Any, Any]:
+    from transformers import LlamaForTokenClassification, ModernBertForTokenClassification
+
+    tokenizer = scratch.byte_bpe([*texts, *config.data.template.split("{history}")])
+    if config.backbone.scratch == "decoder":
+        kind, settings = LlamaForTokenClassification, scratch.llama_config(tokenizer, **_HEAD)
+    else:
+        kind, settings = ModernBertForTokenClassification, scratch.modernbert_config(tokenizer, **_HEAD)
+    return scratch.make(kind, settings, config.seed), tokenizer

@@ -1,0 +1,159 @@
+"""``tppo-fast reward-model``: labels in, a measured reward model out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tppo_fast import checkpoint
+from tppo_fast.atomic import atomic_folder
+from tppo_fast.errors import UserError
+from tppo_fast.evaluate import Estimate
+from tppo_fast.interrupt import Interrupted, InterruptGuard
+from tppo_fast.labelling.records import LabelledResponse, read_labels, read_record, sha256_of
+from tppo_fast.metrics import METRICS_FILE, MetricsLogger
+from tppo_fast.reward_model import backbone, card, quality
+from tppo_fast.reward_model.data import Example, encode, searches, split
+from tppo_fast.reward_model.settings import RewardModelConfig
+from tppo_fast.reward_model.training import BEST, Learner, fit
+from tppo_fast.rewards.token_model import TokenModel
+from tppo_fast.runs import resolve_device
+
+FREE = {"run_dir", "threads", "resamples"}
+"""Settings that may differ when a run is resumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardModelResult:
+    """What a finished training leaves behind."""
+
+    folder: Path
+    """The reward model: weights, tokenizer, record, card and report."""
+    verdict: str
+    """Whether it beats the baselines, in one sentence."""
+    table: dict[str, dict[str, Estimate]]
+    """Reward model and baselines -> metric -> estimate, on the test users."""
+
+
+def train_reward_model(config: RewardModelConfig, *, resume: bool = False) -> RewardModelResult:
+    """Train a token reward model on labelled responses and leave it in ``config.run_dir / "model"``.
+
+    Args:
+        config: every setting; see ``tppo_fast.reward_model.settings``.
+        resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
+
+    Raises:
+        UserError: bad settings, labels or backbone, before any expensive work.
+        TrainingDiverged: a loss or gradient is not finite; earlier checkpoints stay.
+        Interrupted: SIGINT; a checkpoint of the last finished step was saved.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    start_from = _open_run_dir(config, resume)
+    if not config.data.labels:
+        raise UserError("data.labels = '': give the file of labelled responses (tppo-fast label makes one)")
+    rows, data_hash = read_labels(config.data.labels), sha256_of(Path(config.data.labels))
+    parts = split(rows, config.data, config.seed)
+    model = backbone.build(config, _texts(parts.train), resolve_device(config.device))
+    train, validation, test = (encode(part, model.reader) for part in (parts.train, parts.validation, parts.test))
+    _check_words(train, validation, test)
+    learner = Learner(config, model, train, data_hash)
+    if start_from is not None:
+        if checkpoint.read_state(start_from)["data"] != data_hash:
+            raise UserError(
+                f"data.labels = {config.data.labels!r} has changed since the run in {str(config.run_dir)!r} began: "
+                "start again in another run_dir"
+            )
+        learner.load(start_from)
+    _learn(learner, validation)
+    facts = {
+        "labels_sha256": data_hash,
+        "labelling": read_record(config.data.labels),
+        "labeller": sorted({row.labeller for row in rows}),
+        "counts": {"train": len(train), "validation": len(validation), "test": len(test)},
+        "class_counts": learner.counts.tolist(),
+        "step": learner.step,
+        "best_step": learner.best_step,
+    }
+    return _finish(config, model, test, learner, facts)
+
+
+def _learn(learner: Learner, validation: Sequence[Example]) -> None:
+    logger = MetricsLogger(
+        learner.config.run_dir,
+        start_step=learner.step,
+        tensorboard=False,
+        config=learner.config.model_dump(mode="json"),
+    )
+    with logger, InterruptGuard() as guard:
+        try:
+            fit(learner, validation, logger, guard)
+        except Interrupted:
+            saved = learner.save()
+            raise Interrupted(f"stopped after step {learner.step}; continue with --resume (saved in {saved})") from None
+
+
+def _finish(
+    config: RewardModelConfig, model: TokenModel, test: Sequence[Example], learner: Learner, facts: dict
+) -> RewardModelResult:
+    scored = score(model, test, config.train.microbatch_tokens)
+    copied = torch.cat([e.copied for e in test]).numpy()
+    rivals = {
+        card.MODEL: scored,
+        "majority": quality.majority(scored, learner.counts.numpy()),
+        "copy of the history": quality.copy_of_history(scored, copied),
+    }
+    table = {name: quality.measure(s, seed=config.seed, resamples=config.resamples) for name, s in rivals.items()}
+    folder = config.run_dir / "model"
+    result = card.Result(config=config, model=model, test=test, scored=scored, table=table, facts=facts)
+    with atomic_folder(folder) as temporary:
+        model.save(temporary)
+        card.write(temporary, result)
+    return RewardModelResult(folder=folder, verdict=card.verdict(table), table=table)
+
+
+def score(model: TokenModel, examples: Sequence[Example], token_budget: int) -> quality.Scored:
+    """Labels and the model's class probabilities of labelled responses."""
+    probabilities = model.probabilities([e.encoded for e in examples], token_budget)
+    lengths = [len(e.labels) for e in examples]
+    return quality.Scored(
+        probabilities=torch.cat(probabilities).double().numpy(),
+        labels=torch.cat([e.labels for e in examples]).numpy(),
+        sentence=np.array([e.row.labels.sentence for e in examples]),
+        response=np.repeat(np.arange(len(examples)), lengths),
+        user=quality.user_numbers([e.row.user_id for e in examples]),
+    )
+
+
+def _texts(rows: Sequence[LabelledResponse]) -> list[str]:
+    """What a tokenizer made from nothing is trained on."""
+    return [" " + text.strip() for row in rows for text in (*searches(row.history), row.response)]
+
+
+def _check_words(*parts: Sequence[Example]) -> None:
+    for name, examples in zip(("training", "validation", "test"), parts, strict=True):
+        if not any((e.labels > 0).any() for e in examples):
+            raise UserError(f"data.labels: the {name} users have no response with a labelled word; label more of them")
+
+
+def _open_run_dir(config: RewardModelConfig, resume: bool) -> Path | None:
+    """The checkpoint to start from, or None for a new run in a folder that holds no other."""
+    if resume:
+        return checkpoint.check_resumable(config.run_dir, config, FREE)
+    if checkpoint.list_checkpoints(config.run_dir) or (config.run_dir / "model").exists():
+        raise UserError(
+            f"run_dir = {str(config.run_dir)!r} holds a run already: continue it with --resume, or choose another"
+        )
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run_dir = {str(config.run_dir)!r} cannot be made ({error.strerror}): choose another"
+        ) from None
+    for left in (METRICS_FILE, BEST):  # of a run that saved nothing
+        (config.run_dir / left).unlink(missing_ok=True)
+    return None

@@ -1,0 +1,190 @@
+"""The training loop of the token reward model: one optimizer step at a time, resumable exactly, stopped early."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+from transformers import get_scheduler
+
+from tppo_fast import checkpoint, seeding
+from tppo_fast.atomic import atomic_folder, write_atomic
+from tppo_fast.errors import TrainingDiverged
+from tppo_fast.interrupt import InterruptGuard
+from tppo_fast.metrics import MetricsLogger
+from tppo_fast.progress import Progress
+from tppo_fast.reward_model.data import Example
+from tppo_fast.reward_model.losses import balanced, class_weights, global_loss, local_loss
+from tppo_fast.reward_model.settings import RewardModelConfig
+from tppo_fast.rewards.token_model import TokenModel, batches
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BEST = "best.safetensors"
+
+
+class Learner:
+    """Model, optimizer and counters. ``step`` counts optimizer steps; randomness depends on (seed, step) alone."""
+
+    def __init__(
+        self, config: RewardModelConfig, model: TokenModel, examples: Sequence[Example], data_hash: str
+    ) -> None:
+        """``data_hash`` identifies the labels in checkpoints, so that none is continued on others."""
+        self.config, self.model, self.examples, self.data_hash = config, model, examples, data_hash
+        self.step = 0
+        self.best_loss, self.best_step, self.looks_without_gain = float("inf"), 0, 0
+        self.labels = torch.cat([e.labels for e in examples])
+        self.counts = self.labels.bincount(minlength=3)
+        equal = config.loss.class_weights == "equal"
+        self.weights = (torch.ones(3) if equal else class_weights(self.counts)).to(model.device)
+        self.steps_per_epoch = -(-len(examples) // config.train.batch_size)
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.train.lr, betas=(0.9, 0.98), weight_decay=config.train.weight_decay
+        )
+        warmup = round(config.train.warmup_share * self.total_steps)
+        self.scheduler = get_scheduler("linear", self.optimizer, warmup, self.total_steps)
+        self._pass: tuple[int, list[int], list[Tensor]] = (-1, [], [])  # epoch, order, valid tokens of each example
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps or self.looks_without_gain >= self.config.train.patience
+
+    def _batch(self) -> list[int]:
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        if self._pass[0] != epoch:
+            order = torch.randperm(len(self.examples), generator=seeding.generator(self.config.seed, "order", epoch))
+            draw = seeding.generator(self.config.seed, "mask", epoch)
+            keep = balanced(self.labels, self.config.loss.max_ratio, draw)
+            valid = list(keep.split([len(e.labels) for e in self.examples]))
+            self._pass = (epoch, order.tolist(), valid)
+        size = self.config.train.batch_size
+        return self._pass[1][place * size : (place + 1) * size]
+
+    def learn(self) -> dict[str, float]:
+        """One optimizer step; returns its losses and gradient norm.
+
+        Raises:
+            TrainingDiverged: a loss or gradient is not finite; the weights were left as they were.
+        """
+        chosen = self._batch()
+        torch.manual_seed(seeding.derive(self.config.seed, "dropout", self.step))
+        self.model.classifier.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._losses([self.examples[i] for i in chosen], [self._pass[2][i] for i in chosen], backward=True)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm))
+        values = {**losses, "grad_norm": norm}
+        if not all(value - value == 0.0 for value in values.values()):
+            raise TrainingDiverged({"step": self.step + 1, **values}, "train.lr")
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+        return {f"reward_model/{name}": value for name, value in values.items()}
+
+    @torch.no_grad()
+    def validate(self, examples: Sequence[Example]) -> float:
+        """The loss over examples whose every token is valid, without dropout."""
+        self.model.classifier.eval()
+        everything = [torch.ones(len(e.labels), dtype=torch.bool) for e in examples]
+        return self._losses(examples, everything, backward=False)["loss"]
+
+    def _losses(self, examples: Sequence[Example], valid: Sequence[Tensor], *, backward: bool) -> dict[str, float]:
+        """L, L_local and L_global of all examples together, in microbatches whose gradients add up to the whole one's."""
+        settings, device = self.config.loss, self.model.device
+        tokens, responses = max(sum(int(v.sum()) for v in valid), 1), len(examples)
+        inputs = [e.encoded for e in examples]
+        sums = {"local_loss": 0.0, "global_loss": 0.0}
+        for group in batches(inputs, self.config.train.microbatch_tokens, padded=not self.model.packed):
+            logits = self.model.logits([inputs[i] for i in group])
+            labels = torch.cat([examples[i].labels for i in group]).to(device)
+            mask = torch.cat([valid[i] for i in group]).to(device)
+            lengths = torch.tensor([len(examples[i].labels) for i in group])
+            owner = torch.arange(len(group)).repeat_interleave(lengths).to(device)
+            sentence = torch.tensor([examples[i].row.labels.sentence for i in group], device=device)
+            local = local_loss(logits, labels, mask, self.weights) / tokens
+            whole = global_loss(logits, labels, mask, owner, sentence) / responses
+            if backward:
+                (settings.local_weight * local + settings.global_weight * whole).backward()
+            sums["local_loss"] += float(local.detach())
+            sums["global_loss"] += float(whole.detach())
+        total = settings.local_weight * sums["local_loss"] + settings.global_weight * sums["global_loss"]
+        return {"loss": total, **sums}
+
+    # ------------------------------------------------------------------------------------------ state on disk
+
+    def save(self) -> Path:
+        """Write ``run_dir/checkpoints/step_N`` atomically and drop the older ones."""
+        folder = self.config.run_dir / "checkpoints" / f"step_{self.step:06d}"
+        before = checkpoint.list_checkpoints(self.config.run_dir)
+        if folder in before:
+            return folder
+        with atomic_folder(folder) as temporary:
+            save_file(checkpoint.contiguous(self.model.classifier.state_dict()), temporary / "model.safetensors")
+            tensors, groups = checkpoint.flatten(self.optimizer.state_dict())
+            save_file(tensors, temporary / "optimizer.safetensors")
+            state = {
+                "step": self.step,
+                "best": [self.best_loss, self.best_step, self.looks_without_gain],
+                "scheduler": self.scheduler.state_dict(),
+                "param_groups": groups,
+                "config": self.config.model_dump(mode="json"),
+                "data": self.data_hash,
+            }
+            (temporary / "state.json").write_text(json.dumps(state))
+        for old in before:
+            shutil.rmtree(old)
+        return folder
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint that ``save`` wrote."""
+        state = checkpoint.read_state(folder)
+        self.model.classifier.load_state_dict(load_file(folder / "model.safetensors"))
+        tensors = load_file(folder / "optimizer.safetensors")
+        self.optimizer.load_state_dict(checkpoint.unflatten(tensors, state["param_groups"]))
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step = state["step"]
+        self.best_loss, self.best_step, self.looks_without_gain = state["best"]
+
+    def keep_if_best(self, loss: float) -> None:
+        """Count a look at the validation users; the best weights so far go to ``run_dir``."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.looks_without_gain = loss, self.step, 0
+            weights = checkpoint.contiguous(self.model.classifier.state_dict())
+            write_atomic(self.config.run_dir / BEST, save(weights))
+        else:
+            self.looks_without_gain += 1
+
+    def take_best(self) -> None:
+        """Put the best weights in place."""
+        self.model.classifier.load_state_dict(load_file(self.config.run_dir / BEST))
+
+
+def fit(learner: Learner, validation: Sequence[Example], logger: MetricsLogger, guard: InterruptGuard) -> None:
+    """Train until the passes are done or the validation loss stops falling; the best weights are in place then.
+
+    Raises:
+        Interrupted: SIGINT; the caller saves.
+        TrainingDiverged: a loss or gradient is not finite.
+    """
+    settings = learner.config.train
+    look_every = settings.eval_every or learner.steps_per_epoch
+    with Progress("reward model", learner.total_steps, "step", start=learner.step) as progress:
+        while not learner.finished:
+            guard.check()
+            metrics = learner.learn()
+            if learner.step % look_every == 0 or learner.step == learner.total_steps:
+                loss = learner.validate(validation)
+                learner.keep_if_best(loss)
+                metrics["reward_model/validation_loss"] = loss
+            logger.log(learner.step, metrics)
+            progress.update(1, loss=metrics["reward_model/loss"], best_validation=learner.best_loss)
+            if settings.save_every and learner.step % settings.save_every == 0:
+                learner.save()
+    learner.take_best()

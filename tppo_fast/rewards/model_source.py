@@ -1,0 +1,95 @@
+"""``reward.source = "model"``: a frozen token reward model scores the rollouts, in large batches, each content once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from tppo_fast.config import RewardConfig
+from tppo_fast.data_types import Rollout
+from tppo_fast.errors import UserError
+from tppo_fast.rewards.alignment import token_spans
+from tppo_fast.rewards.labels import Span
+from tppo_fast.rewards.token_model import TokenModel, load
+from tppo_fast.rewards.transfer import transfer
+from tppo_fast.rewards.values import ClassProbabilities
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+REMEMBERED = 100_000
+"""Scored responses kept; about 0.3 KiB each for responses of 20 tokens. The oldest unused go first."""
+
+Scored = tuple["Float[Tensor, 'k 3']", Sequence[Span]]
+"""Class probabilities of the reward model's own response tokens, and the characters they stand for."""
+
+
+class ModelReward:
+    """A ``RewardFunction`` whose scores are ``ClassProbabilities``; the model's tokenizer may differ from the policy's."""
+
+    def __init__(self, model: TokenModel, tokenizer: PreTrainedTokenizerBase, *, token_budget: int) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._budget = token_budget
+        self._cache: OrderedDict[bytes, Scored] = OrderedDict()
+        self.scored = 0  # responses that the model had to read
+
+    def __call__(self, rollouts: Sequence[Rollout], /) -> list[ClassProbabilities]:
+        keys = [_key(rollout) for rollout in rollouts]
+        self._score({key: r for key, r in zip(keys, rollouts, strict=True) if key not in self._cache})
+        found = []
+        for key in keys:
+            self._cache.move_to_end(key)
+            found.append(self._cache[key])
+        while len(self._cache) > REMEMBERED:
+            self._cache.popitem(last=False)
+        return [self._on_policy_tokens(r, *scored) for r, scored in zip(rollouts, found, strict=True)]
+
+    def _score(self, new: dict[bytes, Rollout]) -> None:
+        inputs = self._model.reader([r.prompt.history for r in new.values()], [r.text for r in new.values()])
+        probabilities = self._model.probabilities(inputs, self._budget)
+        for key, encoded, values in zip(new, inputs, probabilities, strict=True):
+            self._cache[key] = (values, encoded.spans)
+        self.scored += len(new)
+
+    def _on_policy_tokens(self, rollout: Rollout, values: Tensor, spans: Sequence[Span]) -> ClassProbabilities:
+        text, own = token_spans(self._tokenizer, rollout.token_ids)
+        if text != rollout.text:
+            raise UserError(
+                f"the text {rollout.text!r} of a rollout is not what its tokens decode to ({text!r}): "
+                "use the tokenizer and decoding of the rollout engine"
+            )
+        carried = torch.from_numpy(transfer(values.numpy(), spans, own, text)).float()
+        carried[carried.sum(-1) == 0.0, 0] = 1.0  # a token without visible text is a separator for certain
+        return ClassProbabilities(values=carried)
+
+
+def build(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str) -> ModelReward:
+    """The source of ``reward.model`` on ``reward.device`` (auto: the trainer's, ``device``).
+
+    Raises:
+        UserError: no model is given or it cannot be loaded; the device is missing; "red" with a model of hindsight.
+    """
+    if not config.model:
+        raise UserError('reward.source = "model" needs reward.model: the folder that tppo-fast reward-model wrote')
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError('reward.device = "cuda", but torch sees no CUDA device: use "auto" or "cpu"')
+    model, _ = load(config.model, device if config.device == "auto" else config.device)
+    if config.value == "red" and model.hindsight:
+        raise UserError(
+            'reward.value = "red" scores prefixes, and this reward model sees later tokens: train one on a causal '
+            'backbone, or use "soft"'
+        )
+    return ModelReward(model, tokenizer, token_budget=config.batch_tokens)
+
+
+def _key(rollout: Rollout) -> bytes:
+    content = json.dumps([list(rollout.prompt.history), rollout.text])
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()

@@ -1,0 +1,107 @@
+"""A watch for reward hacking: it logs what a policy does when it games its reward, and warns once per kind, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from tppo_fast.data_types import Rollout
+from tppo_fast.words import normalise_query
+
+REFERENCE_STEPS = 5
+"""The first steps of a run, whose means the later ones are compared with."""
+RECENT_STEPS = 5
+"""The newest steps, whose means are compared."""
+LENGTH_RATIO = 1.5
+SHARE_GAIN = 0.15
+KL_LIMIT = 0.5
+RELEVANCE_LOSS = 0.03
+
+Row = Mapping[str, float | None]
+
+
+def repetition_and_copies(rollouts: Sequence[Rollout], separator: str) -> dict[str, float]:
+    """Means over responses of the share of queries that repeat an earlier one, and that stand in the history.
+
+    Args:
+        rollouts: the step's responses.
+        separator: text between the queries of a response.
+    """
+    repeated, copied = [], []
+    for rollout in rollouts:
+        forms = [form for form in map(normalise_query, rollout.text.split(separator.strip())) if form]
+        history = {normalise_query(query) for query in rollout.prompt.history}
+        count = max(len(forms), 1)
+        repeated.append((len(forms) - len(set(forms))) / count)
+        copied.append(sum(form in history for form in forms) / count)
+    return {"rollout/repeated_share": fmean(repeated), "rollout/copied_share": fmean(copied)}
+
+
+class HackingWatch:
+    """Compares the newest steps with the run's first ones.
+
+    It warns when responses have become ``LENGTH_RATIO`` times as long; repeat or copy ``SHARE_GAIN`` more of their queries;
+    are further than ``KL_LIMIT`` nats per token from the reference policy; or earn more while the held-out relevance
+    (``eval/relevance``) or the lexical judge's (``eval/word_relevance``) has fallen by ``RELEVANCE_LOSS``.
+    """
+
+    def __init__(self, rows: Sequence[Row] = ()) -> None:
+        """``rows`` are those that an interrupted run has logged: the resumed one warns as if it had never stopped."""
+        self._steps: list[Row] = []
+        self._looks: list[Row] = []
+        self._warned: set[str] = set()
+        for row in rows:
+            self(row)
+
+    def __call__(self, row: Row) -> list[str]:
+        """The sentences that this step's metrics give cause for, each kind once in the run."""
+        if "eval/relevance" in row:
+            self._looks.append(row)
+        if "rollout/reward_mean" in row:
+            self._steps.append(row)
+        found = {kind: said for kind, said in self._findings().items() if kind not in self._warned}
+        self._warned |= found.keys()
+        return list(found.values())
+
+    def _findings(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if len(self._steps) < REFERENCE_STEPS + RECENT_STEPS:
+            return found
+        length, was = self._mean("rollout/length_mean")
+        if length > LENGTH_RATIO * was:
+            found["length"] = (
+                f"responses have grown from {was:.1f} to {length:.1f} tokens: does the reward pay for length?"
+            )
+        for kind, name, remedy in (
+            ("repetition", "rollout/repeated_share", "repeat an earlier one"),
+            ("copies", "rollout/copied_share", "stand in the history"),
+        ):
+            share, was = self._mean(name)
+            if share > was + SHARE_GAIN:
+                found[kind] = f"{share:.0%} of the queries {remedy}, {was:.0%} at first: does the reward pay for that?"
+        kl, _ = self._mean("ppo/kl")
+        if kl > KL_LIMIT:
+            found["kl"] = f"the policy is {kl:.2f} nats per token from the reference: raise ppo.kl_coef or lower ppo.lr"
+        reward, was = self._mean("rollout/reward_mean")
+        for name, judge in (
+            ("eval/relevance", "held-out relevance"),
+            ("eval/word_relevance", "the lexical judge's share"),
+        ):
+            if reward > was and (fell := self._fall(name)) > RELEVANCE_LOSS:
+                found[name] = (
+                    f"the reward rises ({was:.3f} to {reward:.3f}) while {judge} has fallen by {fell:.3f}: it is hacked"
+                )
+        return found
+
+    def _mean(self, name: str) -> tuple[float, float]:
+        """(newest, first) means of a metric; NaN, which no comparison is true of, where it was not logged."""
+        newest, first = (
+            [v for row in rows if (v := row.get(name)) is not None]
+            for rows in (self._steps[-RECENT_STEPS:], self._steps[:REFERENCE_STEPS])
+        )
+        return (fmean(newest), fmean(first)) if newest and first else (float("nan"), float("nan"))
+
+    def _fall(self, name: str) -> float:
+        """How far the newest look is below the first one."""
+        values = [v for row in self._looks if (v := row.get(name)) is not None]
+        return values[0] - values[-1] if len(values) > 1 else 0.0
