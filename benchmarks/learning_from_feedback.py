@@ -162,7 +162,7 @@ def _reward_model(options: argparse.Namespace, labels: Path, start: Path) -> Pat
 def _trained(options: argparse.Namespace, base: demo.DemoSettings, start: Path, reward_model: Path, seed: int) -> Path:
     """The policy that TPPO makes of ``start`` with the reward model's rewards."""
     config = demo.run_config(base, start, "TPPO")
-    reward = {"source": "model", "model": str(reward_model), "value": options.value}
+    reward = {"source": "model", "model": str(reward_model), "value": options.value, "length_penalty": True}
     config = settings.build(
         config.model_dump(mode="json")
         | {
@@ -190,7 +190,7 @@ def _model_figures(folder: Path, sessions: Sequence[Session], labels: Path, kind
         means = score(frozen, examples, config.train.microbatch_tokens).sentence_scores()
         truth = {(s.user_id, tuple(searches(s.history))): s.relevant_queries for s in sessions}
         true = [_true_relevance(e.row, truth[e.row.user_id, tuple(searches(e.row.history))]) for e in examples]
-        figures["spearman"] = float(stats.spearmanr(means, true).statistic)
+        figures["spearman"] = float(stats.spearmanr(means, true)[0])
     return figures
 
 
