@@ -120,7 +120,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 def reward_model(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     """Train a token-level reward model on labelled responses as CONFIG (a TOML file) says."""
     loaded = load_section(config, list(overrides), RewardModelConfig)
-    _quiet_libraries()
+    quiet_libraries()
     from tppo_fast.reward_model.run import train_reward_model
 
     result = train_reward_model(loaded, resume=resume)
