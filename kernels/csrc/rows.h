@@ -1,6 +1,7 @@
 // Row kernels over logits: one read for log-probability and entropy, and the gradient, possibly over its own input.
 
 constexpr int64_t kBlock = 2048;  // entries of a row that are transformed at once: 8 KiB of fp32, inside L1
+constexpr int64_t kSummed = 256;  // entries added up in C before double takes over: a lane that holds 1 rounds each later one
 constexpr int64_t kManyEntries = 1 << 20;  // half a millisecond: below it a thread team costs more than it saves
 
 template <class C> struct Transform {  // logits -> z, and dz -> dlogits
@@ -50,15 +51,17 @@ template <class T> inline RowResult<Compute<T>> forward_row(const T* x, int64_t 
       m = top;
     }
     C origin = m > -__builtin_inff() ? m : C(0);  // a block of -inf adds 0, a NaN adds NaN
-    C bs = 0, bw = 0;
+    for (int64_t first = 0; first < n; first += kSummed) {
+      C bs = 0, bw = 0;
 #pragma omp simd reduction(+ : bs, bw)
-    for (int64_t j = 0; j < n; ++j) {
-      C d = z[j] - origin, e = vexp(d);
-      bs += e;
-      bw += e * (d < C(-1e3) ? C(-1e3) : d);  // 0 * -inf is 0 here
+      for (int64_t j = first; j < smaller(first + kSummed, n); ++j) {
+        C d = z[j] - origin, e = vexp(d);
+        bs += e;
+        bw += e * (d < C(-1e3) ? C(-1e3) : d);  // 0 * -inf is 0 here
+      }
+      s += double(bs);
+      w += double(bw);
     }
-    s += double(bs);
-    w += double(bw);
   }
   double log_s = __builtin_log(s);  // -inf for a row of -inf: every output is then NaN, as in the reference
   return {C(double(f.z(load(x[y])) - m) - log_s), C(log_s - w / s), C(double(m) + log_s)};
