@@ -13,7 +13,7 @@ GPU := $(shell command -v nvidia-smi)
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: train test lint format doctor vllm native smollm2 bench gpu-check lock clean help
+.PHONY: train test lint format doctor vllm native smollm2 bench gpu-check gpu-wheels lock clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -97,8 +97,15 @@ bench: $(VENV)/.test native ## time the ops on this CPU against eager torch, tor
 
 # On a GPU machine, which may be offline: uses its own python, torch and triton; missing peers come as wheels from .whl/.
 GPU_PYTHON ?= python3
-gpu-check: ## on a GPU: correctness gate, then every op against its peers; results in $OUT or benchmarks/results/gpu
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks.gpu_check --wheels .whl --out $(or $(OUT),benchmarks/results/gpu)/ops.json
+gpu-check: ## on a GPU: correctness gate, then every op against its peers (PART=1, 2 or 3: a third of them); results in $OUT or benchmarks/results/gpu
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks.gpu_check --wheels .whl $(if $(PART),--part $(PART)/3) \
+	  --out $(or $(OUT),benchmarks/results/gpu)/ops$(if $(PART),-$(PART)).json
+
+PEERS := liger-kernel==0.8.5 trl==1.12.0 verl==0.9.1 cut-cross-entropy==25.1.1 quack-kernels==0.6.5
+gpu-wheels: $(VENV)/.base ## pack the peers' wheels for an offline GPU machine (Python 3.12) into .whl
+	rm -rf .whl
+	$(BIN)/pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 --dest .whl $(PEERS)
+	du -sh .whl
 
 doctor: $(VENV)/.run ## say what this machine has and what is missing
 	$(BIN)/tppo-fast doctor

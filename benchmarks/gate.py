@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import tppo_kernels as tk
 from torch import Tensor
+from tppo_kernels import head
 from tppo_kernels.testing import close, random_head, random_logits, random_ppo, random_rollouts
 
 from benchmarks.bench_ops import Outputs, leaves
@@ -19,7 +20,8 @@ FAR_ROWS, FAR_VOCAB = 14_200, 151_936
 
 def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str]:
     """What is wrong with our ops on this device: one sentence each."""
-    problems: list[str] = []
+    if problems := _mixed_gemm(device):
+        return problems
 
     def expect(what: str, runs: Callable[[str | None, torch.dtype | None], Outputs]) -> None:
         results = [runs(backend, None), runs("reference", None), runs("reference", torch.float64)]
@@ -41,8 +43,34 @@ def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str
     for actions in (1, 1025, 100_000):
         expect(f"ppo {actions}", ppo_run(random_ppo(actions, device=device)))
     hidden, weight, targets = random_head(300, 64, 5003, device=device)
-    expect("linear_token_loss", _head(hidden, weight, targets, random_ppo(300, device=device)))
+    expect("linear_token_loss", _loss_of_head(hidden, weight, targets, random_ppo(300, device=device)))
+    for dtype in (torch.float32, torch.bfloat16):
+        for share in (1.0, 0.3, 0.0):
+            hidden, weight, targets = random_head(300, 200, 5003, dtype, device=device)
+            live = torch.arange(300, device=device) < share * 300
+            expect(f"compacted rows, {share:.0%} live, {dtype}", _compacted(hidden, weight, targets, live.roll(7)))
     problems += _first_ratio(device, backend) + ([] if dry else _far_rows(device))
+    return problems
+
+
+def _mixed_gemm(device: str) -> list[str]:
+    """dW's own call: fp32 += bf16^T @ bf16, with and without what was there. All heads stand on it."""
+    problems = []
+    dz, x = (torch.randn(300, n, device=device).bfloat16() for n in (500, 70))
+    before = torch.randn(500, 70, device=device)
+    for beta in (0.0, 1.0):
+        out, truth = before.clone(), beta * before.double() + dz.double().t() @ x.double()
+        try:
+            head.product(dz.t(), x, out, beta=beta)
+        except RuntimeError as error:
+            problems.append(f"fp32 = bf16 @ bf16 (aten.addmm.dtype_out, beta {beta}) does not run here: {error}")
+            continue
+        if problem := close(out, truth.float(), truth):
+            problems.append(f"fp32 = bf16 @ bf16 (aten.addmm.dtype_out, beta {beta}) is wrong: {problem}")
+    if device != "cpu" and head.MIXED_GEMM is None:
+        print(
+            f"torch {torch.__version__} has no aten.addmm.dtype_out: operands are widened to fp32, and slow", flush=True
+        )
     return problems
 
 
@@ -80,7 +108,7 @@ def _token_loss(logp: Tensor, entropy: Tensor, old: Tensor, advantages: Tensor) 
     return tk.ppo_loss(logp, old, advantages, entropy=entropy, entropy_coef=0.01, normalizer=1.0, backend="reference")
 
 
-def _head(hidden: Tensor, weight: Tensor, targets: Tensor, x: dict[str, Tensor]) -> Callable[..., Outputs]:
+def _loss_of_head(hidden: Tensor, weight: Tensor, targets: Tensor, x: dict[str, Tensor]) -> Callable[..., Outputs]:
     def run(backend: str | None, dtype: torch.dtype | None) -> Outputs:
         h, w, old, advantages = (
             t.detach().to(dtype or t.dtype) for t in (hidden, weight, x["old_logp"] - 5.0, x["advantages"])
@@ -88,6 +116,20 @@ def _head(hidden: Tensor, weight: Tensor, targets: Tensor, x: dict[str, Tensor])
         h.requires_grad_()
         w.requires_grad_()
         loss, _ = tk.linear_token_loss(h, w, targets, _token_loss, (old, advantages), chunk_size=128, backend=backend)
+        return [loss, *torch.autograd.grad(loss, [h, w])]
+
+    return run
+
+
+def _compacted(hidden: Tensor, weight: Tensor, targets: Tensor, live: Tensor) -> Callable[..., Outputs]:
+    def loss_fn(logp: Tensor, entropy: Tensor, live: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return torch.where(live, 0.1 * entropy - logp, 0.0).sum(), {}
+
+    def run(backend: str | None, dtype: torch.dtype | None) -> Outputs:
+        h, w = (t.detach().to(dtype or t.dtype).requires_grad_() for t in (hidden, weight))
+        loss, _ = tk.linear_token_loss(
+            h, w, targets, loss_fn, (live,), chunk_size=128, compact_rows=True, backend=backend
+        )
         return [loss, *torch.autograd.grad(loss, [h, w])]
 
     return run
@@ -103,8 +145,11 @@ def _first_ratio(device: str, backend: str | None) -> list[str]:
 
     with torch.no_grad():
         old, _ = tk.linear_logprobs(hidden, weight, targets, chunk_size=128, backend=backend)
-    tk.linear_token_loss(hidden.requires_grad_(), weight, targets, loss_fn, chunk_size=128, backend=backend)
-    return [] if torch.equal(torch.cat(seen), old) else ["the first PPO ratio is not exactly 1"]
+    for compact in (False, True):
+        tk.linear_token_loss(
+            hidden.requires_grad_(), weight, targets, loss_fn, chunk_size=128, compact_rows=compact, backend=backend
+        )
+    return [] if torch.equal(torch.cat(seen), torch.cat([old, old])) else ["the first PPO ratio is not exactly 1"]
 
 
 def _far_rows(device: str) -> list[str]:

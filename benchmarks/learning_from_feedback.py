@@ -190,7 +190,7 @@ def _model_figures(folder: Path, sessions: Sequence[Session], labels: Path, kind
         means = score(frozen, examples, config.train.microbatch_tokens).sentence_scores()
         truth = {(s.user_id, tuple(searches(s.history))): s.relevant_queries for s in sessions}
         true = [_true_relevance(e.row, truth[e.row.user_id, tuple(searches(e.row.history))]) for e in examples]
-        figures["spearman"] = float(stats.spearmanr(means, true)[0])
+        figures["spearman"] = float(np.corrcoef(stats.rankdata(means), stats.rankdata(true))[0, 1])
     return figures
 
 

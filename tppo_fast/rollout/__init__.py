@@ -76,13 +76,13 @@ def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEng
     return RecoveringEngine(start, policy, tokenizer, stop, bucket_bytes=bucket_bytes, retries=own.retries)
 
 
-def _worker(config: Config, settings: LiveSettings) -> Callable[[], LiveEngine]:
+def _worker(config: RunConfig, settings: LiveSettings) -> Callable[[], LiveEngine]:
     from tppo_fast.rollout.remote import RemoteLive
 
     return partial(RemoteLive, settings, timeout=config.vllm.timeout)
 
 
-def _server(config: Config, settings: LiveSettings) -> Callable[[], LiveEngine]:
+def _server(config: RunConfig, settings: LiveSettings) -> Callable[[], LiveEngine]:
     from tppo_fast.rollout.server import ServerLive, ServerSettings
 
     own = config.vllm

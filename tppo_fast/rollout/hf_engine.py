@@ -25,7 +25,7 @@ class _Recorder(LogitsProcessor):
         self._before: Tensor | None = None  # [B, V]
         self.columns: list[Tensor] = []  # each [B]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:  # [B, length], [B, V] -> [B, V]
         self.chosen(input_ids)
         scores = scores.float() / self._temperature
         self._before = scores.log_softmax(-1)
