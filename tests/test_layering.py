@@ -27,7 +27,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "data_types": set(),
     "progress": set(),
     "metrics": {"atomic", "errors"},
-    "attention": {"errors"},
+    "attention": {"data_types", "errors"},
     "packing": {"data_types", "errors"},
     "parity": {"config", "errors"},
     "ahead": {"data_types", "rollout"},

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tppo_fast.data_types import to_device
 from tppo_fast.errors import UserError
 
 NAME = "tppo_packed"
@@ -85,17 +86,20 @@ def can_use_flash(device: torch.device, half_precision: bool) -> str | None:
 
 
 def build_layout(batch: Segmented, *, flash: bool = False) -> Layout:
-    """The layout of a batch. Segments with a prefix always take SDPA blocks: flash-attn varlen has no such mask."""
+    """The layout of a batch, on its device and without waiting for it; for segments with a prefix always SDPA blocks.
+
+    (flash-attn varlen has no such mask.)
+    """
+    device = batch.token_ids.device
     cu = batch.cu_seqlens.tolist()
     prefix = batch.prefix.tolist()
     lengths = [b - a for a, b in pairwise(cu)]
     if flash and max(prefix, default=-1) < 0:
         empty = batch.token_ids.new_zeros(0)
-        return Layout(True, batch.cu_seqlens, max(lengths, default=0), [], empty)
+        return Layout(True, to_device(batch.cu_seqlens, device), max(lengths, default=0), [], empty)
     groups: dict[tuple[bool, int], list[int]] = {}
     for s, length in enumerate(lengths):
         groups.setdefault((prefix[s] >= 0, max(length - 1, 1).bit_length()), []).append(s)
-    device = batch.token_ids.device
     blocks, place, row = [], torch.empty(cu[-1], dtype=torch.int64), 0
     for (has_prefix, _), segments in sorted(groups.items()):
         width = max(lengths[s] for s in segments)
@@ -108,9 +112,9 @@ def build_layout(batch: Segmented, *, flash: bool = False) -> Layout:
             place[cu[s] : cu[s + 1]] = torch.arange(lengths[s]) + row + g * width
         row += width * len(segments)
         offset = [lengths[prefix[s]] if has_prefix else 0 for s in segments]
-        q_index, k_index, off = (torch.tensor(x, dtype=torch.int64, device=device) for x in (queries, keys, offset))
+        q_index, k_index, off = (to_device(torch.tensor(x, dtype=torch.int64), device) for x in (queries, keys, offset))
         blocks.append(_Block(q_index, k_index, off, not has_prefix))
-    return Layout(False, batch.cu_seqlens, max(lengths, default=0), blocks, place.to(device))
+    return Layout(False, batch.cu_seqlens, max(lengths, default=0), blocks, to_device(place, device))
 
 
 def _padded(index: range | list[int], width: int) -> list[int]:
@@ -194,8 +198,11 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | 
 
 
 def register() -> None:
-    """Make ``attn_implementation="tppo_packed"`` known to transformers; its layers then need the ``layout`` keyword."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Make ``attn_implementation="tppo_packed"`` known to transformers; its layers then need the ``layout`` keyword.
+
+    No mask function goes with it: transformers then makes no mask, and does not wait for the device to look for packed
+    sequences in the position ids.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)

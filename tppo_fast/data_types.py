@@ -75,7 +75,8 @@ class RolloutBatch:
     position_ids: Int[Tensor, "N"]
     """Position of each token in its own sequence, a shared prompt counted in, int64."""
     cu_seqlens: Int[Tensor, "S+1"]
-    """Where each segment starts among the tokens, int32, from 0 to N. A token attends to its segment, causally."""
+    """Where each segment starts among the tokens, int32, from 0 to N. A token attends to its segment, causally. It and
+    ``prefix`` stay on the CPU: they are what the host plans the attention with, and must not be fetched from a device."""
     prefix: Int[Tensor, "S"]
     """The segment each segment continues and fully attends to, or -1, int64."""
     action_index: Int[Tensor, "A"]
@@ -111,15 +112,25 @@ class RolloutBatch:
         return self.token_ids[self.action_index]
 
     def to(self, device: torch.device | str) -> RolloutBatch:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """All tensors but the attention structure on ``device``, without waiting for the copies."""
+        moved = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if f.name not in _ON_HOST}
+        return replace(self, **moved)
+
+
+_ON_HOST = ("cu_seqlens", "prefix")
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on ``device``. To CUDA it goes through pinned memory, and nobody waits for the copy."""
+    if not str(device).startswith("cuda") or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainBatch:
-    """A packed batch with everything the update reads, all [A], fp32, no gradient."""
+class TrainRows:
+    """What the loss reads of some actions: any A rows of a training batch, all [A], fp32, no gradient."""
 
-    rollouts: RolloutBatch
-    """The packed rollouts."""
     old_logprobs: Float[Tensor, "A"]
     """The ratio's denominator: the policy's log-probabilities before the update."""
     ref_logprobs: Float[Tensor, "A"]
@@ -132,6 +143,14 @@ class TrainBatch:
     """The critic's regression targets."""
     importance_weights: Float[Tensor, "A"]
     """Truncated weights pi_old / pi_behaviour of the policy loss; 1 where rollouts are fresh."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch(TrainRows):
+    """A packed batch with everything the update reads; the rows live on the training device."""
+
+    rollouts: RolloutBatch
+    """The packed rollouts, on the CPU until a microbatch is sent to the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

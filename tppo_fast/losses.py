@@ -1,20 +1,41 @@
-"""Loss functions over packed actions. A loss returns sums; ``ppo.update`` divides once by the step's action count."""
+"""Loss functions over packed actions. A loss returns sums; ``ppo.update`` divides once by the step's action count.
+
+A loss whose rows do not need each other (each action's term reads that action alone) is marked ``@row_local``. It is then
+called on some rows at a time and the head costs three GEMMs of its size instead of four, with no logits kept. A loss that
+is not marked (one that whitens by the new log-probabilities, say, or takes a sequence's ratio) sees the whole microbatch
+at once, ``final_values`` and ``rollouts`` included.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import tppo_kernels as tk
 
 from tppo_fast.config import PPOConfig
-from tppo_fast.data_types import LossOutput, TrainBatch
-from tppo_fast.model import Evaluation
+from tppo_fast.data_types import LossOutput, TrainRows
+from tppo_fast.model import Outputs
 
-LossFunction = Callable[[Evaluation, TrainBatch, PPOConfig, float, bool], LossOutput]
-"""(evaluation, batch, config, kl_coef, train_policy) -> LossOutput."""
+LossFunction = Callable[[Any, Any, PPOConfig, float, bool], LossOutput]
+"""(evaluation, batch, config, kl_coef, train_policy) -> LossOutput; (Outputs, TrainRows, ...) when row-local, else
+(Evaluation, TrainBatch, ...), which have all that those have."""
+Loss = TypeVar("Loss", bound=LossFunction)
 
 
-def ppo(evaluation: Evaluation, batch: TrainBatch, config: PPOConfig, kl_coef: float, train_policy: bool) -> LossOutput:
+def row_local(loss: Loss) -> Loss:
+    """Declare that each action's term reads that action's row alone, so that the loss may be called on some rows at a time."""
+    loss.row_local = True  # type: ignore[attr-defined]
+    return loss
+
+
+def is_row_local(loss: LossFunction) -> bool:
+    """Whether ``row_local`` was declared."""
+    return getattr(loss, "row_local", False)
+
+
+@row_local
+def ppo(evaluation: Outputs, batch: TrainRows, config: PPOConfig, kl_coef: float, train_policy: bool) -> LossOutput:
     """Clipped PPO with the configured value, KL and entropy terms: ``tppo_kernels.ppo_loss``, undivided.
 
     Without ``value_coef`` there is no value term: algorithms without a critic come with 0.

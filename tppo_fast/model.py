@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tppo_fast import attention, lora
 from tppo_fast.config import ModelConfig
-from tppo_fast.data_types import RolloutBatch
+from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch, TrainRows
 from tppo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,12 +24,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What the models say of a batch's actions, differentiable, fp32."""
+class Outputs:
+    """What the models say of some actions, differentiable, fp32."""
 
     logprobs: Float[Tensor, "A"]
     entropy: Float[Tensor, "A"]
     values: Float[Tensor, "A"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation(Outputs):
+    """What the models say of all actions of a batch."""
+
     final_values: Float[Tensor, "B"]
     """V(state after the last action), for truncated responses."""
 
@@ -109,25 +115,24 @@ class Actor(nn.Module):
         """The transformer without its head."""
         return self.lm.base_model
 
-    def hidden(self, batch: RolloutBatch) -> Float[Tensor, "N D"]:
-        """Last hidden states of every packed token."""
-        return hidden_states(self.body, batch, self.config)
+    def hidden(self, batch: RolloutBatch, layout: attention.Layout | None = None) -> Float[Tensor, "N D"]:
+        """Last hidden states of every packed token. ``layout``: of this batch, where it is at hand."""
+        return hidden_states(self.body, batch, self.config, layout)
 
     def logprobs(
         self, states: Float[Tensor, "A D"], actions: Int[Tensor, "A"], temperature: float
     ) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
         """Log-probability of each action and entropy of its distribution, fp32."""
-        head = self.lm.get_output_embeddings()
+        weight, options = self.head(temperature)
         with autocast(self.config, states.device):
-            return tk.linear_logprobs(
-                states,
-                head.weight,
-                actions,
-                bias=getattr(head, "bias", None),
-                temperature=temperature,
-                softcap=self.softcap,
-                logit_scale=self.logit_scale,
-            )
+            return tk.linear_logprobs(states, weight, actions, **options)
+
+    def head(self, temperature: float) -> tuple[Float[Tensor, "V D"], dict[str, Any]]:
+        """The head's weight, and what else the head ops need to know of it."""
+        head = self.lm.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        scale = {"softcap": self.softcap, "logit_scale": self.logit_scale}
+        return head.weight, {"bias": bias, "temperature": temperature, **scale}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The causal LM's weights under transformers' names, adapters merged one weight at a time, for a rollout engine."""
@@ -192,25 +197,75 @@ class ActorCritic(nn.Module):
 
     def forward(self, batch: RolloutBatch, *, temperature: float, train_policy: bool = True) -> Evaluation:
         """Log-probabilities, entropy and values of every action. ``train_policy=False`` gives only values a gradient."""
+        states, values, final_values = self.states(batch, train_policy=train_policy)
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
-            hidden = self.actor.hidden(batch)
-            logprobs, entropy = self.actor.logprobs(hidden[batch.state_index], batch.actions, temperature)
+            logprobs, entropy = self.actor.logprobs(states, batch.actions, temperature)
+        return Evaluation(logprobs=logprobs, entropy=entropy, values=values, final_values=final_values)
+
+    def states(
+        self, batch: RolloutBatch, *, train_policy: bool = True, layout: attention.Layout | None = None
+    ) -> tuple[Float[Tensor, "A D"], Float[Tensor, "A"], Float[Tensor, "B"]]:
+        """(hidden states that predict the actions, their values, values after the last actions): one pass of each body."""
+        layout = layout or layout_of(batch, self.actor.config)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and train_policy):
+            hidden = self.actor.hidden(batch, layout)
+            states = hidden[batch.state_index]
         critic_hidden = hidden
         if self.critic.body is not None:
-            critic_hidden = hidden_states(self.critic.body, batch, self.critic.config)
+            critic_hidden = hidden_states(self.critic.body, batch, self.critic.config, layout)
         elif not self.critic.config.value_gradient_to_body:
             critic_hidden = hidden.detach()
         values = self.critic.values(critic_hidden, torch.cat([batch.state_index, batch.final_index]))
         values, final_values = values.split([batch.num_actions, batch.num_sequences])
-        return Evaluation(logprobs=logprobs, entropy=entropy, values=values, final_values=final_values)
+        return states, values, final_values
+
+    def loss_by_rows(
+        self,
+        batch: TrainBatch,
+        loss: Callable[[Outputs, TrainRows], LossOutput],
+        *,
+        temperature: float,
+        normalizer: float,
+        train_policy: bool = True,
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """(loss / normalizer, summed metrics) of a row-local loss, which is called on a chunk of rows at a time.
+
+        The head is multiplied three times for loss and gradients (``tppo_kernels.linear_token_loss``), where log-probabilities
+        that went to a loss of the whole batch would cost four.
+        """
+        names = [f.name for f in fields(TrainRows)]
+        states, values, _ = self.states(batch.rollouts, train_policy=train_policy)
+        weight, options = self.actor.head(temperature)
+        if not train_policy:
+            weight, options["bias"] = weight.detach(), None if options["bias"] is None else options["bias"].detach()
+
+        def on_chunk(
+            logprobs: Tensor, entropy: Tensor, values: Tensor, *rows: Tensor
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            given = TrainRows(**dict(zip(names, rows, strict=True)))
+            out = loss(Outputs(logprobs=logprobs, entropy=entropy, values=values), given)
+            return out.loss, out.metrics
+
+        rows = [values, *(getattr(batch, name) for name in names)]
+        with autocast(self.actor.config, states.device):
+            return tk.linear_token_loss(
+                states, weight, batch.rollouts.actions, on_chunk, rows, normalizer=normalizer, **options
+            )
 
 
-def hidden_states(body: nn.Module, batch: RolloutBatch, config: ModelConfig) -> Float[Tensor, "N D"]:
+def layout_of(batch: RolloutBatch, config: ModelConfig) -> attention.Layout:
+    """The attention structure of a batch, for every body of the step."""
+    half = config.dtype == "bfloat16"
+    flash = config.attention != "sdpa" and attention.can_use_flash(batch.token_ids.device, half) is None
+    return attention.build_layout(batch, flash=flash)
+
+
+def hidden_states(
+    body: nn.Module, batch: RolloutBatch, config: ModelConfig, layout: attention.Layout | None = None
+) -> Float[Tensor, "N D"]:
     """The body's last hidden states for a packed batch, without padding."""
     device = batch.token_ids.device
-    half = config.dtype == "bfloat16"
-    flash = config.attention != "sdpa" and attention.can_use_flash(device, half) is None
-    layout = attention.build_layout(batch, flash=flash)
+    layout = layout or layout_of(batch, config)
     with autocast(config, device):
         out = body(
             input_ids=batch.token_ids[None],

@@ -8,10 +8,10 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from tppo_fast.data_types import Rollout, RolloutBatch, TrainBatch
+from tppo_fast.data_types import Rollout, RolloutBatch, TrainBatch, TrainRows, to_device
 from tppo_fast.errors import UserError
 
-_PER_ACTION = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns", "importance_weights")
+_PER_ACTION = tuple(f.name for f in fields(TrainRows))
 
 
 def pack(
@@ -121,19 +121,18 @@ def select(batch: RolloutBatch, sequences: Sequence[int]) -> tuple[RolloutBatch,
 
 
 def select_train(batch: TrainBatch, sequences: Sequence[int]) -> TrainBatch:
-    """The training batch of some sequences, in the order given."""
+    """The training batch of some sequences, in the order given, all of it on the device of the batch's rows."""
     sub, rows = select(batch.rollouts, sequences)
-    return replace(batch, rollouts=sub, **{name: getattr(batch, name)[rows] for name in _PER_ACTION})
-
-
-def to_device(batch: TrainBatch, device: torch.device | str) -> TrainBatch:
-    """Every tensor of a training batch on ``device``."""
-    moved = {name: getattr(batch, name).to(device) for name in _PER_ACTION}
-    return replace(batch, rollouts=batch.rollouts.to(device), **moved)
+    device = batch.old_logprobs.device
+    rows = to_device(rows, device)
+    return replace(batch, rollouts=sub.to(device), **{name: getattr(batch, name)[rows] for name in _PER_ACTION})
 
 
 def microbatches(batch: RolloutBatch, sequences: Sequence[int], token_budget: int) -> list[list[int]]:
     """Split sequences into groups of at most ``token_budget`` tokens: longest first, each into the first group with room.
+
+    The same set of sequences gives the same groups, in whatever order it is given: that the log-probabilities before and
+    during the update come from the same arithmetic, bit for bit, rests on it.
 
     Raises:
         UserError: one sequence alone is over the budget.
@@ -144,7 +143,7 @@ def microbatches(batch: RolloutBatch, sequences: Sequence[int], token_budget: in
     groups: list[list[int]] = []
     loads: list[int] = []
     present: list[set[int]] = []
-    for b in sorted(sequences, key=lambda b: -whole[b]):
+    for b in sorted(sequences, key=lambda b: (-whole[b], b)):
         if whole[b] > token_budget:
             raise UserError(
                 f"ppo.microbatch_tokens = {token_budget}: one sequence has {whole[b]} tokens; raise it, or lower "
@@ -187,6 +186,3 @@ def _segment_of(batch: RolloutBatch, token_index: Tensor) -> Tensor:
 
 def _cumulative(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-assert set(_PER_ACTION) < {f.name for f in fields(TrainBatch)}

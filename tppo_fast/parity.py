@@ -27,16 +27,16 @@ LIMITS = {"float32": (1e-3, 2e-2), "bfloat16": (5e-2, 5.0)}
 """dtype -> the largest parity/mean and parity/max of an engine that has the trainer's weights, in nats."""
 
 
-def metrics(engine: Float[Tensor, "A"], trainer: Float[Tensor, "A"]) -> dict[str, float]:
+def metrics(engine: Float[Tensor, "A"], trainer: Float[Tensor, "A"]) -> dict[str, Tensor]:
     """How far the log-probabilities of the same A tokens are apart; see the glossary."""
     gap = (trainer - engine).abs()
     ratio = torch.exp(trainer.double() - engine.double())
     ess = ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum())
     return {
-        "parity/mean": float(gap.mean()),
-        "parity/max": float(gap.max()),
-        "parity/share_above_0.1": float((gap > 0.1).float().mean()),
-        "parity/ess": float(ess),
+        "parity/mean": gap.mean(),
+        "parity/max": gap.max(),
+        "parity/share_above_0.1": (gap > 0.1).float().mean(),
+        "parity/ess": ess,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from tppo_fast import packing, parity, seeding
 from tppo_fast.advantages import penalised_rewards
 from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.config import Config, PPOConfig
-from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch
+from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch, TrainRows, to_device
 from tppo_fast.errors import TrainingDiverged, UserError
-from tppo_fast.losses import LossFunction
+from tppo_fast.losses import LossFunction, is_row_local
 from tppo_fast.metrics import GLOSSARY
-from tppo_fast.model import Actor, ActorCritic
+from tppo_fast.model import Actor, ActorCritic, Outputs, layout_of
 
 Metrics = dict[str, float]
 
@@ -51,6 +51,7 @@ class PPO:
         self.loss = loss
         self.step = 0
         self.kl = KLController(config.ppo)
+        self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
         ppo = config.ppo
         self.loss_config = ppo if self.algorithm.needs_critic else ppo.model_copy(update={"value_coef": 0.0})
         self._groups = [[p for p in part.parameters() if p.requires_grad] for part in (model.actor, model.critic)]
@@ -59,6 +60,7 @@ class PPO:
             [{"params": self._groups[0], "lr": ppo.lr}, {"params": self._groups[1], "lr": critic_lr}],
             betas=(ppo.adam_beta1, ppo.adam_beta2),
             weight_decay=ppo.weight_decay,
+            fused=True,
         )
         schedule = ppo.lr_schedule if ppo.lr_schedule != "constant" else "constant_with_warmup"
         optimizer_steps = total_steps * ppo.epochs * ppo.minibatches
@@ -72,21 +74,27 @@ class PPO:
 
     @torch.no_grad()
     def prepare(self, batch: RolloutBatch) -> tuple[TrainBatch, Metrics]:
-        """Old and reference log-probabilities, values, advantages and returns for a packed batch."""
+        """Old and reference log-probabilities, values, advantages and returns for a packed batch (on the CPU).
+
+        One pass of each body: policy and reference, and the critic's where it has its own. Everything stays on the device;
+        the host waits once, for the metrics.
+        """
         ppo = self.config.ppo
         logprobs, values, ref_logprobs, final_values = self._evaluate(batch)
-        old = logprobs if ppo.old_logprobs == "recompute" else batch.behaviour_logprobs
-        ref = old if self.reference is None else ref_logprobs
+        on_device = batch.to(self.device)
+        behaviour = on_device.behaviour_logprobs
+        old = logprobs if ppo.old_logprobs == "recompute" else behaviour
+        ref = old if ref_logprobs is None else ref_logprobs
         coefficient = self.kl.coefficient if ppo.kl_placement == "reward" else 0.0
-        rewards = penalised_rewards(batch.rewards, old, ref, coefficient)
+        rewards = penalised_rewards(on_device.rewards, old, ref, coefficient)
         group = self.config.rollout.samples_per_prompt
-        advantages, returns = self.algorithm.estimate(rewards, values, final_values, batch, group, ppo)
+        advantages, returns = self.algorithm.estimate(rewards, values, final_values, on_device, group, ppo)
         metrics = {
             "ppo/kl": (old - ref).mean(),
             "ppo/advantage_mean": advantages.mean(),
             "ppo/advantage_std": advantages.std(correction=0),
             **(_critic_metrics(values, returns) if self.algorithm.needs_critic else {}),
-            **parity.metrics(batch.behaviour_logprobs, logprobs),
+            **parity.metrics(behaviour, logprobs),
         }
         if ppo.whiten_advantages and self.algorithm.needs_critic:
             advantages = tk.whiten(advantages)
@@ -97,9 +105,9 @@ class PPO:
             values=values,
             advantages=advantages,
             returns=returns,
-            importance_weights=self._importance_weights(old, batch.behaviour_logprobs),
+            importance_weights=self._importance_weights(old, behaviour),
         )
-        return train, {name: float(value) for name, value in metrics.items()}
+        return train, fetch([metrics])[0]
 
     def _importance_weights(self, old: Tensor, behaviour: Tensor) -> Tensor:
         """min(pi_old / pi_behaviour, cap) of rollouts that may be stale (truncated importance sampling), else ones [A]."""
@@ -107,21 +115,26 @@ class PPO:
             return torch.ones_like(old)
         return (old - behaviour).exp().clamp(max=self.config.ppo.importance_cap)
 
-    def _evaluate(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(policy log-probs [A], values [A], reference log-probs [A], final values [B]) of a whole batch, on the CPU."""
+    def _evaluate(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """(policy log-probs [A], values [A], reference log-probs [A], final values [B]) of a whole batch, on the device.
+
+        The microbatches are those of the update's first pass, so that its first ratio is exactly 1.
+        """
         temperature = self.config.rollout.temperature
-        logprobs, values, reference = (torch.zeros(batch.num_actions) for _ in range(3))
-        final_values = torch.zeros(batch.num_sequences)
-        budget = self.config.ppo.microbatch_tokens
-        for sequences in packing.microbatches(batch, range(batch.num_sequences), budget):
-            part, rows = packing.select(batch, sequences)
-            part = part.to(self.device)
-            out = self.model(part, temperature=temperature)
-            logprobs[rows], values[rows] = out.logprobs.cpu(), out.values.cpu()
-            final_values[sequences] = out.final_values.cpu()
-            if self.reference is not None:
-                states = self.reference.hidden(part)[part.state_index]
-                reference[rows] = self.reference.logprobs(states, part.actions, temperature)[0].cpu()
+        logprobs, values = (torch.zeros(batch.num_actions, device=self.device) for _ in range(2))
+        reference = None if self.reference is None else torch.zeros_like(logprobs)
+        final_values = torch.zeros(batch.num_sequences, device=self.device)
+        for minibatch in self._minibatches(batch.num_sequences, 0):
+            for group in packing.microbatches(batch, minibatch, self.config.ppo.microbatch_tokens):
+                part, rows = packing.select(batch, group)
+                part, rows, sequences = part.to(self.device), to_device(rows, self.device), torch.tensor(group)
+                layout = layout_of(part, self.model.actor.config)
+                states, values[rows], final = self.model.states(part, layout=layout)
+                logprobs[rows] = self.model.actor.logprobs(states, part.actions, temperature)[0]
+                final_values[to_device(sequences, self.device)] = final
+                if self.reference is not None and reference is not None:
+                    states = self.reference.hidden(part, layout)[part.state_index]
+                    reference[rows] = self.reference.logprobs(states, part.actions, temperature)[0]
         return logprobs, values, reference, final_values
 
     # ---------------------------------------------------------------- update
@@ -130,36 +143,39 @@ class PPO:
         """Epochs x minibatches of optimizer steps; returns the step's metrics, averaged over its actions.
 
         Each minibatch's gradient is that of ONE big batch: microbatch losses are sums, divided by the minibatch's action
-        count.
+        count. The host never waits for the device until all steps are queued (with ``target_kl``, once a pass). From the
+        first loss or gradient that is not finite on, the device itself skips every step.
 
         Raises:
-            TrainingDiverged: a loss or gradient is not finite; no weight was changed by that optimizer step.
+            TrainingDiverged: a loss or gradient was not finite; no weight was changed by that optimizer step or a later one.
         """
         ppo = self.config.ppo
         train_policy = self.step >= ppo.value_warmup_steps
-        totals: defaultdict[str, float] = defaultdict(float)
-        norms: list[tuple[float, float]] = []
+        steps: list[tuple[list[int], int]] = []  # (sequences, microbatches) of each optimizer step
+        found: list[dict[str, Tensor]] = []
+        self._bad.zero_()
         epochs_done = 0
         for epoch in range(ppo.epochs):
-            before = dict(totals)
+            first = len(steps)
             for sequences in self._minibatches(batch.rollouts.num_sequences, epoch):
-                sums = self._accumulate_gradient(batch, sequences, train_policy)
-                norms.append(self._optimizer_step(sums, train_policy))
-                for name, value in sums.items():
-                    totals[name] += value
+                sums, microbatches = self._accumulate_gradient(batch, sequences, train_policy)
+                found.append({**sums, **self._optimizer_step(sums["loss"], train_policy)})
+                steps.append((sequences, microbatches))
             epochs_done += 1
-            if ppo.target_kl is not None and _approx_kl(totals, before) > ppo.target_kl:
+            if ppo.target_kl is not None and _approx_kl(fetch(found[first:])) > ppo.target_kl:
                 break
+        kl = (batch.old_logprobs - batch.ref_logprobs).mean()
+        *rows, last = fetch([*found, {"kl": kl}])
+        for (sequences, _), row in zip(steps, rows, strict=True):
+            if row["bad"]:
+                raise TrainingDiverged(self._divergence_report(batch, sequences, row, train_policy))
         self.step += 1
-        metrics = self._summary(totals)
+        metrics = self._summary(rows)
+        metrics["ppo/microbatches"] = sum(count for _, count in steps)
         metrics["ppo/epochs_done"] = epochs_done
-        metrics["ppo/grad_norm"] = sum(n[0] for n in norms) / len(norms)
-        if self.algorithm.needs_critic:
-            metrics["ppo/critic_grad_norm"] = sum(n[1] for n in norms) / len(norms)
         metrics["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["ppo/kl_coef"] = self.kl.coefficient
-        to_reference = (batch.old_logprobs - batch.ref_logprobs).mean()
-        self.kl.observe(float(to_reference), batch.rollouts.num_sequences)
+        self.kl.observe(last["kl"], batch.rollouts.num_sequences)
         return metrics
 
     def _minibatches(self, num_sequences: int, epoch: int) -> Iterator[list[int]]:
@@ -171,62 +187,87 @@ class PPO:
         for part in order.tensor_split(min(self.config.ppo.minibatches, len(order))):
             yield [p * n + i for p in part.tolist() for i in range(n)]
 
-    def _accumulate_gradient(self, batch: TrainBatch, sequences: list[int], train_policy: bool) -> dict[str, float]:
-        """Backward through one minibatch, microbatch by microbatch; returns its summed metrics."""
-        ppo = self.loss_config
+    def _accumulate_gradient(
+        self, batch: TrainBatch, sequences: list[int], train_policy: bool
+    ) -> tuple[dict[str, Tensor], int]:
+        """Backward through one minibatch; returns its summed metrics and the number of microbatches."""
         self.optimizer.zero_grad(set_to_none=True)
         cu_actions = batch.rollouts.cu_actions.tolist()
         count = sum(cu_actions[b + 1] - cu_actions[b] for b in sequences)
-        sums: defaultdict[str, Tensor | float] = defaultdict(float)
-        groups = packing.microbatches(batch.rollouts, sequences, ppo.microbatch_tokens)
+        sums = {"actions": torch.tensor(float(count), dtype=torch.float64)}
+        groups = packing.microbatches(batch.rollouts, sequences, self.config.ppo.microbatch_tokens)
         for group in groups:
-            part = packing.to_device(packing.select_train(batch, group), self.device)
-            evaluation = self.model(
-                part.rollouts, temperature=self.config.rollout.temperature, train_policy=train_policy
-            )
-            out = self.loss(evaluation, part, ppo, self.kl.coefficient, train_policy)
-            if not isinstance(out, LossOutput):
-                raise UserError(f"ppo.loss = {ppo.loss!r} returned a {type(out).__name__}: it must return a LossOutput")
-            (out.loss / count).backward()
-            for name, value in {**out.metrics, "loss": out.loss.detach()}.items():
-                sums[name] = sums[name] + value
-        return {**{name: float(value) for name, value in sums.items()}, "actions": count, "microbatches": len(groups)}
+            loss, metrics = self._loss(packing.select_train(batch, group), count, train_policy)
+            loss.backward()
+            for name, value in {**metrics, "loss": loss.detach() * count}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return sums, len(groups)
 
-    def _optimizer_step(self, sums: dict[str, float], train_policy: bool) -> tuple[float, float]:
-        """Clip and step; returns the gradient norms of policy and critic before clipping."""
-        norms = [float(nn.utils.clip_grad_norm_(group, self.config.ppo.max_grad_norm)) for group in self._groups]
-        if not all(torch.isfinite(torch.tensor([sums["loss"], *norms]))):
-            raise TrainingDiverged(self._divergence_report(sums, norms))
+    def _loss(self, part: TrainBatch, count: int, train_policy: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """(a microbatch's loss / count, its summed metrics)."""
+
+        def loss(outputs: Outputs, rows: TrainRows) -> LossOutput:
+            out = self.loss(outputs, rows, self.loss_config, self.kl.coefficient, train_policy)
+            if not isinstance(out, LossOutput):
+                name = self.config.ppo.loss
+                raise UserError(f"ppo.loss = {name!r} returned a {type(out).__name__}: it must return a LossOutput")
+            return out
+
+        options = {"temperature": self.config.rollout.temperature, "train_policy": train_policy}
+        if is_row_local(self.loss):
+            return self.model.loss_by_rows(part, loss, normalizer=count, **options)
+        out = loss(self.model(part.rollouts, **options), part)
+        return out.loss / count, out.metrics
+
+    def _optimizer_step(self, loss: Tensor, train_policy: bool) -> dict[str, Tensor]:
+        """Clip and step, unless something is or was not finite; returns the norms before clipping and that verdict."""
+        limit, none = self.config.ppo.max_grad_norm, torch.zeros_like(loss)
+        policy, critic = (nn.utils.clip_grad_norm_(group, limit) if group else none for group in self._groups)
+        for value in (loss, policy, critic):
+            self._bad.logical_or_(~torch.isfinite(value))
         if not train_policy:
             for parameter in self._groups[0]:
                 parameter.grad = None
+        self.optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scheduler.step()
-        return norms[0], norms[1]
+        return {"grad_norm": policy, "critic_grad_norm": critic, "bad": self._bad.clone()}
 
-    def _divergence_report(self, sums: dict[str, float], norms: list[float]) -> dict[str, Any]:
+    def _divergence_report(
+        self, batch: TrainBatch, sequences: list[int], row: dict[str, float], train_policy: bool
+    ) -> dict[str, Any]:
+        """What went wrong in the first bad step; its gradient is computed again, since no weight has changed after it."""
+        self._accumulate_gradient(batch, sequences, train_policy)
         bad = [
             name
             for name, p in self.model.named_parameters()
             if p.grad is not None and not bool(torch.isfinite(p.grad).all())
         ]
         self.optimizer.zero_grad(set_to_none=True)
+        verdict = {name: row.pop(name) for name in ("grad_norm", "critic_grad_norm", "bad")}
         return {
             "step": self.step + 1,
-            "grad_norm": norms[0],
-            "critic_grad_norm": norms[1],
-            "summed_metrics": sums,
+            "grad_norm": verdict["grad_norm"],
+            "critic_grad_norm": verdict["critic_grad_norm"],
+            "summed_metrics": row,
             "parameters_with_bad_gradients": bad,
             "kl_coef": self.kl.coefficient,
         }
 
-    def _summary(self, totals: dict[str, float]) -> Metrics:
+    def _summary(self, rows: list[dict[str, float]]) -> Metrics:
+        """The metrics of all optimizer steps: means over actions, norms over steps."""
+        totals: defaultdict[str, float] = defaultdict(float)
+        for row in rows:
+            for name, value in row.items():
+                totals[name] += value
         actions = totals["actions"]
-        skip = {"actions", "microbatches", "ratio_sq", "loss"}
+        skip = {"actions", "ratio_sq", "loss", "bad", "grad_norm", "critic_grad_norm"}
         means = {name: value / actions for name, value in totals.items() if name not in skip}
         metrics = {name if (name := f"ppo/{key}") in GLOSSARY else f"custom/{key}": mean for key, mean in means.items()}
         metrics["ppo/ess"] = totals["ratio"] ** 2 / (actions * totals["ratio_sq"]) if totals.get("ratio_sq") else 1.0
-        metrics["ppo/microbatches"] = totals["microbatches"]
+        metrics["ppo/grad_norm"] = totals["grad_norm"] / len(rows)
+        if self.algorithm.needs_critic:
+            metrics["ppo/critic_grad_norm"] = totals["critic_grad_norm"] / len(rows)
         return metrics
 
     # ---------------------------------------------------------------- state
@@ -250,9 +291,20 @@ def _critic_metrics(values: Tensor, returns: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _approx_kl(totals: dict[str, float], before: dict[str, float]) -> float:
-    """The mean approx_kl of the last pass."""
-    if "approx_kl" not in totals:
+def fetch(rows: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Scalars of the device as numbers: the one place where the loop waits for it, once for all of them."""
+    values = iter(_on_one_device([value for row in rows for value in row.values()]).tolist())
+    return [{name: next(values) for name in row} for row in rows]
+
+
+def _on_one_device(scalars: list[Tensor]) -> Tensor:
+    """[len(scalars)] in fp64."""
+    device = next((x.device for x in scalars if x.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([x.detach().double().to(device, non_blocking=True) for x in scalars])
+
+
+def _approx_kl(rows: list[dict[str, float]]) -> float:
+    """The mean approx_kl of a pass."""
+    if any("approx_kl" not in row for row in rows):
         raise UserError("ppo.target_kl is set, but ppo.loss reports no approx_kl: report it, or remove ppo.target_kl")
-    actions = totals["actions"] - before.get("actions", 0.0)
-    return (totals["approx_kl"] - before.get("approx_kl", 0.0)) / actions
+    return sum(row["approx_kl"] for row in rows) / sum(row["actions"] for row in rows)
