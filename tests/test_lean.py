@@ -72,7 +72,7 @@ def count_fetches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_the_host_waits_once_in_each_phase(monkeypatch: pytest.MonkeyPatch, marked: bool) -> None:
     """On the plain backend: the compiled CPU ops look at rows, which costs nothing there, and their GPU paths do not."""
     monkeypatch.setenv("TPPO_KERNELS_BACKEND", "reference")
-    ppo, batch = build(n=2, share=True, minibatches=2, epochs=2, microbatch_tokens=64, kl_placement="loss")
+    ppo, batch = build(n=2, share=True, minibatches=2, epochs=2, microbatch_tokens=40, kl_placement="loss")
     if not marked:
         ppo.loss = lambda *args: losses.ppo(*args)
     ppo.update(ppo.prepare(batch)[0])  # makes the optimizer's state
