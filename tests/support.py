@@ -63,6 +63,13 @@ def no_vllm() -> str | None:
     return None if importlib.util.find_spec("vllm") else "vLLM is not installed (make vllm)"
 
 
+def hide_vllm_from_trl() -> None:
+    """TRL 1.12 imports names that vLLM 0.32 no longer has, wherever vLLM is installed; what it is compared on needs no vLLM."""
+    from trl import import_utils
+
+    import_utils.is_vllm_available = lambda *_, **__: False
+
+
 def write_model(folder: Path, make: Callable[[int], Any]) -> None:
     tok = tokenizer()
     make(len(tok)).save_pretrained(folder)

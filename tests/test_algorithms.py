@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import tppo_kernels as tk
-from support import actor_critic, prompt, random_rollouts, rollout, tokenizer
+from support import actor_critic, hide_vllm_from_trl, prompt, random_rollouts, rollout, tokenizer
 
 from tppo_fast import config as settings
 from tppo_fast import losses, packing, trainer
@@ -29,6 +29,8 @@ def peer(module: str) -> Any:
     pytest.importorskip(module.split(".")[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if module.startswith("trl."):
+            hide_vllm_from_trl()
         try:
             return importlib.import_module(module)
         except ImportError as error:

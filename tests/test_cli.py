@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -54,9 +54,10 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def test_help_is_instant_and_lists_every_setting() -> None:
-    began = time.monotonic()
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
     out = tppo("train", "--help").stdout
-    assert time.monotonic() - began < 3.0
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 3.0  # CPU time: others may be busy
     for name in ("--ppo.clip_high", "--rollout.temperature", "--seed", "--resume"):
         assert name in out
 

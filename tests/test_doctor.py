@@ -82,10 +82,10 @@ def test_a_module_that_kills_python_costs_only_its_own_check(tmp_path: Path, mon
 
 def test_a_module_that_hangs_is_broken_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "PROBED", ("triton", "flash_attn"))
-    monkeypatch.setattr(doctor, "TIMEOUT", 1.5)
+    monkeypatch.setattr(doctor, "TIMEOUT", 8.0)
     fake_modules(tmp_path, monkeypatch, triton="import time\ntime.sleep(60)", flash_attn="__version__ = '2.8.3'")
     assert gather() == {
-        "triton": {"error": "importing it did not end within 2 s"},
+        "triton": {"error": "importing it did not end within 8 s"},
         "flash_attn": {"version": "2.8.3"},
     }
 

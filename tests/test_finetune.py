@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support import actor_critic, prompt
+from support import actor_critic, hide_vllm_from_trl, prompt
 from test_trainer import wait_for_step, write_toml
 
 from tppo_fast import checkpoint, dpo, sft
@@ -188,6 +188,7 @@ def test_dpo_equals_trl(share: bool) -> None:
     pytest.importorskip("trl")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        hide_vllm_from_trl()
         from trl.trainer.dpo_trainer import DPOTrainer
     mine = moved_preference(share, microbatch_tokens=24)  # several microbatches
     got = mine.gradient(0)
