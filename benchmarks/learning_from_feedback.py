@@ -35,6 +35,7 @@ from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.relevance import relevance
 from tppo_fast.data.sessions import Session
 from tppo_fast.labelling.records import LabelledResponse, read_labels, write_labels
+from tppo_fast.metrics import read_metrics
 from tppo_fast.reward_model.data import encode, searches, split
 from tppo_fast.reward_model.run import score, train_reward_model
 from tppo_fast.reward_model.settings import RewardModelConfig
@@ -62,7 +63,7 @@ def main() -> None:
     labels = _labels(options, demo.run_config(base, start, "TPPO"), sessions)
     reward_model = _reward_model(options, labels, start)
     runs = [_trained(options, base, start, reward_model, seed) for seed in range(options.seeds)]
-    config = demo.run_config(base, start, "TPPO")
+    config = _paid_by(options, demo.run_config(base, start, "TPPO"), reward_model, seed=0)
     evaluation = demo.Evaluation(config, start, sessions, held_out[: options.eval_sessions])
     names = [f"seed {seed}" for seed in range(len(runs))]
     scores = evaluation.scores({"start": start, **dict(zip(names, runs, strict=True))})
@@ -74,6 +75,7 @@ def main() -> None:
         "independent": INDEPENDENT[options.labels],
     }
     write_atomic(out / "result.json", json.dumps(result, indent=2).encode())
+    _write_report(options, config, evaluation, result, runs)
     print(json.dumps(result, indent=2))
 
 
@@ -152,7 +154,7 @@ def _reward_model(options: argparse.Namespace, labels: Path, start: Path) -> Pat
             "threads": 1,
             "backbone": {"path": str(start) if options.backbone == "policy" else options.backbone},
             "data": {"labels": str(labels)},
-            "train": {"lr": options.rm_lr, "epochs": options.rm_epochs, "eval_every": 200},
+            "train": {"lr": options.rm_lr, "epochs": options.rm_epochs},
         }
         config = build_section(values, RewardModelConfig)
         train_reward_model(config, resume=bool(checkpoint.list_checkpoints(run_dir)))
@@ -161,21 +163,23 @@ def _reward_model(options: argparse.Namespace, labels: Path, start: Path) -> Pat
 
 def _trained(options: argparse.Namespace, base: demo.DemoSettings, start: Path, reward_model: Path, seed: int) -> Path:
     """The policy that TPPO makes of ``start`` with the reward model's rewards."""
-    config = demo.run_config(base, start, "TPPO")
-    reward = {"source": "model", "model": str(reward_model), "value": options.value, "length_penalty": True}
-    config = settings.build(
-        config.model_dump(mode="json")
-        | {
-            "run_dir": str(options.out / f"tppo-{options.labels}-{options.value}-{seed}"),
-            "seed": seed,
-            "threads": 1,
-            "reward": config.reward.model_dump(mode="json") | reward,
-            "train": config.train.model_dump(mode="json") | {"show_examples": 0, "tensorboard": False},
-        }
-    )
+    config = _paid_by(options, demo.run_config(base, start, "TPPO"), reward_model, seed)
     if not (config.run_dir / "policy").is_dir():
         trainer.train(config, resume=bool(checkpoint.list_checkpoints(config.run_dir)))
     return config.run_dir / "policy"
+
+
+def _paid_by(options: argparse.Namespace, config: Config, reward_model: Path, seed: int) -> Config:
+    """The demo's TPPO run, on the reward model's rewards."""
+    reward = {"source": "model", "model": str(reward_model), "value": options.value, "length_penalty": True}
+    changed = {
+        "run_dir": str(options.out / f"tppo-{options.labels}-{options.value}-{seed}"),
+        "seed": seed,
+        "threads": 1,
+        "reward": config.reward.model_dump(mode="json") | reward,
+        "train": config.train.model_dump(mode="json") | {"show_examples": 0, "tensorboard": False},
+    }
+    return settings.build(config.model_dump(mode="json") | changed)
 
 
 def _model_figures(folder: Path, sessions: Sequence[Session], labels: Path, kind: str) -> dict[str, Any]:
@@ -192,6 +196,31 @@ def _model_figures(folder: Path, sessions: Sequence[Session], labels: Path, kind
         true = [_true_relevance(e.row, truth[e.row.user_id, tuple(searches(e.row.history))]) for e in examples]
         figures["spearman"] = float(np.corrcoef(stats.rankdata(means), stats.rankdata(true))[0, 1])
     return figures
+
+
+def _write_report(
+    options: argparse.Namespace, config: Config, evaluation: demo.Evaluation, result: dict[str, Any], runs: list[Path]
+) -> None:
+    """Curves of every seed, reward histograms, coloured examples and the verdict of the independent judges."""
+    verdicts = [
+        report.verdict(
+            "TPPO on the reward model", "the start", *result["differences"][metric]["difference"][:3], f"eval/{metric}"
+        )
+        for metric in INDEPENDENT[options.labels]
+    ]
+    per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    report.write_report(
+        options.out / "report.html",
+        report.Report(
+            title="TPPO on a learned token reward",
+            verdict=" ".join([*verdicts, "Judges that did not label.", result["reward_model"]["verdict"]]),
+            command="python -m benchmarks.learning_from_feedback, with the arguments in result.json",
+            settings=config.model_dump(mode="json"),
+            runs=[report.Run(name="TPPO", rows=read_metrics(run.parent), samples_per_step=per_step) for run in runs],
+            examples=evaluation.examples,
+            figures=evaluation.figures,
+        ),
+    )
 
 
 def _true_relevance(row: LabelledResponse, relevant: Sequence[str]) -> float:

@@ -26,6 +26,7 @@ def test_leaves_report_curves_and_policies(options: demo.DemoSettings) -> None:
     assert "No difference could be shown" in page
     for curve in ("reward", "relevance", "kl", "length"):
         assert (options.run_dir / f"report-{curve}.png").stat().st_size > 1000
+    assert page.count("Rewards of the tokens of") >= 3
     for method in ("tppo", "sentence-ppo"):
         AutoModelForCausalLM.from_pretrained(options.run_dir / method / "policy")
 

@@ -237,6 +237,19 @@ def test_batching_and_packing_do_not_change_the_scores(trained: RewardModelResul
                 assert torch.allclose(alone.logits[0][one.response].softmax(-1), a, atol=1e-5)
 
 
+def test_a_history_is_read_once_for_all_its_responses(
+    trained: RewardModelResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load(str(trained.folder), "cpu")
+    seen: list[int] = []
+    forward = model.classifier.forward
+    monkeypatch.setattr(model.classifier, "forward", lambda **k: seen.append(k["input_ids"].numel()) or forward(**k))
+    inputs = model.reader([["lisbon", "kyoto"], ["chess"]] * 4, [" tent", " book", " hotels, price", " course"] * 2)
+    model.probabilities(inputs, 10_000)
+    histories = {tuple(e.input_ids[: e.response[0]]) for e in inputs}
+    assert seen == [sum(map(len, histories)) + sum(len(e.response) for e in inputs)]
+
+
 # ---------------------------------------------------------------- training
 
 

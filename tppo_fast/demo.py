@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,11 +28,15 @@ from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session, write_sessions
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
+from tppo_fast.figures import reward_histogram
 from tppo_fast.finetune_config import LearnConfig
 from tppo_fast.metrics import read_metrics
 from tppo_fast.progress import Progress
-from tppo_fast.rewards import build_reward, token_spans
+from tppo_fast.rewards import CLASS_NAMES, build_reward, token_spans
 from tppo_fast.rollout import build_engine
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "TPPO": {"reward": {"placement": "token"}, "ppo": {"gamma": 0.7}},
@@ -44,6 +48,8 @@ TABLE = ("relevance", "hit", "mrr", "distinct", "valid", "copy", "length")
 """Columns of the final table."""
 RESPONSES = 2
 """Responses to each held-out session in the final table."""
+HISTOGRAM = 400
+"""Responses of each policy whose token rewards the report shows as a histogram."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +134,7 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
     evaluation = Evaluation(configs["TPPO"], start, train_sessions, eval_sessions[: options.scale.final_prompts])
     folders = {"start": start, **{name: config.run_dir / "policy" for name, config in configs.items()}}
     scores = evaluation.baselines(options.data == "synthetic") | evaluation.scores(folders)
-    users, examples = evaluation.users, evaluation.examples
+    users = evaluation.users
     table = {name: evaluate.summarise(s, users, seed=options.seed) for name, s in scores.items()}
     verdicts = [
         _verdict(scores, users, a, b)
@@ -137,7 +143,7 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
     verdicts.append("Intervals cover other users, not other seeds: this is one training run of each method.")
     _print_table(table, verdicts)
     path = options.run_dir / "report.html"
-    _write_report(path, options, configs, table, verdicts, examples)
+    _write_report(path, options, configs, table, verdicts, evaluation)
     console.print(f"report: {path}")
     return table
 
@@ -265,14 +271,15 @@ class Evaluation:
         )
         self.users = [p.user_id for p in self._prompts for _ in range(RESPONSES)]
         self.examples: list[report.Example] = []
+        self.figures: dict[str, Figure] = {}
 
     def scores(self, folders: Mapping[str, Path]) -> dict[str, evaluate.Scores]:
-        """Policy -> per-response scores; keeps two labelled responses of each policy."""
+        """Policy -> per-response scores; keeps two labelled responses and a histogram of rewards of each policy."""
         out = {}
         for name, folder in folders.items():
             rollouts = self._respond(folder)
             out[name] = evaluate.score(rollouts, self._builder.parse, num_queries=self.config.data.num_queries)
-            self.examples += self._labelled(name, rollouts[: 2 * RESPONSES : RESPONSES])
+            self._explain(name, rollouts[:HISTOGRAM])
         return out
 
     def baselines(self, synthetic: bool) -> dict[str, evaluate.Scores]:
@@ -295,15 +302,21 @@ class Evaluation:
             engine.load_weights(model.load_causal_lm(str(folder)).state_dict().items(), version=0)
             return engine.generate(self._prompts, trainer.eval_sampling(at, RESPONSES))
 
-    def _labelled(self, name: str, rollouts: Sequence[Rollout]) -> list[report.Example]:
-        examples = []
+    def _explain(self, name: str, rollouts: Sequence[Rollout]) -> None:
+        """Keep the rewards of these responses as a histogram, and two of them as examples."""
         rewards, classes = self._reward.explain(rollouts)
-        for rollout, values, kinds in zip(rollouts, rewards, classes or [], strict=True):
-            text, spans = token_spans(self.tokenizer, rollout.token_ids)
-            past, true = " | ".join(rollout.prompt.history), " | ".join(rollout.prompt.next_queries)
-            tokens = [(text[a:b], k, float(v)) for (a, b), k, v in zip(spans, kinds, values.tolist(), strict=True)]
-            examples.append(report.Example(caption=f"{name}. History: {past}. True next: {true}", tokens=tokens))
-        return examples
+        by_class: dict[str, list[float]] = {kind: [] for kind in CLASS_NAMES}
+        for index, (rollout, values, kinds) in enumerate(zip(rollouts, rewards, classes or [], strict=True)):
+            for kind, value in zip(kinds, values.tolist(), strict=True):
+                by_class[CLASS_NAMES[kind]].append(value)
+            if index in (0, RESPONSES):  # the first response to the first two prompts
+                text, spans = token_spans(self.tokenizer, rollout.token_ids)
+                past, true = " | ".join(rollout.prompt.history), " | ".join(rollout.prompt.next_queries)
+                tokens = [(text[a:b], k, float(v)) for (a, b), k, v in zip(spans, kinds, values.tolist(), strict=True)]
+                caption = f"{name}. History: {past}. True next: {true}"
+                self.examples.append(report.Example(caption=caption, tokens=tokens))
+        caption = f"Rewards of the tokens of {len(rollouts)} held-out responses: {name}"
+        self.figures[caption] = reward_histogram(by_class, name)
 
 
 def _verdict(scores: dict[str, evaluate.Scores], users: list[str], a: str, b: str) -> str:
@@ -336,7 +349,7 @@ def _write_report(
     configs: dict[str, Config],
     table: dict[str, dict[str, evaluate.Estimate]],
     verdicts: list[str],
-    examples: list[report.Example],
+    evaluation: Evaluation,
 ) -> None:
     per_step = configs["TPPO"].rollout.prompts_per_step * configs["TPPO"].rollout.samples_per_prompt
     runs = [report.Run(name=n, rows=read_metrics(c.run_dir), samples_per_step=per_step) for n, c in configs.items()]
@@ -355,6 +368,7 @@ def _write_report(
             settings=configs["TPPO"].model_dump(mode="json"),
             runs=runs,
             table=rows,
-            examples=examples,
+            examples=evaluation.examples,
+            figures=evaluation.figures,
         ),
     )

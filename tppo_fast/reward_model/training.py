@@ -19,7 +19,7 @@ from tppo_fast.errors import TrainingDiverged
 from tppo_fast.interrupt import InterruptGuard
 from tppo_fast.metrics import MetricsLogger
 from tppo_fast.progress import Progress
-from tppo_fast.reward_model.data import Example
+from tppo_fast.reward_model.data import Example, searches
 from tppo_fast.reward_model.losses import balanced, class_weights, global_loss, local_loss
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.rewards.token_model import TokenModel, batches
@@ -60,13 +60,21 @@ class Learner:
     def _batch(self) -> list[int]:
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if self._pass[0] != epoch:
-            order = torch.randperm(len(self.examples), generator=seeding.generator(self.config.seed, "order", epoch))
+            order = self._order(seeding.generator(self.config.seed, "order", epoch))
             draw = seeding.generator(self.config.seed, "mask", epoch)
             keep = balanced(self.labels, self.config.loss.max_ratio, draw)
             valid = list(keep.split([len(e.labels) for e in self.examples]))
-            self._pass = (epoch, order.tolist(), valid)
+            self._pass = (epoch, order, valid)
         size = self.config.train.batch_size
         return self._pass[1][place * size : (place + 1) * size]
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        """Sessions in random order, the responses to each one after the other: a causal backbone reads its history once."""
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for i, example in enumerate(self.examples):
+            groups.setdefault((example.row.user_id, *searches(example.row.history)), []).append(i)
+        together = list(groups.values())
+        return [i for g in torch.randperm(len(together), generator=generator).tolist() for i in together[g]]
 
     def learn(self) -> dict[str, float]:
         """One optimizer step; returns its losses and gradient norm.

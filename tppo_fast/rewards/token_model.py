@@ -201,8 +201,8 @@ def _can_pack(classifier: Any) -> bool:
     """Switch a causal classifier to packed attention if that gives its own logits; else leave it as it is."""
     rows = _probe(classifier)
     inputs = [
-        Encoded(input_ids=row[:length].tolist(), token_type_ids=None, response=range(length), spans=[])
-        for row, length in zip(rows, (12, 7), strict=True)
+        Encoded(input_ids=row[:length].tolist(), token_type_ids=None, response=range(cut, length), spans=[])
+        for row, cut, length in zip((rows[0], rows[1], rows[0]), (5, 3, 5), (12, 7, 9), strict=True)
     ]
     own = _padded_logits(classifier, inputs, rows.device)
     attention.register()
@@ -228,18 +228,36 @@ def _vocabulary(classifier: Any) -> int:
 
 
 def _packed_logits(classifier: Any, batch: Sequence[Encoded], device: torch.device) -> Tensor:
-    lengths = [len(e.input_ids) for e in batch]
-    starts = torch.tensor([0, *lengths]).cumsum(0)
+    """Without padding, and with each distinct history only once, however many of the responses answer it."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    starts, prefix, index = [0], [], []
+    known: dict[tuple[int, ...], int] = {}  # history part -> its segment
+
+    def segment(ids: Sequence[int], first_position: int, parent: int) -> int:
+        tokens.extend(ids)
+        positions.extend(range(first_position, first_position + len(ids)))
+        starts.append(len(tokens))
+        prefix.append(parent)
+        return len(prefix) - 1
+
+    for encoded in batch:
+        cut = encoded.response[0] if encoded.response else len(encoded.input_ids)
+        history, rest = tuple(encoded.input_ids[:cut]), encoded.input_ids[cut:]
+        if history and history not in known:
+            known[history] = segment(history, 0, -1)
+        if rest:
+            index += [len(tokens) + place - cut for place in encoded.response]
+            segment(rest, cut, known.get(history, -1))
     segments = attention.Segments(
-        token_ids=torch.tensor([i for e in batch for i in e.input_ids], device=device),
-        cu_seqlens=starts.to(device, torch.int32),
-        prefix=torch.full((len(batch),), -1, device=device),
+        token_ids=torch.tensor(tokens, device=device),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
+        prefix=torch.tensor(prefix, device=device),
     )
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-    index = torch.tensor([int(s) + i for s, e in zip(starts, batch, strict=False) for i in e.response], device=device)
     layout = attention.build_layout(segments)
-    out = classifier(input_ids=segments.token_ids[None], position_ids=positions[None], use_cache=False, layout=layout)
-    return out.logits[0][index]
+    ids, places = segments.token_ids[None], torch.tensor(positions, device=device)[None]
+    out = classifier(input_ids=ids, position_ids=places, use_cache=False, layout=layout)
+    return out.logits[0][torch.tensor(index, dtype=torch.int64, device=device)]
 
 
 def _padded_logits(classifier: Any, batch: Sequence[Encoded], device: torch.device) -> Tensor:
