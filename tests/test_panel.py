@@ -68,7 +68,7 @@ def test_the_command_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     (duel,) = whole["duels"]  # the third policy has one run and cannot be paired with two
     assert (duel["win"], duel["tie"], duel["lose"]) == (0.0, 1.0, 0.0)
     assert duel["difference"]["mean"] == duel["difference"]["high"] == 0.0
-    rows = list(csv.DictReader((tmp_path / "out" / "evaluation.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "evaluation.csv").read_text().splitlines()))
     assert {(r["policy"], r["metric"]) for r in rows} >= {("A", "judged"), (panel.COPY_LAST, "judged"), ("B", "hit_1")}
 
 

@@ -14,6 +14,7 @@ from tppo_fast import __version__
 from tppo_fast import config as settings
 from tppo_fast.cli_label import label
 from tppo_fast.errors import EngineError, LabellingFailed, TrainingDiverged, UserError
+from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.interrupt import Interrupted
 from tppo_fast.reward_model.settings import RewardModelConfig
@@ -46,6 +47,7 @@ def _settings_help(section: type[Section], prefix: str = "") -> Iterator[tuple[s
             nested.append((type(default), f"{prefix}{name}."))
         else:
             shown = repr(str(default)) if isinstance(default, Path) else repr(default)
+            shown = "required" if field.is_required() else shown
             rows.append((f"--{prefix}{name}", f"{field.description} [{shown}]"))
     yield (f"Settings: {prefix.rstrip('.')}" if prefix else "Settings"), rows
     for kind, inner in nested:
@@ -125,6 +127,25 @@ def reward_model(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 
     result = train_reward_model(loaded, resume=resume)
     click.echo(f"{result.verdict}\nreward model: {result.folder}")
+
+
+class _WithExperiment(_WithSettings):
+    settings = Experiment
+
+
+@cli.command(cls=_WithExperiment, context_settings={"ignore_unknown_options": True})
+@click.argument("experiment", type=click.Path())
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key value]...")
+def compare(experiment: str, overrides: tuple[str, ...]) -> None:
+    """Train every method of EXPERIMENT (a TOML file) with every seed from one start, and report how they compare.
+
+    Run again, it continues: finished jobs stay, an interrupted one resumes, a failed one is tried again.
+    """
+    loaded = load_section(experiment, list(overrides), Experiment)
+    quiet_libraries()
+    from tppo_fast.compare import compare as run
+
+    run(loaded)
 
 
 @cli.command()

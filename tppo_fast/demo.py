@@ -186,7 +186,7 @@ def supervised(options: DemoSettings, sessions: Sequence[Session], console: Cons
     start = options.run_dir / "start"
     if start.is_dir():
         return start
-    base = Path(options.model) if options.model else _small_model(options, sessions)
+    base = Path(options.model) if options.model else small_model(options.run_dir / "untrained", sessions, options.seed)
     config = run_config(options, base, "TPPO")
     actor, tokenizer, builder = finetune.build(config)
     examples = list(zip(builder.prompts(sessions), builder.responses(sessions), strict=True))
@@ -204,14 +204,13 @@ def supervised(options: DemoSettings, sessions: Sequence[Session], console: Cons
     return start
 
 
-def _small_model(options: DemoSettings, sessions: Sequence[Session]) -> Path:
+def small_model(folder: Path, sessions: Sequence[Session], seed: int) -> Path:
     """A random Llama of about a million parameters and a byte-level BPE tokenizer trained on the sessions."""
     from transformers import LlamaForCausalLM
 
     texts = [" " + q for s in sessions for q in (*s.history.get("search", ()), *s.next_queries)]
     tokenizer = scratch.byte_bpe([*texts, "History:\n", "Next queries:"])
-    folder = options.run_dir / "untrained"
-    scratch.make(LlamaForCausalLM, scratch.llama_config(tokenizer), options.seed).save_pretrained(folder)
+    scratch.make(LlamaForCausalLM, scratch.llama_config(tokenizer), seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -21,6 +21,8 @@ GLOSSARY: dict[str, str] = {
     "rollout/reward_per_token": "Mean reward of a sampled token, in reward units per token.",
     "rollout/length_mean": "Mean response length, in tokens, the end-of-sequence token included.",
     "rollout/truncated_share": "Share of responses cut at rollout.max_new_tokens, from 0 to 1.",
+    "rollout/token_reward_mean": "Mean over responses of relevant minus irrelevant tokens: one scale for every algorithm.",
+    "rollout/token_reward_std": "Standard deviation over the step's responses of relevant minus irrelevant tokens.",
     "rollout/relevant_share": "Share of relevant tokens (class 2) among those of class 1 or 2, from 0 to 1.",
     "rollout/repeated_share": "Mean share of a response's queries that repeat an earlier one of it, from 0 to 1.",
     "rollout/copied_share": "Mean share of a response's queries that stand in the history, from 0 to 1.",

@@ -128,12 +128,17 @@ def evaluate_policies(
         UserError: a folder holds no causal language model.
     """
     panel = Panel()
+    answered: dict[Path, tuple[list[Rollout], PromptBuilder]] = {}
     total = sum(len(folders) for folders in policies.values())
     with Progress("evaluate", total, "policy") as progress:
         for name, folders in policies.items():
             runs = []
             for folder in folders:
-                rollouts, builder = respond(config, folder, sessions, responses)
+                if folder not in answered:
+                    answered = {
+                        folder: respond(config, folder, sessions, responses)
+                    }  # one policy may stand for many seeds
+                rollouts, builder = answered[folder]
                 runs.append(rollouts)
                 panel.scores.setdefault(name, {})
                 for metric, values in _score(rollouts, builder, config, judges).items():

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tppo_fast.atomic import write_atomic
 from tppo_fast.errors import UserError
@@ -32,8 +32,13 @@ LABELS = {
     "eval/length": "response length (tokens)",
     "ppo/kl": "KL to the reference (nats per token)",
     "rollout/length_mean": "response length (tokens)",
+    "rollout/token_reward_mean": "relevant minus irrelevant tokens per response",
+    "rollout/token_reward_std": "spread of relevant minus irrelevant tokens",
 }
 """How a metric is called in the page, unit included; others go by the last part of their name."""
+
+Axis = Literal["samples", "seconds"]
+AXIS_LABELS: dict[Axis, str] = {"samples": "responses sampled", "seconds": "seconds of training"}
 
 # Okabe and Ito's palette without yellow: told apart under every common colour blindness, and by line style again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -93,6 +98,12 @@ class Report:
     """What the number under an example's token is."""
     figures: Mapping[str, Figure] = field(default_factory=dict)
     """Caption -> any further figure."""
+    curves: Sequence[Curve] = field(default_factory=lambda: CURVES)
+    """What is drawn."""
+    axes: Sequence[Axis] = ("samples",)
+    """Against what: responses sampled, or seconds of training (evaluations left out)."""
+    formats: Sequence[Literal["png", "svg"]] = ("png",)
+    """Kinds of the figure files beside the page."""
     machine: Mapping[str, str] = field(default_factory=lambda: machine_record())
     """Where it ran; ``machine_record()`` unless given."""
 
@@ -186,7 +197,9 @@ def _commit() -> str:
 
 
 def write_report(path: Path, report: Report) -> list[Path]:
-    """Write the page to ``path`` and each curve beside it as ``<stem>-<curve>.png``; returns all paths written.
+    """Write the page to ``path`` and each curve beside it as ``<stem>-<curve>.png``, ``-seconds`` added for that axis.
+
+    Returns all paths written.
 
     Raises:
         UserError: a file cannot be written.
@@ -201,22 +214,31 @@ def write_report(path: Path, report: Report) -> list[Path]:
         lstrip_blocks=True,
     )
     environment.filters.update(label=label, number=number, visible=visible)
-    drawn = {
-        curve: draw(curve, report.runs) for curve in CURVES if any(_points(curve.metric, run) for run in report.runs)
+    present = [curve for curve in report.curves if any(_points(curve.metric, run) for run in report.runs)]
+    drawn: dict[tuple[Curve, Axis], Figure] = {
+        (curve, axis): draw(curve, report.runs, axis) for axis in report.axes for curve in present
     }
-    images = {curve: _png(figure) for curve, figure in drawn.items()}
+    images = {key: _image(figure, "png") for key, figure in drawn.items()}
     page = environment.get_template("report.html").render(
         report=report,
-        figures=[(caption, base64.b64encode(_png(figure)).decode()) for caption, figure in report.figures.items()],
-        curves=[(curve.metric, base64.b64encode(png).decode()) for curve, png in images.items()],
-        not_recorded=[label(curve.metric) for curve in CURVES if curve not in images] if report.runs else [],
+        figures=[
+            (caption, base64.b64encode(_image(figure, "png")).decode()) for caption, figure in report.figures.items()
+        ],
+        curves=[(c.metric, AXIS_LABELS[axis], base64.b64encode(png).decode()) for (c, axis), png in images.items()],
+        not_recorded=[label(curve.metric) for curve in report.curves if curve not in present] if report.runs else [],
         columns=list(dict.fromkeys(metric for row in report.table.values() for metric in row)),
         phases={run.name: row for run in report.runs if (row := phase_means(run))},
         phase_names=PHASES,
         settings=list(flatten(report.settings)),
         glossary={name: GLOSSARY[name] for name in _mentioned(report) if name in GLOSSARY},
     )
-    files = {path.with_name(f"{path.stem}-{curve.slug}.png"): png for curve, png in images.items()}
+    files = {
+        path.with_name(f"{path.stem}-{curve.slug}{'' if axis == 'samples' else f'-{axis}'}.{kind}"): _image(
+            figure, kind
+        )
+        for (curve, axis), figure in drawn.items()
+        for kind in report.formats
+    }
     files[path] = page.encode(errors="backslashreplace")  # a lone surrogate in a response must not cost the report
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,15 +282,20 @@ def visible(token: str) -> str:
     return "".join(named.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in token)
 
 
-def _points(metric: str, run: Run) -> list[tuple[float, float]]:
-    """(samples, value) where the metric was recorded, NaN where it was not finite."""
-    rows = [row for row in run.rows if metric in row]
-    values = [(float(row["step"] or 0) * run.samples_per_step, row[metric]) for row in rows]
-    return [(x, math.nan if y is None else float(y)) for x, y in values]
+def _points(metric: str, run: Run, axis: Axis = "samples") -> list[tuple[float, float]]:
+    """(samples or seconds, value) where the metric was recorded, NaN where it was not finite."""
+    points, seconds = [], 0.0
+    for row in run.rows:
+        seconds += row.get("time/step") or 0.0
+        if metric in row:
+            x = seconds if axis == "seconds" else float(row["step"] or 0) * run.samples_per_step
+            y = row[metric]
+            points.append((x, math.nan if y is None else float(y)))
+    return points
 
 
-def draw(curve: Curve, runs: Sequence[Run]) -> Figure:
-    """One metric of every run against the number of responses sampled."""
+def draw(curve: Curve, runs: Sequence[Run], axis: Axis = "samples") -> Figure:
+    """One metric of every run against the number of responses sampled, or the seconds trained."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -278,13 +305,13 @@ def draw(curve: Curve, runs: Sequence[Run]) -> Figure:
     names = list(dict.fromkeys(run.name for run in runs))
     for run in runs:
         order = names.index(run.name)
-        _draw_run(axes, curve, run, COLOURS[order % len(COLOURS)], STYLES[order % len(STYLES)])
-    _decorate(axes, label(curve.metric))
+        _draw_run(axes, curve, run, axis, COLOURS[order % len(COLOURS)], STYLES[order % len(STYLES)])
+    _decorate(axes, label(curve.metric), AXIS_LABELS[axis])
     return figure
 
 
-def _draw_run(axes: Axes, curve: Curve, run: Run, colour: str, style: str) -> None:
-    points = _points(curve.metric, run)
+def _draw_run(axes: Axes, curve: Curve, run: Run, axis: Axis, colour: str, style: str) -> None:
+    points = _points(curve.metric, run, axis)
     if not points:
         return
     x, y = zip(*points, strict=True)
@@ -295,7 +322,7 @@ def _draw_run(axes: Axes, curve: Curve, run: Run, colour: str, style: str) -> No
     shown = run.name if run.name not in axes.get_legend_handles_labels()[1] else f"_{run.name}"
     axes.plot(x, smooth, style, color=colour, linewidth=2.0, marker=marker, markersize=4, label=shown)
     if curve.band is not None:
-        low, high = (dict(_points(name, run)) for name in curve.band)
+        low, high = (dict(_points(name, run, axis)) for name in curve.band)
         ends = [(at, low[at], high[at]) for at in x if at in low and at in high]
         if ends:
             at, bottom, top = zip(*ends, strict=True)
@@ -312,9 +339,9 @@ def _moving_mean(values: Sequence[float], points: int = 25) -> list[float]:
     return means
 
 
-def _decorate(axes: Axes, title: str) -> None:
+def _decorate(axes: Axes, title: str, x_label: str) -> None:
     axes.set_title(title[0].upper() + title[1:], loc="left", fontsize=12, fontweight="bold", color="#1a1a1a")
-    axes.set_xlabel("responses sampled", color="#444444")
+    axes.set_xlabel(x_label, color="#444444")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
@@ -324,7 +351,7 @@ def _decorate(axes: Axes, title: str) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _png(figure: Figure) -> bytes:
+def _image(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format=kind)
     return buffer.getvalue()

@@ -52,19 +52,27 @@ def build_section(values: dict[str, Any], section: type[S]) -> S:
 
 
 def read_toml(path: str | os.PathLike[str], what: str = "config") -> dict[str, Any]:
-    """The values of a TOML file.
+    """The values of a TOML file; the text "none" is None, as in the shell, since TOML has no word for it.
 
     Raises:
         UserError: unreadable file or bad TOML.
     """
     path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _with_none(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{what} {str(path)!r} cannot be read ({reason}): give the path of a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{what} {str(path)!r} is not valid TOML: {error}") from None
+
+
+def _with_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_none(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_none(inner) for inner in value]
+    return None if value == "none" else value
 
 
 def load_section(path: str | os.PathLike[str], overrides: list[str], section: type[S]) -> S:

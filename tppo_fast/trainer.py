@@ -278,6 +278,9 @@ def rollout_metrics(
     }
     if classes is not None:
         flat = [c for row in classes for c in row if c]
+        common = torch.tensor([sum((c == 2) - (c == 1) for c in row) for row in classes], dtype=torch.float32)
+        metrics["rollout/token_reward_mean"] = float(common.mean())
+        metrics["rollout/token_reward_std"] = float(common.std(correction=0))
         metrics["rollout/relevant_share"] = sum(c == 2 for c in flat) / max(len(flat), 1)
     return metrics
 

@@ -1,0 +1,124 @@
+"""An experiment end to end, tiny: every method from one start, failures apart, continued, reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tppo_fast import compare, jobs, trainer
+from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.experiment_config import Experiment
+from tppo_fast.metrics import MetricsLogger
+from tppo_fast.sections import build_section, load_section
+
+ROOT = Path(__file__).parents[1]
+
+
+def values(folder: Path, run_dir: Path) -> dict[str, Any]:
+    return {
+        "run_dir": str(run_dir), "seeds": [0, 1], "sessions": 6,
+        "start": {"model": {"path": str(folder)}, "sft": {"batch_size": 4, "lr": 1e-3}, "train": {"steps": 1}},
+        "base": {
+            "threads": 1, "device": "cpu", "data": {"synthetic_sessions": 40, "max_prompt_tokens": 180},
+            "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 6},
+            "reward": {"scale": "binary"}, "ppo": {"lr": 1e-3, "epochs": 1},
+            "train": {"steps": 2, "eval_every": 1, "eval_prompts": 3, "show_examples": 0, "tensorboard": False},
+        },
+        "methods": [
+            {"name": "TPPO", "algorithm": "tppo", "settings": {"ppo": {"gamma": 0.7}}},
+            {"name": "GRPO", "algorithm": "grpo"},
+            {"name": "DPO", "algorithm": "dpo", "settings": {"dpo": {"batch_size": 2, "max_pairs": 4}}},
+        ],
+    }  # fmt: skip
+
+
+def test_an_experiment_survives_a_failure_continues_and_reports(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "e"
+    experiment = build_section(values(tiny_model, run_dir), Experiment)
+    original = trainer.train
+
+    def failing(config: Any, *, resume: bool = False) -> Any:
+        if config.algorithm == "grpo" and config.seed == 1:
+            raise TrainingDiverged({"step": 1})
+        return original(config, resume=resume)
+
+    monkeypatch.setattr(trainer, "train", failing)
+    verdict = compare.compare(experiment)
+    assert any("1 of 6 jobs failed" in sentence for sentence in verdict)
+    assert any("No difference could be shown between TPPO and" in sentence for sentence in verdict)
+    kept = {
+        path: path.stat().st_mtime_ns
+        for path in run_dir.rglob("policy/model.safetensors")
+        if "checkpoints" not in path.parts
+    }
+    assert len(kept) == 6  # the start and five jobs
+    monkeypatch.setattr(trainer, "train", original)
+    verdict = compare.compare(experiment)
+    assert not any("failed" in sentence for sentence in verdict)
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    page = (run_dir / "report.html").read_text()
+    assert "seconds of training" in page
+    for name in ("relevance", "relevance-seconds", "reward", "reward-spread", "length", "kl"):
+        for kind in ("png", "svg"):
+            assert (run_dir / f"report-{name}.{kind}").stat().st_size > 1000
+    whole = json.loads((run_dir / "evaluation.json").read_text())
+    assert list(whole["table"]) == ["copy the last query", compare.START, "TPPO", "GRPO", "DPO"]
+    assert whole["record"]["samples_to_target"]["TPPO"]["samples"] is not None
+    rows = list(csv.DictReader((run_dir / "curves.csv").read_text().splitlines()))
+    assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("TPPO", "GRPO", "DPO") for s in "01"}
+    assert max(int(row["samples"]) for row in rows if row["method"] == "TPPO") == 8
+    changed = values(tiny_model, run_dir)
+    changed["methods"][0]["settings"]["ppo"]["gamma"] = 1.0
+    with pytest.raises(UserError, match="'TPPO': section 'ppo' differs"):
+        compare.compare(build_section(changed, Experiment))
+
+
+def test_samples_to_target_by_hand(tmp_path: Path) -> None:
+    base = {
+        "run_dir": str(tmp_path),
+        "seeds": [0, 1],
+        "base": {"rollout": {"prompts_per_step": 4, "samples_per_prompt": 2}},
+    }
+    experiment = build_section({**base, "methods": [{"name": "A", "algorithm": "tppo"}]}, Experiment)
+    planned = jobs.plan(experiment, tmp_path, {})
+    for job, curve in zip(planned, ((0.1, 0.3, 0.5), (0.1, 0.2, 0.25)), strict=True):
+        with MetricsLogger(job.config.run_dir, tensorboard=False, config={}) as logger:
+            for step, value in enumerate(curve):
+                logger.log(10 * step, {"eval/relevance": value})
+    reach = compare.samples_to_target(planned, 0.3)["A"]
+    assert (reach.samples, reach.missed) == ([10 * 8], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"methods": []}, "methods"),
+        ({"methods": [{"name": "A", "algorithm": "tppo"}] * 2}, "two methods are called 'A'"),
+        ({"methods": [{"name": "A", "algorithm": "tppo", "settings": {"ppo": {"gama": 1}}}]}, r"method 'A'.*ppo\.gam"),
+        ({"methods": [{"name": n, "algorithm": "tppo"} for n in ("A b", "a-b")]}, "differ in punctuation"),
+        ({"baseline": "nobody"}, "baseline = 'nobody'"),
+    ],
+)
+def test_bad_input_is_one_sentence(tiny_model: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    def attempt() -> None:
+        experiment = build_section(values(tiny_model, tmp_path / "e") | change, Experiment)
+        jobs.plan(experiment, tmp_path, {})
+        compare.compare(experiment)
+
+    with pytest.raises(UserError, match=said):
+        attempt()
+
+
+def test_the_shipped_experiment_is_valid_and_separates_the_discount() -> None:
+    experiment = load_section(ROOT / "experiments" / "query_generation.toml", [], Experiment)
+    planned = jobs.plan(experiment, Path("start"), {})
+    discounts = {(job.config.algorithm, job.config.ppo.gamma) for job in planned if hasattr(job.config, "ppo")}  # type: ignore[attr-defined]
+    assert discounts >= {("tppo", 1.0), ("tppo", 0.7), ("control", 1.0), ("control", 0.7)}
+    assert {job.samples_per_step * job.config.train.steps for job in planned} == {7680}
+    assert planned[0].config.ppo.value_clip is None  # type: ignore[attr-defined]

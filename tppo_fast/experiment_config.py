@@ -1,0 +1,54 @@
+"""The settings of ``tppo-fast compare``: methods, seeds, and what all of them share. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from tppo_fast.sections import Count, Section, Unit
+
+
+class Method(Section):
+    """One row of the table."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """How the table and the curves call it."""
+    algorithm: Literal["tppo", "control", "ppo", "grpo", "bot-grpo", "dpo"]
+    """What it runs; see ``algorithm`` of ``train``, and ``tppo-fast dpo``."""
+    settings: dict[str, Any] = Field(default={})
+    """Its own settings, laid over those of ``base``: {ppo = {gamma = 0.7}}."""
+
+
+class Experiment(Section):
+    """A run of ``tppo-fast compare``."""
+
+    title: str = "Methods side by side"
+    """Heading of the report."""
+    run_dir: Path = Path("runs/compare")
+    """Where the start, every job and the report go."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] = (0,)
+    """Every method runs once with each; data and starting policy are the same for all."""
+    baseline: str = ""
+    """The method that the others are measured against. Empty: the first one."""
+    target: Unit | None = None
+    """Held-out relevance for samples-to-target. None: what the baseline reaches at its end, mean over seeds."""
+    sessions: Count = 1000
+    """Held-out sessions of the final table."""
+    responses: Count = 1
+    """Responses to each of them."""
+    base: dict[str, Any] = Field(default={})
+    """Settings that all methods share: sections data, rollout, reward, ppo, dpo, train, model, as in their own TOML files."""
+    start: dict[str, Any] = Field(default={})
+    """Settings of the supervised start (sft and train sections). ``model.path`` is its model; left out, a small one is made."""
+    methods: Annotated[tuple[Method, ...], Field(min_length=1)]
+    """The methods."""
+
+    @field_validator("methods")
+    @classmethod
+    def _distinct(cls, value: tuple[Method, ...]) -> tuple[Method, ...]:
+        names = [method.name for method in value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two methods are called {twice!r}: give each a name of its own")
+        return value

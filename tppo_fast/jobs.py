@@ -1,0 +1,141 @@
+"""The jobs of an experiment: a run folder for each (method, seed), continued where it stopped; a failure costs only itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tppo_fast import checkpoint, dpo, trainer
+from tppo_fast.atomic import write_atomic
+from tppo_fast.config import Config, RunConfig
+from tppo_fast.errors import EngineError, TrainingDiverged, UserError
+from tppo_fast.experiment_config import Experiment, Method
+from tppo_fast.finetune_config import DPOConfig
+from tppo_fast.sections import Section, build_section
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One method with one seed."""
+
+    method: Method
+    seed: int
+    config: RunConfig
+
+    @property
+    def policy(self) -> Path:
+        return self.config.run_dir / "policy"
+
+    @property
+    def finished(self) -> bool:
+        return self.policy.is_dir()
+
+    @property
+    def samples_per_step(self) -> int:
+        """Responses that one step trains on (DPO: both sides of its pairs)."""
+        if isinstance(self.config, DPOConfig):
+            return 2 * self.config.dpo.batch_size
+        return self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt
+
+
+def plan(experiment: Experiment, start: Path, data: Mapping[str, str]) -> list[Job]:
+    """Every job, seed by seed, so that an early look compares whole sets of methods.
+
+    Raises:
+        UserError: a method's settings are not valid, or a job of that name ran with others.
+    """
+    jobs = []
+    for seed in experiment.seeds:
+        for method in experiment.methods:
+            section: type[RunConfig] = DPOConfig if method.algorithm == "dpo" else Config
+            values = merged(pick(experiment.base, section), method.settings)
+            own = {
+                "run_dir": str(experiment.run_dir / slug(method.name) / f"seed-{seed}"), "seed": seed,
+                "model": {"path": str(start)}, "data": dict(data),
+            }  # fmt: skip
+            if section is Config:
+                own["algorithm"] = method.algorithm
+            try:
+                config = build_section(merged(values, own), section)
+            except UserError as error:
+                raise UserError(f"method {method.name!r}: {error}") from None
+            jobs.append(Job(method=method, seed=seed, config=config))
+    folders = [job.config.run_dir for job in jobs]
+    if len(set(folders)) < len(folders):
+        raise UserError(
+            "two methods have names that differ in punctuation alone: their folders would be one, rename one"
+        )
+    for job in jobs:
+        _check_record(job)
+    return jobs
+
+
+def run(jobs: list[Job]) -> dict[str, str]:
+    """Run what is not finished; returns why each failed job failed, by its folder. An interruption ends all.
+
+    A failed job is tried again the next time.
+    """
+    failures: dict[str, str] = {}
+    console = Console(stderr=True)
+    for number, job in enumerate(jobs, 1):
+        if job.finished:
+            continue
+        console.print(f"[bold]{number}/{len(jobs)} {job.method.name}[/], seed {job.seed}")
+        began = time.monotonic()
+        job.config.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(_record(job), json.dumps(_settings(job), indent=1).encode())
+        train: Callable[..., Any] = dpo.dpo if isinstance(job.config, DPOConfig) else trainer.train
+        try:
+            train(job.config, resume=bool(checkpoint.list_checkpoints(job.config.run_dir)))
+        except (UserError, EngineError, TrainingDiverged, RuntimeError, MemoryError, OSError) as error:
+            failures[str(job.config.run_dir)] = " ".join(f"{type(error).__name__}: {error}".split())
+            console.print(f"failed after {time.monotonic() - began:.0f} s: {error}", markup=False)
+    return failures
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, ``over`` winning."""
+    out = dict(base)
+    for name, value in over.items():
+        below = out.get(name)
+        out[name] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def pick(values: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    """The settings that ``section`` has; the shared base also holds those of other kinds of run."""
+    return {name: value for name, value in values.items() if name in section.model_fields}
+
+
+def slug(name: str) -> str:
+    """A folder name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "method"
+
+
+def _record(job: Job) -> Path:
+    return job.config.run_dir / "job.json"
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    return job.config.model_dump(mode="json")
+
+
+def _check_record(job: Job) -> None:
+    """Refuse to take a finished job for one with other settings."""
+    path = _record(job)
+    if not path.exists():
+        return
+    saved, now = json.loads(path.read_text()), _settings(job)
+    for section, value in now.items():
+        if saved.get(section) != value:
+            raise UserError(
+                f"method {job.method.name!r}: section {section!r} differs from what {str(path)!r} ran with; "
+                "use another name or run_dir"
+            )
