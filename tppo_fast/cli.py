@@ -154,7 +154,12 @@ def compare(experiment: str, overrides: tuple[str, ...]) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/evaluation"), show_default=True)
 @click.option("--config", type=click.Path(), help="A run's TOML file, for its data, rollout and model settings.")
 @click.option("--responses", type=click.IntRange(1), default=1, show_default=True, help="Responses to each session.")
-@click.option("--judge", default="lexical", show_default=True, help='"lexical", or module:object of a labeller.')
+@click.option(
+    "--judge", default="lexical", show_default=True, help='"lexical", "embedding", or module:object of a labeller.'
+)
+@click.option(
+    "--embedding", type=click.Path(path_type=Path), help="A sentence encoder, for the similarity and that judge."
+)
 @click.option("--pair-judge", help="module:function that compares two responses; it is asked in both orders.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=None, help="Of sampling and resampling.")
 def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **options: Any) -> None:

@@ -14,6 +14,7 @@ from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import read_sessions
 from tppo_fast.errors import UserError
 from tppo_fast.evaluate import Estimate
+from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
 from tppo_fast.plugins import load_object
 from tppo_fast.report import verdict
 
@@ -31,6 +32,7 @@ def run(
     responses: int,
     judge: str,
     pair_judge: str | None,
+    embedding: Path | None,
 ) -> panel.Panel:
     """Evaluate, print and write.
 
@@ -40,8 +42,10 @@ def run(
         data: held-out sessions.
         out: folder of ``evaluation.json`` and ``evaluation.csv``.
         responses: sampled responses to each session.
-        judge: "lexical", or module:object of a labeller.
+        judge: "lexical", "embedding", or module:object of a labeller.
         pair_judge: module:function that compares two responses, or None for the labeller's judgements.
+
+        embedding: folder of a sentence encoder, for the similarity and for judge "embedding".
 
     Raises:
         UserError: a folder, file or judge that cannot be used.
@@ -50,21 +54,39 @@ def run(
     sessions = read_sessions(data)
     if config.threads:
         torch.set_num_threads(config.threads)
-    judges = panel.Judges(
-        labeller=panel.default_judge(config) if judge == "lexical" else load_object(judge, "--judge"),
-        pair=None if pair_judge is None else load_object(pair_judge, "--pair-judge"),
-    )
+    judges = build_judges(config, judge, pair_judge, embedding)
     found = panel.evaluate_policies(config, policies, sessions, judges, responses=responses)
     duels = found.duels(judges, config.seed)
     show(found, duels)
     record = {
         "policies": {name: [str(f) for f in folders] for name, folders in policies.items()}, "data": str(data),
-        "sessions": len(sessions), "responses": responses, "judge": judge, "pair_judge": pair_judge,
+        "sessions": len(sessions), "responses": responses, "judge": judge,
+        "embedding": embedding and str(embedding), "pair_judge": pair_judge,
         "settings": config.model_dump(mode="json"),
     }  # fmt: skip
     for path in panel.write(out, found, duels, record):
         Console(stderr=True).print(f"wrote {path}")
     return found
+
+
+def build_judges(config: RunConfig, judge: str, pair_judge: str | None, embedding: Path | None) -> panel.Judges:
+    """The judges named in the shell.
+
+    Raises:
+        UserError: one cannot be loaded, or "embedding" has no encoder.
+    """
+    encoder = None if embedding is None else SentenceEncoder(embedding)
+    if judge == "lexical":
+        labeller = panel.default_judge(config)
+    elif judge != "embedding":
+        labeller = load_object(judge, "--judge")
+    elif encoder is None:
+        raise UserError("--judge embedding needs --embedding: give the folder of a sentence encoder")
+    else:
+        settings = EmbeddingSettings(separator=config.data.separator, num_queries=config.data.num_queries)
+        labeller = EmbeddingJudge(encoder, settings)
+    pair = None if pair_judge is None else load_object(pair_judge, "--pair-judge")
+    return panel.Judges(labeller=labeller, pair=pair, encode=encoder)
 
 
 def parse_policies(words: Sequence[str]) -> dict[str, list[Path]]:
