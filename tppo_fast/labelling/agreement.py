@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from scipy import stats
 
 from tppo_fast.errors import UserError
 from tppo_fast.labelling.records import LabelledResponse
@@ -170,16 +169,10 @@ def _interval(statistic: Any, counts: np.ndarray, seed: int, resamples: int) -> 
     value = float(statistic(counts.sum(0)))
     if users < 2 or not np.isfinite(value):
         return Interval(value=value, low=np.nan, high=np.nan)
-    result = stats.bootstrap(
-        (np.arange(users),),
-        lambda drawn, axis: statistic(counts[drawn].sum(axis - 2 if axis < 0 else axis)),
-        vectorized=True,
-        axis=-1,
-        n_resamples=resamples,
-        batch=max(1, 2_000_000 // counts.size),
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
+    drawn = np.random.default_rng(seed).multinomial(
+        users, np.full(users, 1 / users), size=resamples
+    )  # [R, U] times drawn
+    result = statistic((drawn @ counts.reshape(users, 4)).reshape(resamples, 2, 2))
     finite = result[np.isfinite(result)]  # a resample in which nothing varies has no kappa
     low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) else (np.nan, np.nan)
     return Interval(value=value, low=float(low), high=float(high))

