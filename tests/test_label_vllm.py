@@ -18,6 +18,7 @@ from support import no_vllm, tokenizer, wide_llama
 
 from tppo_fast.labelling import read_labels
 
+NO_SPACES = '{"backend": "xgrammar", "disable_any_whitespace": true}'  # a random model writes them for ever
 pytestmark = pytest.mark.skipif(bool(no_vllm()), reason=str(no_vllm()))
 CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
@@ -39,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096",
         "--chat-template", str(folder / "chat.jinja"),
-        "--structured-outputs-config", '{"disable_any_whitespace": true}',  # a random model would write spaces for ever
+        "--structured-outputs-config", NO_SPACES,
     ]  # fmt: skip
     own = {
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -3,7 +3,7 @@
 A query's similarity is the largest cosine between it and a true next query. A word is relevant when the query is close enough to
 the truth (``query_threshold``) and taking the word away does not bring it closer: similarity with the word minus without it
 is at least ``word_threshold``. Queries that repeat the history or an earlier query, and those after ``num_queries``, are
-irrelevant word by word: similarity alone pays for copying (CONTRIBUTING, "labels"). The sentence is relevant when the mean
+irrelevant word by word: similarity alone pays for copying. The sentence is relevant when the mean
 similarity of its queries, such ones counted as 0, reaches ``sentence_threshold``.
 
 ``mode="leave-one-out"`` compares the whole query with and without the word, so a later word can change an earlier label: not
