@@ -101,11 +101,14 @@ gpu-check: ## on a GPU: correctness gate, then every op against its peers (PART=
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks.gpu_check --wheels .whl $(if $(PART),--part $(PART)/3) \
 	  --out $(or $(OUT),benchmarks/results/gpu)/ops$(if $(PART),-$(PART)).json
 
-PEERS := liger-kernel==0.8.5 trl==1.12.0 verl==0.9.1 cut-cross-entropy==25.1.1 quack-kernels==0.6.5
+# QuACK also needs nvidia-cutlass-dsl (over 90 MB) on the machine itself.
+PEERS := liger-kernel==0.8.5 trl==1.12.0 verl==0.9.1 cut-cross-entropy==25.1.1 \
+  quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2 torch-c-dlpack-ext==0.1.5 einops
 gpu-wheels: $(VENV)/.base ## pack the peers' wheels for an offline GPU machine (Python 3.12) into .whl
 	rm -rf .whl
-	$(BIN)/pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 --dest .whl $(PEERS)
-	du -sh .whl
+	$(BIN)/pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --dest .whl \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 $(PEERS)
+	@du -sm .whl | awk '{print $$1 " MB in .whl, 60 at most"; exit $$1 > 60}'
 
 doctor: $(VENV)/.run ## say what this machine has and what is missing
 	$(BIN)/tppo-fast doctor

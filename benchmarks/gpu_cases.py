@@ -179,9 +179,9 @@ def gae_case(device: str, backend: str | None, lengths: list[int], copy: float) 
             providers["verl"] = verl
     wide = packed[0].double(), packed[1].double(), packed[2]
     return Case(
-        name=f"GAE, {len(lengths)} sequences, {sum(lengths)} actions",
-        baseline="padded loop" if "padded loop" in providers else "tppo", ours=("tppo",),
-        providers=providers, ideal_seconds=16 * sum(lengths) / copy,
+        name=f"GAE, {len(lengths)} sequences, {sum(lengths)} actions", ours=("tppo",),
+        baseline="padded loop" if "padded loop" in providers else "tppo", providers=providers,
+        ideal_seconds=16 * sum(lengths) / copy,
         truth=lambda: (reference.gae(*packed, gamma=0.99), reference.gae(*wide, gamma=0.99)),
     )  # fmt: skip
 

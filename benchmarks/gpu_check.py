@@ -108,12 +108,13 @@ def main() -> None:
         if time.monotonic() - started > 60 * options.minutes:
             skipped += 1
             continue
-        verdict = gate(build(True))
-        results += measure(build(False), meter, options.rounds, verdict)
+        small = build(True)
+        verdict = gate(small)
+        results += measure(small if options.dry else build(False), meter, options.rounds, verdict)
     report = {
         "device": f"{'CPU, dry' if options.dry else torch.cuda.get_device_name()}, copy {copy / 1e12:.2f} TB/s, bf16 GEMM "
         f"{gemm / 1e12:.0f} TFLOP/s", "torch": torch.__version__, "commit": commit(), "skipped_cases": skipped,
-        "results": [asdict(r) for r in results],
+        "part": f"{part}/{parts}", "results": [asdict(r) for r in results],
     }  # fmt: skip
     print(table(report))
     if skipped:
