@@ -13,7 +13,7 @@ GPU := $(shell command -v nvidia-smi)
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: train test lint format doctor vllm native smollm2 bench gpu-check gpu-wheels lock clean help
+.PHONY: train test lint format doctor vllm native smollm2 bench bench-step gpu-check gpu-wheels lock clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -94,6 +94,9 @@ format: $(VENV)/.dev ## format the code
 
 bench: $(VENV)/.test native ## time the ops on this CPU against eager torch, torch.compile and the peers
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_ops --out benchmarks/results/cpu/ops.json
+
+bench-step: smollm2 native ## count and time one PPO step on this CPU: each lever off in turn, and PPO as it is usually written
+	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks.bench_step --model .cache/smollm2 --threads 2 --out benchmarks/results/cpu/step.json
 
 # On a GPU machine, which may be offline: uses its own python, torch and triton; missing peers come as wheels from .whl/.
 GPU_PYTHON ?= python3

@@ -24,3 +24,18 @@ def test_the_gpu_check_runs_dry(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "ops.json").read_text())
     assert len(report["results"]) > 20
     assert not [r for r in report["results"] if r["provider"].startswith("tppo") and r["problem"]]
+
+
+def test_the_step_benchmark_runs_tiny(tiny_model: Path, tmp_path: Path) -> None:
+    """Every lever saves what it is for, counted; and all providers compute the same step."""
+    out = tmp_path / "step.json"
+    done = run("benchmarks.bench_step", "--model", str(tiny_model), "--tiny", "--out", str(out))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads(out.read_text())
+    assert report["problems"] == []
+    rows = report["providers"]
+    assert rows["prompts not shared"]["update_flops_over_lean"] > 3
+    assert rows["prompts not shared"]["update_live_bytes_over_lean"] > 3
+    assert rows["critic with a body of its own"]["update_flops_over_lean"] > 1.5
+    assert rows["head at four units"]["update_flops_over_lean"] > 1
+    assert rows["padded baseline"]["update_flops_over_lean"] > 4
