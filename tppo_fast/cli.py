@@ -12,6 +12,7 @@ import click
 
 from tppo_fast import __version__
 from tppo_fast import config as settings
+from tppo_fast.cli_convert import convert
 from tppo_fast.cli_label import label
 from tppo_fast.errors import EngineError, LabellingFailed, TrainingDiverged, UserError
 from tppo_fast.experiment_config import Experiment
@@ -195,6 +196,7 @@ def demo(**options: Any) -> None:
 
 
 cli.add_command(label)
+cli.add_command(convert)
 
 
 @cli.command()

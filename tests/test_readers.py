@@ -1,0 +1,159 @@
+"""Logs of others, on invented rows: sessions split at pauses, targets, filters; nothing personal gets through."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tppo_fast import cli
+from tppo_fast.data.readers import Rules, convert
+from tppo_fast.data.readers.scrub import PATTERNS, Scrubber
+from tppo_fast.data.sessions import read_sessions
+from tppo_fast.errors import UserError
+
+KEY = b"k" * 16
+ONE = Rules(targets=1, gap=timedelta(days=999))
+
+
+def aol(tmp_path: Path, rows: list[str], name: str = "log.txt") -> Path:
+    text = "AnonID\tQuery\tQueryTime\tItemRank\tClickURL\n" + "\n".join(rows) + "\n"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return path
+
+
+WALK = [
+    "7\tgarden\t2006-03-01 10:00:00\t\t",
+    "7\tgarden shed\t2006-03-01 10:05:00\t1\thttp://www.sheds.example",
+    "7\tgarden shed\t2006-03-01 10:05:30\t4\thttp://other.example",
+    "7\t-\t2006-03-01 10:06:00\t\t",
+    "7\tshed plans\t2006-03-01 10:10:00\t\t",
+    "7\tshed roof\t2006-03-01 10:39:00\t2\thttp://roof.example",
+    "7\tshed roof felt\t2006-03-01 11:00:00\t\t",
+    "7\tlater\t2006-03-01 11:31:00\t\t",
+]
+
+
+@pytest.mark.parametrize("name", ["log.txt", "log.txt.gz"])
+def test_aol_by_hand(tmp_path: Path, name: str) -> None:
+    sessions, dropped = convert(aol(tmp_path, WALK, name), "aol", Rules(), min_users=None, key=KEY)
+    (session,) = sessions
+    assert session.history == {
+        "search": ("garden", "garden shed"), "click": ("http://www.sheds.example", "http://other.example"),
+    }  # fmt: skip
+    assert session.next_queries == (
+        "shed plans",
+        "shed roof",
+        "shed roof felt",
+    )  # the newest three; their clicks are gone
+    assert session.user_id.startswith("u")
+    assert session.user_id != "7"
+    assert dropped == {"queries without a word": 1, "sessions that are too short": 1}
+
+
+def test_filters_are_counted(tmp_path: Path) -> None:
+    rows = [*WALK[:7], "7\twww.sheds.com\t2006-03-01 11:01:00\t\t", f"7\t{'long ' * 40}\t2006-03-01 11:02:00\t\t"]
+    _, dropped = convert(aol(tmp_path, rows), "aol", Rules(), min_users=None, key=KEY)
+    assert (dropped["queries that are an address"], dropped["queries that are too long"]) == (1, 1)
+
+
+def test_users_keep_apart_and_pseudonyms_depend_on_the_key(tmp_path: Path) -> None:
+    rows = [row.replace("7\t", f"{user}\t", 1) for row in WALK for user in (7, 8)]
+    path = aol(tmp_path, rows)
+    one, again, other = (convert(path, "aol", Rules(), min_users=None, key=key)[0] for key in (KEY, KEY, b"other"))
+    assert len({s.user_id for s in one}) == 2
+    assert [s.user_id for s in one] == [s.user_id for s in again] != [s.user_id for s in other]
+
+
+@pytest.mark.parametrize(
+    ("query", "why"),
+    [
+        ("mail jane.roe@example.org", "an e-mail address"), ("janeroe at gmail", "an e-mail address"),
+        ("call 555-010-9999", "a phone number"), ("+44 20 7946 0958", "a phone number"),
+        ("ssn 078-05-1120", "a social security number"), ("account 123456789", "a long number"),
+        ("12 elm tree street", "a street address"), ("garden of zyxwv", "a word of few users"), ("garden 2006", None),
+    ],
+)  # fmt: skip
+def test_what_is_scrubbed(query: str, why: str | None) -> None:
+    assert Scrubber(common=frozenset({"garden", "of", "2006"})).reason(query) == why
+
+
+@given(st.text(alphabet="0123456789 -", max_size=5), st.integers(10**5, 10**16))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_no_long_number_gets_through(around: str, number: int) -> None:
+    assert Scrubber(common=frozenset()).reason(f"{around}{number}") in PATTERNS
+
+
+def test_what_one_user_alone_typed_is_dropped(tmp_path: Path) -> None:
+    rows = [row.replace("7\t", f"{user}\t", 1) for row in WALK for user in range(5)]
+    rows += [f"0\tzyxwv garden\t2006-03-01 10:0{i}:10\t\t" for i in range(9)]  # many times, by one user
+    sessions, dropped = convert(aol(tmp_path, rows), "aol", Rules(), min_users=5, key=KEY)
+    assert len(sessions) == 5
+    assert "zyxwv" not in json.dumps([[list(s.history["search"]), list(s.next_queries)] for s in sessions])
+    assert dropped["queries with a word of few users"] == 9
+    assert sessions[0].history["click"] == ("www.sheds.example", "other.example")  # hosts alone
+
+
+def test_trec_session_track(tmp_path: Path) -> None:
+    path = tmp_path / "s.xml"
+    path.write_text(
+        """<sessiontrack2014><session num="3" userid="a"><interaction num="1"><query>bees</query>
+        <results><result rank="1"><url>http://bees.example</url></result></results>
+        <clicked><click num="1"><rank>1</rank></click></clicked></interaction>
+        <interaction num="2"><query>bees hives</query></interaction>
+        <currentquery><query>bees hives price</query></currentquery></session></sessiontrack2014>"""
+    )
+    (session,), _ = convert(path, "trec", ONE, min_users=None, key=KEY)
+    assert session.history == {"search": ("bees", "bees hives"), "click": ("http://bees.example",)}
+    assert session.next_queries == ("bees hives price",)
+    path.write_text('<!DOCTYPE x [<!ENTITY a "b">]><session/>')
+    with pytest.raises(UserError, match="entities"):
+        convert(path, "trec", ONE, min_users=None, key=KEY)
+
+
+def test_sim4ia(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text(
+        'session_id,query,date,serp\n3,tea,2025-01-10 00:09:56,"[1, 2]"\n3,"green ""tea""",2025-01-10 01:13:25,[]\n'
+    )
+    (session,), _ = convert(path, "sim4ia", ONE, min_users=None, key=KEY)
+    assert (session.history["search"], session.next_queries) == (("tea",), ('green "tea"',))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        ("aol", "7 garden", "line 1: 1 tab-separated columns"),
+        ("aol", "7\tgarden\tnoon", "'noon' is not a date"),
+        ("aol", "", "no session is left"),
+        ("trec", "<session>", "not well-formed"),
+        ("sim4ia", "a,b\n1,2", "no column 'date'"),
+        ("jsonl", '{"user_id": 3, "query": "a", "time": "2006-03-01"}', "user_id = 3"),
+        ("jsonl", '{"user_id": "3", "query": "a", "time": "x"}', "'x' is not a date"),
+    ],
+)
+def test_bad_logs_are_one_sentence(tmp_path: Path, kind: str, text: str, said: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        convert(path, kind, Rules(), min_users=None, key=KEY)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    rows = [row.replace("7\t", f"{user}\t", 1) for row in WALK for user in range(5)]
+    out = tmp_path / "sessions.jsonl"
+    words = ["convert", str(aol(tmp_path, rows)), "--format", "aol", "--out", str(out)]
+    done = CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "5 sessions of 5 users" in done.output
+    assert "dropped 5 sessions that are too short" in done.output
+    assert len(read_sessions(out)) == 5

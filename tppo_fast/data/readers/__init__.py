@@ -1,0 +1,60 @@
+"""Query logs of others -> sessions of our schema: AOL-style TSV, TREC Session track XML, Sim4IA CSV, any JSON Lines.
+
+Privacy. A query log is personal data even without names: people search for themselves, their addresses, illnesses, relatives.
+The AOL logs of 2006 were released by accident and withdrawn, and their users were re-identified. Nothing of any log ships
+here; bring a copy that you may lawfully use, keep what you convert as private as the original, and do not publish a model
+trained on it without thought: it can repeat rare queries. ``scrub`` lowers the risk and does not end it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tppo_fast.data.readers.aol import read_aol
+from tppo_fast.data.readers.events import Rules, sessions_of
+from tppo_fast.data.readers.jsonl import read_jsonl
+from tppo_fast.data.readers.scrub import Scrubber, fit, pseudonyms
+from tppo_fast.data.readers.sim4ia import read_sim4ia
+from tppo_fast.data.readers.trec import read_trec
+from tppo_fast.data.rows import Session
+from tppo_fast.errors import UserError
+
+__all__ = ["READERS", "Rules", "convert"]
+
+READERS: dict[str, Callable] = {"aol": read_aol, "trec": read_trec, "sim4ia": read_sim4ia, "jsonl": read_jsonl}
+"""Format -> path -> events of one user after the other."""
+
+
+def convert(
+    path: Path, kind: str, rules: Rules, *, min_users: int | None, key: bytes
+) -> tuple[list[Session], Counter[str]]:
+    """Sessions of a log, and how many queries and sessions each rule dropped.
+
+    Args:
+        path: the log.
+        kind: a key of ``READERS``.
+        rules: how events become sessions.
+        min_users: scrub, and drop queries with a word that fewer users typed; None leaves the texts as they are.
+        key: turns user ids into pseudonyms; a new one each time cannot be traced back, the same one gives the same.
+
+    Raises:
+        UserError: an unreadable file, a bad row, or nothing left.
+    """
+    users = list(READERS[kind](path))
+    dropped: Counter[str] = Counter()
+    scrubber: Scrubber | None = None if min_users is None else fit(users, min_users)
+    name = pseudonyms(key)
+    sessions: list[Session] = []
+    for user, events in users:
+        kept = events if scrubber is None else scrubber.clean(events, dropped)
+        sessions += sessions_of(name(user), kept, rules, dropped)
+    if not sessions:
+        raise UserError(f"{str(path)!r}: no session is left ({_said(dropped)}); loosen the rules")
+    return sessions, dropped
+
+
+def _said(dropped: Counter[str]) -> str:
+    counts: Sequence[str] = [f"{count} {why}" for why, count in dropped.items()]
+    return ", ".join(counts) or "the file holds no query"

@@ -1,0 +1,31 @@
+"""Sim4IA (SIGIR 2025): CSV with session_id, query and date; the last query of a session is the one to predict.
+
+Use ``targets = 1``, and a gap long enough that a given session stays whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from tppo_fast.data.readers.events import Event, open_text, parse_time
+from tppo_fast.errors import UserError
+
+
+def read_sim4ia(path: Path) -> Iterator[tuple[str, list[Event]]]:
+    """(session, events) for each session, in file order; sessions are the only users that this log has.
+
+    Raises:
+        UserError: a column is missing, or a bad time.
+    """
+    rows = csv.DictReader(io.StringIO(open_text(path)))
+    if missing := {"session_id", "query", "date"} - set(rows.fieldnames or ()):
+        raise UserError(f"{str(path)!r}: there is no column {sorted(missing)[0]!r}; give a Sim4IA task A file")
+    sessions: dict[str, list[Event]] = {}
+    for row in rows:
+        where = f"{str(path)!r} line {rows.line_num}"
+        event = Event(time=parse_time(row["date"] or "", where), query=row["query"] or "")
+        sessions.setdefault((row["session_id"] or "").strip(), []).append(event)
+    yield from sessions.items()
