@@ -47,7 +47,7 @@ def gap(actor: model.Actor, rollouts: list[Rollout]) -> dict[str, float]:
     some = rollouts[:32]
     batch = packing.pack(some, [r.logprobs for r in some]).to(actor.device)
     logp, _ = actor.logprobs(actor.hidden(batch)[batch.state_index], batch.actions, 1.0)
-    return parity.metrics(batch.behaviour_logprobs.cpu(), logp.cpu())
+    return {name: float(x) for name, x in parity.metrics(batch.behaviour_logprobs.cpu(), logp.cpu()).items()}
 
 
 def timed(engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams) -> tuple[float, list[Rollout]]:

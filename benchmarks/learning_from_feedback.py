@@ -203,10 +203,9 @@ def _write_report(
 ) -> None:
     """Curves of every seed, reward histograms, coloured examples and the verdict of the independent judges."""
     verdicts = [
-        report.verdict(
-            "TPPO on the reward model", "the start", *result["differences"][metric]["difference"][:3], f"eval/{metric}"
-        )
+        report.verdict("TPPO on the reward model", "the start", mean, low, high, f"eval/{metric}")
         for metric in INDEPENDENT[options.labels]
+        for mean, low, high in [result["differences"][metric]["difference"][:3]]
     ]
     per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     report.write_report(
