@@ -52,12 +52,12 @@ def eager_values(model: ActorCritic, batch: RolloutBatch) -> Tensor:
     return grid(rows)
 
 
-def moved(model: torch.nn.Module, seed: int) -> None:
+def moved(model: torch.nn.Module, seed: int, size: float = 0.02) -> None:
     """A step away, so that policy, old policy and reference are three."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=g))
+            p.add_(size * torch.randn(p.shape, generator=g))
 
 
 def peer(module: str) -> Any:
@@ -132,7 +132,7 @@ def test_a_whole_step_equals_the_peers(estimate: Any, loss: Any, share: bool) ->
     train, _ = ppo.prepare(batch)
     first = model.state_dict()
     first = {name: tensor.clone() for name, tensor in first.items()}
-    moved(model, 1)
+    moved(model, 1, 0.08)
     sums, _ = ppo._accumulate_gradient(train, list(range(batch.num_sequences)), True)
     mine = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     second = {name: tensor.clone() for name, tensor in model.state_dict().items()}
