@@ -160,6 +160,8 @@ def test_baselines_and_degenerate_data() -> None:
     flat = quality.measure(quality.majority(data, np.array([1, 5, 3])), resamples=50)
     assert (flat["auc"].mean, flat["auc"].low, flat["auc"].high) == (0.5, 0.5, 0.5)
     assert flat["accuracy"].mean == pytest.approx((data.labels == 1).mean())
+    words = quality.majority(data, np.array([3, 5, 7])).sentence_scores()
+    assert len(set(words[words > 0.0])) == 1  # rounding must not rank equal responses by their length
     perfect = quality.measure(quality.copy_of_history(data, data.labels), resamples=50)
     assert perfect["accuracy"].mean == perfect["auc"].low == 1.0
     one = quality.Scored(

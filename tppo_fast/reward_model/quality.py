@@ -48,12 +48,12 @@ class Scored:
         return self.labels > 0
 
     def sentence_scores(self) -> Float[np.ndarray, " B"]:
-        """Mean soft value ``sum_c c P(c)`` of each response's word tokens, 0 without any."""
+        """Mean soft value ``sum_c c P(c)`` of each response's word tokens, or 0; to 9 digits, so that equal stays equal."""
         words = self.words
         soft = self.probabilities @ np.arange(3.0)
         count = np.bincount(self.response[words], minlength=len(self.sentence))
         total = np.bincount(self.response[words], weights=soft[words], minlength=len(self.sentence))
-        return total / np.maximum(count, 1)
+        return np.round(total / np.maximum(count, 1), 9)
 
 
 def majority(scored: Scored, class_counts: Int[np.ndarray, "3"]) -> Scored:
