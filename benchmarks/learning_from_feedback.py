@@ -95,6 +95,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rm-lr", type=float, default=1e-3)
     parser.add_argument("--rm-epochs", type=int, default=1)
     parser.add_argument("--value", default="soft")
+    parser.add_argument("--scale", default="centred")
+    parser.add_argument(
+        "--kl-coef", type=float, default=0.2, help="a learned reward needs a leash: TPPO's 0.2, not the demo's"
+    )
     return parser.parse_args()
 
 
@@ -171,12 +175,19 @@ def _trained(options: argparse.Namespace, base: demo.DemoSettings, start: Path, 
 
 def _paid_by(options: argparse.Namespace, config: Config, reward_model: Path, seed: int) -> Config:
     """The demo's TPPO run, on the reward model's rewards."""
-    reward = {"source": "model", "model": str(reward_model), "value": options.value, "length_penalty": True}
+    reward = {
+        "source": "model",
+        "model": str(reward_model),
+        "value": options.value,
+        "scale": options.scale,
+        "length_penalty": True,
+    }
     changed = {
-        "run_dir": str(options.out / f"tppo-{options.labels}-{options.value}-{seed}"),
+        "run_dir": str(options.out / f"tppo-{options.labels}-{options.value}-{options.scale}-{seed}"),
         "seed": seed,
         "threads": 1,
         "reward": config.reward.model_dump(mode="json") | reward,
+        "ppo": config.ppo.model_dump(mode="json") | {"kl_coef": options.kl_coef},
         "train": config.train.model_dump(mode="json") | {"show_examples": 0, "tensorboard": False},
     }
     return settings.build(config.model_dump(mode="json") | changed)
