@@ -43,6 +43,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     },
     "finetune_config": {"config", "sections"},
     "experiment_config": {"sections"},
+    "planner": {"algorithms", "config", "errors"},
     "runs": {"checkpoint", "config", "data", "errors", "metrics", "rollout", "seeding"},
     "finetune": {
         "atomic", "checkpoint", "config", "data", "data_types", "errors", "evaluate", "finetune_config", "interrupt",

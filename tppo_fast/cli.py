@@ -130,6 +130,19 @@ def reward_model(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     click.echo(f"{result.verdict}\nreward model: {result.folder}")
 
 
+@cli.command(cls=_WithSettings, context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key value]...")
+def plan(config: str, overrides: tuple[str, ...]) -> None:
+    """Say how much memory a training run of CONFIG will take, phase by phase, without loading a weight."""
+    loaded = settings.load(config, list(overrides))
+    quiet_libraries()
+    from tppo_fast.planner import describe
+    from tppo_fast.planner import plan as run
+
+    click.echo(describe(run(loaded)))
+
+
 class _WithExperiment(_WithSettings):
     settings = Experiment
 

@@ -1,0 +1,107 @@
+"""The planner's update phase against a measured peak of the CPU allocator; its counts against the model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from support import random_rollouts
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tppo_fast import cli, losses, model, packing, planner
+from tppo_fast import config as settings
+from tppo_fast.algorithms import ALGORITHMS
+from tppo_fast.errors import UserError
+from tppo_fast.ppo import PPO
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model large enough that tensors, not Python, decide the peak."""
+    from support import tokenizer
+
+    out = tmp_path_factory.mktemp("models") / "m"
+    tok = tokenizer()
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=512, eos_token_id=0, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(out)
+    tok.save_pretrained(out)
+    return out
+
+
+def build(folder: Path, **changes: Any) -> settings.Config:
+    values: dict[str, Any] = {
+        "device": "cpu", "model": {"path": str(folder), "share_prompts": False}, "data": {"max_prompt_tokens": 100},
+        "rollout": {"samples_per_prompt": 2, "max_new_tokens": 28},
+        "ppo": {"microbatch_tokens": 1024, "epochs": 1, "lr": 1e-4},
+    }  # fmt: skip
+    for name, value in changes.items():
+        values[name] = values.get(name, {}) | value if isinstance(value, dict) else value
+    return settings.build(values)
+
+
+def peak(run: Any) -> int:
+    """Most bytes that the CPU allocator held above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    held = most = 0
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model": {"shared_body": True}}, {"algorithm": "grpo"}, {"model": {"gradient_checkpointing": True}},
+     {"model": {"lora_rank": 8}}],
+    ids=["two bodies", "one body", "no critic", "checkpointing", "adapters"],
+)  # fmt: skip
+def test_the_update_is_within_15_percent_of_a_measured_peak(folder: Path, changes: dict[str, Any]) -> None:
+    if changes.get("model", {}).get("lora_rank"):
+        pytest.importorskip("peft")
+    config = build(folder, **changes)
+    critic = ALGORITHMS[config.algorithm].needs_critic
+    built, _ = model.build(config.model, "cpu", critic=critic)
+    ppo = PPO(config, built, None, losses.ppo, total_steps=10)
+    rollouts = random_rollouts([(100, 28)] * 8, n=2)  # two full microbatches
+    batch = packing.pack(rollouts, [[0.1] * 28] * len(rollouts))
+    train, _ = ppo.prepare(batch)
+    ppo.update(train)  # the optimizer has its states now
+    ppo.optimizer.zero_grad(set_to_none=True)
+    above = peak(lambda: ppo.update(train))
+    update = planner.plan(config)[-1].parts
+    static = {"policy weights", "critic weights", "optimizer states"}
+    held = sum(update[name] for name in static & update.keys())
+    live = sum(p.numel() * 4 for p in {id(p): p for p in built.parameters()}.values())
+    live += sum(t.numel() * t.element_size() for s in ppo.optimizer.state.values() for t in s.values())
+    assert held == pytest.approx(live, rel=0.02)
+    planned = sum(size for name, size in update.items() if name not in {"reference weights", "engine weights"})
+    print(f"planned {planned / 2**20:.1f} MiB, measured {(held + above) / 2**20:.1f} MiB, {changes}")
+    assert planned == pytest.approx(held + above, rel=0.15)
+
+
+def test_nothing_is_loaded_and_a_wrong_folder_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    phases = planner.plan(build(tmp_path))
+    assert [phase.name for phase in phases] == ["rollout", "prepare", "update"]
+    with pytest.raises(UserError, match=r"config\.json"):
+        planner.plan(build(tmp_path / "nowhere"))
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(f'[model]\npath = "{folder}"\n')
+    done = CliRunner().invoke(
+        cli.cli, ["plan", str(tmp_path / "c.toml"), "--ppo.kl_placement", "off"], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    assert "activations" in done.output
+    assert "reference weights" not in done.output

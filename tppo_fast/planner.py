@@ -1,0 +1,236 @@
+"""How much memory a run will take, phase by phase, from its config alone: no weight is loaded, nothing is allocated.
+
+Parameters are counted on the model built without storage. Activations are not a formula per architecture: the body runs once
+on fake tensors, which have shapes and no data, and what autograd would keep for the backward pass is counted. ``tests/
+test_planner.py`` holds the update phase to within 15 % of a measured peak.
+
+Not counted: what the allocator fragments, the libraries' own memory (a CUDA context is about 0.5 GiB), and activations of
+architectures whose attention keeps more than its inputs and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tppo_kernels.head import chunk_rows
+
+from tppo_fast.algorithms import ALGORITHMS
+from tppo_fast.config import Config
+from tppo_fast.errors import UserError
+
+GIB = 2**30
+FULL = 4
+"""Bytes of an fp32 number: master weights, gradients and optimizer states are fp32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """What is held at once in one part of a step."""
+
+    name: str
+    """rollout, prepare or update."""
+    parts: dict[str, int]
+    """What -> bytes."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the model is made of."""
+
+    parameters: int
+    """Of the whole policy, a tied head counted once."""
+    body: int
+    """Of the transformer without its head."""
+    trained: int
+    """Of the policy that learn: all, or its adapters."""
+    trained_body: int
+    """Of a critic's own body that learn."""
+    hidden: int
+    vocabulary: int
+    cache_per_token: int
+    """Numbers in the key-value cache for each token."""
+    saved_per_token: float
+    """Bytes autograd keeps of the body for each token of a microbatch."""
+    largest_layer: float
+    """Of them, those of one layer: what the backward pass holds in gradients of activations, at least once."""
+
+
+def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
+    """The phases of a step.
+
+    Args:
+        config: of ``tppo-fast train``; of the model folder only ``config.json`` is read.
+        sequence: tokens of a typical sequence. None: the longest one that the config allows.
+
+    Raises:
+        UserError: the folder holds no model configuration.
+    """
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    sizes = measure(config, min(sequence or longest, config.ppo.microbatch_tokens))
+    half = 2 if config.model.dtype == "bfloat16" else FULL
+    critic = ALGORITHMS[config.algorithm].needs_critic
+    own_body = critic and not config.model.shared_body
+    frozen_shared = config.model.lora_rank > 0  # adapters: policy, critic and reference share their frozen weights
+    weights = {"policy weights": FULL * (sizes.parameters + (sizes.trained if frozen_shared else 0))}
+    if own_body:
+        weights["critic weights"] = FULL * (sizes.trained_body if frozen_shared else sizes.body)
+    if config.ppo.kl_placement != "off" and not frozen_shared:
+        weights["reference weights"] = FULL * sizes.parameters
+    if config.vllm.sleep not in ("discard", "stop") or config.rollout.engine != "vllm":
+        weights["engine weights"] = half * sizes.parameters
+    learned = sizes.trained + (sizes.trained_body if own_body else 0)
+    kept = weights | {"optimizer states": 2 * FULL * learned}
+    tokens = config.ppo.microbatch_tokens
+    bodies = 1 + own_body
+    logits = _logits_bytes(config, sizes)
+    sampled = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    cache = min(sampled, 256) * longest * sizes.cache_per_token * half
+    if config.rollout.engine == "vllm" and config.vllm.kv_cache_gib is not None:
+        cache = int(config.vllm.kv_cache_gib * GIB)
+    streams = 4 * tokens * sizes.hidden * FULL  # hidden states of a pass that keeps nothing for a backward pass
+    return [
+        Phase(name="rollout", parts=kept | {"key-value cache": cache}),
+        Phase(name="prepare", parts=kept | {"hidden states": streams, "logits workspace": logits}),
+        Phase(
+            name="update",
+            parts=kept
+            | {
+                "gradients": FULL * learned,
+                "activations": int(bodies * sizes.saved_per_token * tokens),
+                "gradients of activations": int(sizes.largest_layer * tokens),
+                "logits workspace": logits,
+            },
+        ),
+    ]
+
+
+def measure(config: Config, sequence: int) -> Sizes:
+    """Count parameters, cache and activations of ``config.model.path`` on fake tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = config.model.path
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"model.path = {path!r}: there is no config.json; give the folder of a causal language model")
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.path = {path!r}: its config.json cannot be used ({' '.join(str(error).split())})"
+        ) from None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        lm: Any = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
+        if config.model.gradient_checkpointing:
+            lm.train()
+            enable = (
+                getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+            )  # its old name
+            enable({"use_reentrant": False})
+        body: Any = lm.base_model
+        parameters, body_size = _count(lm), _count(body)
+        if config.model.lora_rank:
+            _adapt(lm, config)
+        trained, trained_body = (_count(module, learned=True) for module in (lm, body))
+        saved = _saved_bytes(body, sequence, config.model.dtype == "bfloat16")
+    text = settings.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layer = (
+        saved / text.num_hidden_layers / 2
+    )  # about half of what a layer keeps is wide, and has its gradient at one time
+    if (
+        config.model.gradient_checkpointing
+    ):  # each layer's input is kept, and one layer is computed again with all it keeps
+        plain = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": False})})
+        layer = measure(plain, sequence).largest_layer * sequence * 3
+        saved += text.num_hidden_layers * sequence * text.hidden_size * FULL
+    return Sizes(
+        parameters=parameters,
+        body=body_size,
+        trained=trained,
+        trained_body=trained_body,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        cache_per_token=2 * text.num_hidden_layers * heads * size,
+        saved_per_token=saved / sequence,
+        largest_layer=layer / sequence,
+    )
+
+
+class _Adapted(nn.Module):
+    """A frozen linear layer with a low-rank adapter: peft's cannot be made on fake tensors."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def _adapt(lm: Any, config: Config) -> None:
+    """Freeze ``lm`` and put adapters where ``lora.inject`` would."""
+    lm.requires_grad_(False)
+    head, wanted = lm.get_output_embeddings(), config.model.lora_targets
+    for name, layer in list(lm.named_modules()):
+        if isinstance(layer, nn.Linear) and layer is not head and (not wanted or name.rpartition(".")[2] in wanted):
+            lm.set_submodule(name, _Adapted(layer, config.model.lora_rank))
+
+
+def _count(module: nn.Module, *, learned: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not learned)
+
+
+def _saved_bytes(body: Any, sequence: int, half: bool) -> int:
+    """Bytes of distinct storages that one pass over a sequence keeps for the backward pass, parameters left out."""
+    own = {p.untyped_storage()._cdata for p in body.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage  # held, so that no other storage takes its place
+        return tensor
+
+    unchanged: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # noqa: E731
+    ids = torch.zeros(1, sequence, dtype=torch.int64)
+    positions = torch.arange(sequence)[None]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, unchanged),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        out = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    del out
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+def _logits_bytes(config: Config, sizes: Sizes) -> int:
+    """The one reused buffer of the chunked head."""
+    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+    device = torch.device("cuda" if config.device == "cuda" else "cpu")
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    actions = -(-config.ppo.microbatch_tokens * config.rollout.max_new_tokens // longest)
+    rows = min(chunk_rows(None, sizes.vocabulary, dtype, device), actions)
+    return rows * sizes.vocabulary * dtype.itemsize
+
+
+def describe(phases: list[Phase]) -> str:
+    """A table in text: GiB of every part in every phase."""
+    names = list(dict.fromkeys(name for phase in phases for name in phase.parts))
+    lines = [f"{'GiB':26}" + "".join(f"{phase.name:>10}" for phase in phases)]
+    for name in names:
+        cells = (f"{phase.parts[name] / GIB:10.2f}" if name in phase.parts else f"{'-':>10}" for phase in phases)
+        lines.append(f"{name:26}" + "".join(cells))
+    lines.append(f"{'total':26}" + "".join(f"{phase.total / GIB:10.2f}" for phase in phases))
+    return "\n".join(lines)
