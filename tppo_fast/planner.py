@@ -61,6 +61,8 @@ class Sizes:
     """Numbers in the key-value cache for each token."""
     saved_per_token: float
     """Bytes autograd keeps of the body for each token of a microbatch."""
+    saved_once: float
+    """Bytes it keeps whatever the number of tokens: the weights in half precision, under autocast."""
     largest_layer: float
     """Of them, those of one layer: what the backward pass holds in gradients of activations, at least once."""
 
@@ -106,7 +108,7 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
             parts=kept
             | {
                 "gradients": FULL * learned,
-                "activations": int(bodies * sizes.saved_per_token * tokens),
+                "activations": int(bodies * (sizes.saved_per_token * tokens + sizes.saved_once)),
                 "gradients of activations": int(sizes.largest_layer * tokens),
                 "logits workspace": logits,
             },
@@ -140,19 +142,22 @@ def measure(config: Config, sequence: int) -> Sizes:
         if config.model.lora_rank:
             _adapt(lm, config)
         trained, trained_body = (_count(module, learned=True) for module in (lm, body))
-        saved = _saved_bytes(body, sequence, config.model.dtype == "bfloat16")
+        short = max(sequence // 2, 1)
+        some, most = (_saved_bytes(body, length, config.model.dtype == "bfloat16") for length in (short, sequence))
+    each = (most - some) / max(sequence - short, 1)
+    once = max(most - each * sequence, 0.0)
     text = settings.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layer = (
-        saved / text.num_hidden_layers / 2
+        each / text.num_hidden_layers / 2
     )  # about half of what a layer keeps is wide, and has its gradient at one time
     if (
         config.model.gradient_checkpointing
     ):  # each layer's input is kept, and one layer is computed again with all it keeps
         plain = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": False})})
-        layer = measure(plain, sequence).largest_layer * sequence * 3
-        saved += text.num_hidden_layers * sequence * text.hidden_size * FULL
+        layer = measure(plain, sequence).largest_layer * 3
+        each += text.num_hidden_layers * text.hidden_size * FULL
     return Sizes(
         parameters=parameters,
         body=body_size,
@@ -161,8 +166,9 @@ def measure(config: Config, sequence: int) -> Sizes:
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         cache_per_token=2 * text.num_hidden_layers * heads * size,
-        saved_per_token=saved / sequence,
-        largest_layer=layer / sequence,
+        saved_per_token=each,
+        saved_once=once,
+        largest_layer=layer,
     )
 
 
