@@ -13,7 +13,7 @@ GPU := $(shell command -v nvidia-smi)
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: train test lint format doctor vllm native smollm2 bench bench-step gpu-check gpu-wheels lock clean help
+.PHONY: train test coverage lint format doctor vllm native smollm2 bench bench-step gpu-check gpu-wheels lock clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -75,10 +75,14 @@ smollm2: $(VENV)/.test ## write the real pretrained test model to .cache/smollm2
 # Two processes, one thread each: a vLLM engine takes 4 GB. Without vLLM's CPU build (macOS, a CUDA torch) its tests are skipped,
 # and pytest's summary says so; a GPU machine runs them by `make test GPU= VENV=.venv-cpu`.
 JOBS ?= 2
-test: $(VENV)/.test native ## set up and run every test, with coverage
+RUN := -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.test native ## set up and run every test
 	@$(MAKE) --no-print-directory $(VENV)/.vllm || echo "vLLM's CPU build does not fit here (see above): going on without its tests"
+	$(BIN)/python $(RUN)
+
+coverage: $(VENV)/.test native ## the same tests, twice as slow, with the lines they reach
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -n $(JOBS) --dist loadfile
+	$(BIN)/coverage run $(RUN)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --skip-empty
 

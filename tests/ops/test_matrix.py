@@ -10,8 +10,6 @@ import os
 import pytest
 import torch
 import tppo_kernels as tk
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tppo_kernels.testing import (
     assert_close,
     poisoned,
@@ -115,21 +113,6 @@ def test_rows_beyond_two_to_the_31_entries(backend):
     assert_close(got, *(tk.logprobs_from_logits(x, targets, backend="reference") for x in (logits, logits.double())))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    rows=st.integers(0, 4), vocab=st.integers(1, 70), step=st.sampled_from([1, 2]), transposed=st.booleans(),
-    seed=st.integers(0, 3),
-)  # fmt: skip
-def test_logprobs_of_any_strides(backend, rows, vocab, step, transposed, seed):
-    logits, targets = random_logits(rows, vocab * step, seed=seed)
-    logits = (logits.T.contiguous().T if transposed else logits)[:, ::step]
-    targets = (targets // step).repeat_interleave(2)[::2]  # strided, and at an odd alignment
-    got = logprobs(logits, targets, backend, (torch.ones(rows), torch.ones(rows)))
-    eager = logprobs(logits, targets, "reference", (torch.ones(rows), torch.ones(rows)))
-    truth = logprobs(logits.double(), targets, "reference", (torch.ones(rows), torch.ones(rows)))
-    assert_close(got, eager, truth)
-
-
 def test_expanded_upstream_gradients(backend):
     logits, targets = random_logits(4, 33)
     results = []
@@ -206,15 +189,6 @@ def test_gae_keeps_a_sequences_nan_to_itself(backend):
     for mask in (None, torch.ones(12, dtype=torch.bool)):
         advantages, _ = tk.gae(x["rewards"], x["values"], x["cu_seqlens"], mask=mask, backend=backend)
         assert advantages.isnan().tolist() == [False] * 4 + [True] * 2 + [False] * 6
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.integers(0, 40), max_size=30), seed=st.integers(0, 3))
-def test_gae_of_any_segmentation(backend, lengths, seed):
-    x = random_rollouts(lengths, seed=seed)
-    results = [tk.gae(**as_dtype(x, d), gamma=0.97, backend=b) for b, d in [(backend, FLOATS[0]), *((
-        "reference", d) for d in FLOATS)]]  # fmt: skip
-    assert_close(*results)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000, 70_000])
