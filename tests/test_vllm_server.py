@@ -38,25 +38,38 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class Server:
+    """A server of its own process group, that can be killed and started again at the same URL."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self.command = [
+            sys.executable, "-P", "-m", "tppo_fast.rollout.serve", str(folder), "--port", str(port),
+            "--dtype", "float32", "--max-model-len", "256", "--kv-cache-memory-bytes", str(50 << 20),
+        ]  # fmt: skip
+
+    def start(self) -> None:
+        with self.log.open("ab") as output:
+            self.running = subprocess.Popen(
+                self.command, stdout=output, stderr=output, env={**os.environ, "VLLM_API_KEY": KEY},
+                start_new_session=True,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        os.killpg(self.running.pid, signal.SIGKILL)  # vLLM's engine is a child of its server
+        self.running.wait()
+
+
 @pytest.fixture(scope="module")
-def process(
-    wide_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    port = free_port()
-    command = [
-        sys.executable, "-P", "-m", "tppo_fast.rollout.serve", str(wide_model), "--port", str(port),
-        "--dtype", "float32", "--max-model-len", "256", "--kv-cache-memory-bytes", str(50 << 20),
-    ]  # fmt: skip
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("wb") as output:
-        started = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, "VLLM_API_KEY": KEY}, start_new_session=True
-        )
+def server(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(wide_model, tmp_path_factory.mktemp("server") / "log")
+    made.start()
     try:
-        yield started, f"http://127.0.0.1:{port}"
+        yield made
     finally:
-        os.killpg(started.pid, signal.SIGKILL)  # vLLM's engine is a child of its server
-        started.wait()
+        made.kill()
 
 
 def build(folder: Path, url: str, **vllm: Any) -> Any:
@@ -65,10 +78,10 @@ def build(folder: Path, url: str, **vllm: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def engine(process: tuple[Any, str], wide_model: Path) -> Iterator[Any]:
+def engine(server: Server, wide_model: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_API_KEY", KEY)
-        with contextlib.closing(build(wide_model, process[1], bucket_mib=1)) as made:
+        with contextlib.closing(build(wide_model, server.url, bucket_mib=1)) as made:
             yield made
 
 
@@ -167,11 +180,11 @@ class TestServer:
         assert engine.restarts > before
 
     def test_a_request_that_hangs_is_named_and_repeated(
-        self, process: tuple[Any, str], engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+        self, server: Server, engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         engine.load_weights(actor.named_weights(), 1)
         expected = [r.token_ids for r in engine.generate(prompts, params())]
-        group = process[0].pid
+        group = server.running.pid
         disturb_at(monkeypatch, "generate", lambda _: os.killpg(group, signal.SIGSTOP))
         monkeypatch.setattr(engine.live._client, "timeout", httpx2.Timeout(1.0))
         monkeypatch.setattr(engine, "_retries", 0)
@@ -184,26 +197,43 @@ class TestServer:
         monkeypatch.setenv("VLLM_API_KEY", KEY)
         assert [r.token_ids for r in engine.generate(prompts, params())] == expected
 
-    def test_another_dtype_is_refused(self, process: tuple[Any, str], engine: Any) -> None:
+    def test_another_dtype_is_refused(self, server: Server, engine: Any) -> None:
         del engine
-        live = {"url": process[1], "transfer": "shared_memory", "trainer_address": "", "sleep_level": 0, "timeout": 9.0}
+        live = {"url": server.url, "transfer": "shared_memory", "trainer_address": "", "sleep_level": 0, "timeout": 9.0}
         with pytest.raises(UserError, match=r"its dtype is 'float32', this run needs 'bfloat16'"):
             ServerLive(ServerSettings(dtype="bfloat16", max_model_len=64, **live))  # type: ignore[arg-type]
         with pytest.raises(UserError, match=r"start it with --max-model-len 999"):
             ServerLive(ServerSettings(dtype="float32", max_model_len=999, **live))  # type: ignore[arg-type]
 
     def test_a_wrong_key_is_one_sentence(
-        self, process: tuple[Any, str], engine: Any, wide_model: Path, monkeypatch: pytest.MonkeyPatch
+        self, server: Server, engine: Any, wide_model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         del engine
         monkeypatch.setenv("VLLM_API_KEY", "wrong")
         with pytest.raises(EngineError, match="set the environment variable VLLM_API_KEY") as caught:
-            build(wide_model, process[1])
+            build(wide_model, server.url)
         assert "wrong" not in str(caught.value)
 
-    def test_a_run(self, process: tuple[Any, str], engine: Any, wide_model: Path, tmp_path: Path) -> None:
-        del engine
-        assert len(run(wide_model, tmp_path / "run", steps=3, process="server", url=process[1], kv_cache_gib=None)) == 3
+    def test_a_run_with_a_killed_server_is_the_same_run(
+        self, server: Server, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """SIGKILL in mid-rollout of the second step; whoever looks after the server starts it again."""
+        monkeypatch.setenv("VLLM_API_KEY", KEY)
+        options = {"steps": 3, "process": "server", "url": server.url, "kv_cache_gib": None, "timeout": 400.0}
+        undisturbed = run(wide_model, tmp_path / "undisturbed", **options)
+        seen: list[str] = []
+
+        def sent(_: ServerLive, what: str) -> None:
+            seen.append(what)
+            if sum(one.startswith("generate") for one in seen) == 6:  # 4 prompts a step
+                server.kill()
+                server.start()
+
+        monkeypatch.setattr(ServerLive, "_sent", sent)
+        disturbed = run(wide_model, tmp_path / "disturbed", **options)
+        assert len(seen) > 12 + 4
+        for one, other in zip(undisturbed, disturbed, strict=True):
+            assert one == pytest.approx(other, rel=1e-3, abs=1e-5)  # batches form as requests arrive
 
 
 # ---------------------------------------------------------------- without a server
