@@ -23,7 +23,6 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "triton": {"version": "3.7.1"},
     "native": {"version": "built"},
     "transformers": {"version": "5.23.0"},
-    "flash_attn": {"absent": True},
 }
 
 
@@ -66,27 +65,25 @@ def test_a_module_that_kills_python_costs_only_its_own_check(tmp_path: Path, mon
     fake_modules(
         tmp_path,
         monkeypatch,
-        torch="__version__ = '2.13.0'\nraise OSError('libtorch.so: undefined symbol')",
+        torch="print('noise before', end='')\n__version__ = '2.13.0'\nraise OSError('libtorch.so: undefined symbol')",
         triton="import os, signal\nprint('noise')\nos.kill(os.getpid(), signal.SIGSEGV)",
-        transformers="print('noise before', end='')\n__version__ = '5.0.1'",
-        flash_attn="import os\nos._exit(3)",
+        transformers="import os\nos._exit(3)",
     )
     facts = gather()
     assert facts["torch"] == {"error": "OSError: libtorch.so: undefined symbol"}
     assert facts["triton"] == {"error": "importing it killed Python with SIGSEGV"}
-    assert facts["flash_attn"] == {"error": "importing it ended Python with exit code 3"}
-    assert facts["transformers"] == {"version": "5.0.1"}
+    assert facts["transformers"] == {"error": "importing it ended Python with exit code 3"}
     assert "libtorch" in facts["cuda"]["error"]
     assert "libtorch" in facts["native"]["error"]
 
 
 def test_a_module_that_hangs_is_broken_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "PROBED", ("triton", "flash_attn"))
+    monkeypatch.setattr(doctor, "PROBED", ("triton", "transformers"))
     monkeypatch.setattr(doctor, "TIMEOUT", 8.0)
-    fake_modules(tmp_path, monkeypatch, triton="import time\ntime.sleep(60)", flash_attn="__version__ = '2.8.3'")
+    fake_modules(tmp_path, monkeypatch, triton="import time\ntime.sleep(60)", transformers="__version__ = '5.13.0'")
     assert gather() == {
         "triton": {"error": "importing it did not end within 8 s"},
-        "flash_attn": {"version": "2.8.3"},
+        "transformers": {"version": "5.13.0"},
     }
 
 
@@ -127,7 +124,7 @@ def test_torch_decides_whether_training_can_run(
     assert ("cannot run here until this is mended: torch." in text) == (status != "ok")
 
 
-@pytest.mark.parametrize("name", ["triton", "flash_attn", "native", "cuda"])
+@pytest.mark.parametrize("name", ["triton", "native", "cuda"])
 def test_an_optional_part_never_stops_training(monkeypatch: pytest.MonkeyPatch, name: str):
     checks = diagnosed(monkeypatch, **{name: {"error": "ImportError: [bold]boom[/bold]"}})
     broken = [check for check in checks.values() if check.status == "broken"]
@@ -142,6 +139,18 @@ def test_an_old_transformers_stops_training(monkeypatch: pytest.MonkeyPatch):
     checks = diagnosed(monkeypatch, transformers={"version": "5.9.0"})
     assert checks["transformers"].detail == "5.9.0, but 5.13 or newer is supported"
     assert rendered(list(checks.values()))[0] == 1
+
+
+def test_packed_attention_says_what_it_runs_through(monkeypatch: pytest.MonkeyPatch):
+    gpu = {"version": "13.0", "devices": ["H200, 140 GiB"]}
+    for cuda, status, words in [
+        (HEALTHY["cuda"], "ok", "torch's SDPA in blocks"),
+        ({**gpu, "flash": True}, "ok", "flash kernels in bfloat16, else its SDPA"),
+        ({**gpu, "flash": False}, "missing", "torch's SDPA in blocks"),
+    ]:
+        check = diagnosed(monkeypatch, cuda=cuda)["packed attention"]
+        assert check.status == status
+        assert words in check.detail
 
 
 def test_costs_depend_on_the_gpu(monkeypatch: pytest.MonkeyPatch):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tppo_fast import config as settings
 from tppo_fast import losses, packing, trainer
+from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.metrics import read_metrics
 from tppo_fast.ppo import PPO
 
@@ -28,7 +29,10 @@ HOST = {
 }
 """Where the host plans, on tensors that never leave it; and the plain GAE, a loop over sequences, which no GPU runs."""
 FETCHES = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2"}
+WAITS = {
+    "_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2", "bincount",
+    "repeat_interleave of unknown size",
+}  # fmt: skip
 
 
 class Ops(TorchDispatchMode):
@@ -42,7 +46,10 @@ class Ops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         out = func(*args, **(kwargs or {}))
-        self.counts[func.overloadpacket.__name__] += 1
+        name = func.overloadpacket.__name__
+        self.counts[name] += 1
+        if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
+            self.counts["repeat_interleave of unknown size"] += 1
         for x in out if isinstance(out, tuple | list) else [out]:
             if isinstance(x, torch.Tensor):
                 self.largest = max(self.largest, x.numel())
@@ -68,11 +75,13 @@ def count_fetches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 @pytest.mark.parametrize("marked", [True, False], ids=["row-local", "whole-batch"])
-def test_the_host_waits_once_in_each_phase(monkeypatch: pytest.MonkeyPatch, marked: bool) -> None:
+def test_the_host_waits_once_in_each_phase(monkeypatch: pytest.MonkeyPatch, marked: bool, algorithm: str) -> None:
     """On the plain backend: the compiled CPU ops look at rows, which costs nothing there, and their GPU paths do not."""
     monkeypatch.setenv("TPPO_KERNELS_BACKEND", "reference")
-    ppo, batch = build(n=2, share=True, minibatches=2, epochs=2, microbatch_tokens=40, kl_placement="loss")
+    options = {"minibatches": 2, "epochs": 2, "microbatch_tokens": 40, "kl_placement": "loss"}
+    ppo, batch = build(n=2, share=True, algorithm=algorithm, **options)
     if not marked:
         ppo.loss = lambda *args: losses.ppo(*args)
     ppo.update(ppo.prepare(batch)[0])  # makes the optimizer's state
@@ -94,8 +103,9 @@ def test_the_count_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     with Ops() as ops:
         float(torch.ones(()))
         torch.ones(3).cpu()
+        torch.arange(2).repeat_interleave(torch.tensor([1, 2]))
     assert seen == {"test_lean.py:test_the_count_can_fail": 2}
-    assert "_local_scalar_dense" in ops.counts
+    assert WAITS & ops.counts.keys() == {"_local_scalar_dense", "repeat_interleave of unknown size"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -143,52 +141,6 @@ def test_where_the_value_gradient_goes(shared: bool, to_body: bool) -> None:
     reached = any(p.grad is not None and p.grad.abs().sum() > 0 for p in m.actor.parameters())
     assert reached == (shared and to_body)
     assert m.critic.value_head.weight.grad is not None
-
-
-def test_flash_attention_is_called_with_the_batch_structure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn needs a GPU; here its documented varlen contract, in plain torch, stands in for it."""
-
-    def varlen(
-        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap
-    ):
-        assert causal
-        assert softcap == 0.0
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
-        out = torch.empty_like(q)
-        for a, b in zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], strict=False):
-            n, share = b - a, q.shape[1] // k.shape[1]
-            ks, vs = (x[a:b].repeat_interleave(share, 1).transpose(0, 1) for x in (k, v))
-            i, j = torch.arange(n)[:, None], torch.arange(n)[None]
-            seen = (j <= i) & ((i - j <= window_size[0]) if window_size[0] >= 0 else torch.tensor(True))
-            scores = q[a:b].transpose(0, 1) @ ks.transpose(-1, -2) * softmax_scale
-            out[a:b] = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ vs).transpose(0, 1)
-        return out
-
-    fake = types.ModuleType("flash_attn")
-    fake.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", fake)
-    batch = pack(random_rollouts([(9, 5), (1, 1), (4, 7)]))
-    q, k, v = (
-        torch.randn(1, 4, batch.num_tokens, 8),
-        torch.randn(1, 2, batch.num_tokens, 8),
-        torch.randn(1, 2, batch.num_tokens, 8),
-    )
-    for window in (None, 4):
-        outs = [
-            attention.packed_attention(
-                torch.nn.Identity(),
-                q,
-                k,
-                v,
-                None,
-                layout=attention.build_layout(batch, flash=flash),
-                scaling=0.3,
-                sliding_window=window,
-            )[0]
-            for flash in (False, True)
-        ]
-        torch.testing.assert_close(outs[0], outs[1])
 
 
 def test_flash_is_refused_with_the_reason() -> None:

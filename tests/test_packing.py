@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import prompt, rollout
 
-from tppo_fast import packing
+from tppo_fast import flops, packing
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 
@@ -82,6 +82,35 @@ def test_microbatches_cover_once_within_budget(group: list, share: bool, budget:
     parts = packing.microbatches(batch, range(len(rollouts)), budget)
     assert sorted(b for part in parts for b in part) == list(range(len(rollouts)))
     assert all(packing.select(batch, part)[0].num_tokens <= budget for part in parts)
+
+
+def test_microbatches_read_a_prompt_once_and_cost_alike() -> None:
+    """Eight prompts of 60 to 95 tokens, four responses each: a prompt is never read twice, and no pass is an outlier."""
+    group = [([1] * (60 + 5 * i), [[2] * (4 + j) for j in range(4)]) for i in range(8)]
+    rollouts = make(group)
+    batch = packing.pack(rollouts, rewards_of(rollouts), share_prompts=True)
+    everyone = list(range(len(rollouts)))
+    parts = packing.microbatches(batch, everyone, 260, pair_cost=0.01)
+    read = [packing.select(batch, part)[0] for part in parts]
+    assert sum(part.num_tokens for part in read) == batch.num_tokens
+    assert len(parts) == -(-batch.num_tokens // 260)
+    costs = [part.num_tokens + 0.01 * flops.visible_pairs(part) for part in read]
+    assert max(costs) < 1.15 * min(costs)
+    assert packing.microbatches(batch, everyone[::-1], 260, pair_cost=0.01) == parts
+
+
+def test_a_prompt_is_repeated_only_when_its_responses_need_more_than_a_pass() -> None:
+    rollouts = make([([1] * 10, [[2] * 8 for _ in range(5)])])
+    batch = packing.pack(rollouts, rewards_of(rollouts), share_prompts=True)
+    assert packing.microbatches(batch, range(5), 50) == [[0, 1, 2, 3, 4]]
+    assert packing.microbatches(batch, range(5), 30) == [[0, 1], [2, 3], [4]]
+
+
+def test_balance_never_costs_a_pass() -> None:
+    """First-fit packs 5 + 5 and 4 + 3 + 3 into two passes of 10; least-loaded-first would need three."""
+    rollouts = make([([1], [[2] * (n - 1)]) for n in (5, 5, 4, 3, 3)])
+    batch = packing.pack(rollouts, rewards_of(rollouts))
+    assert packing.microbatches(batch, range(5), 10) == [[0, 1], [2, 3, 4]]
 
 
 def test_refuses_bad_input() -> None:

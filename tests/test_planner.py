@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from support import random_rollouts
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tppo_fast import cli, losses, model, packing, planner
+from tppo_fast import checkpoint, cli, losses, model, optimizers, packing, planner
 from tppo_fast import config as settings
 from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.errors import UserError
@@ -34,6 +35,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(out)
     tok.save_pretrained(out)
     return out
+
+
+@pytest.fixture(autouse=True)
+def _eager() -> Iterator[None]:
+    """torchao compiles its step, which takes a minute of a CPU."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def build(folder: Path, **changes: Any) -> settings.Config:
@@ -62,8 +70,9 @@ def peak(run: Any) -> int:
 @pytest.mark.parametrize(
     "changes",
     [{}, {"model": {"shared_body": True}}, {"algorithm": "grpo"}, {"model": {"gradient_checkpointing": True}},
-     {"model": {"lora_rank": 8}}],
-    ids=["two bodies", "one body", "no critic", "checkpointing", "adapters"],
+     {"model": {"lora_rank": 8}}, {"model": {"gradient_checkpointing": True, "checkpoint_every": 2}},
+     {"model": {"shared_body": True, "dtype": "bfloat16"}, "ppo": {"optimizer": "adamw8bit", "weights": "bfloat16"}}],
+    ids=["two bodies", "one body", "no critic", "checkpointing", "adapters", "every other layer", "eight and sixteen bits"],
 )  # fmt: skip
 def test_the_update_is_within_15_percent_of_a_measured_peak(folder: Path, changes: dict[str, Any]) -> None:
     if changes.get("model", {}).get("lora_rank"):
@@ -71,6 +80,9 @@ def test_the_update_is_within_15_percent_of_a_measured_peak(folder: Path, change
     config = build(folder, **changes)
     critic = ALGORITHMS[config.algorithm].needs_critic
     built, _ = model.build(config.model, "cpu", critic=critic)
+    if config.ppo.weights == "bfloat16":
+        pytest.importorskip("torchao")
+        optimizers.store_in_half([built.actor])
     ppo = PPO(config, built, None, losses.ppo, total_steps=10)
     rollouts = random_rollouts([(100, 28)] * 8, n=2)  # two full microbatches
     batch = packing.pack(rollouts, [[0.1] * 28] * len(rollouts))
@@ -81,12 +93,25 @@ def test_the_update_is_within_15_percent_of_a_measured_peak(folder: Path, change
     update = planner.plan(config)[-1].parts
     static = {"policy weights", "critic weights", "optimizer states"}
     held = sum(update[name] for name in static & update.keys())
-    live = sum(p.numel() * 4 for p in {id(p): p for p in built.parameters()}.values())
-    live += sum(t.numel() * t.element_size() for s in ppo.optimizer.state.values() for t in s.values())
+    live = sum(p.numel() * p.element_size() for p in {id(p): p for p in built.parameters()}.values())
+    live += sum(t.numel() * t.element_size() for t in checkpoint.flatten(ppo.optimizer.state_dict())[0].values())
     assert held == pytest.approx(live, rel=0.02)
     planned = sum(size for name, size in update.items() if name not in {"reference weights", "engine weights"})
     print(f"planned {planned / 2**20:.1f} MiB, measured {(held + above) / 2**20:.1f} MiB, {changes}")
     assert planned == pytest.approx(held + above, rel=0.15)
+
+
+def test_what_each_lever_takes_away(folder: Path) -> None:
+    """``ppo.offload`` empties the rollout phase alone; offloaded checkpoints leave only what is recomputed at one time."""
+    plain, away = (planner.plan(build(folder, ppo={"offload": on})) for on in (False, True))
+    moved = {"optimizer states", "reference weights", "critic weights"}
+    assert plain[0].parts.keys() - away[0].parts.keys() == moved
+    assert [phase.parts for phase in plain[1:]] == [phase.parts for phase in away[1:]]
+    kept, offloaded = (
+        planner.plan(build(folder, model={"gradient_checkpointing": True, "checkpoint_offload": on}))[-1].parts
+        for on in (False, True)
+    )
+    assert kept["activations"] - offloaded["activations"] == pytest.approx(2 * 4 * 192 * 4 * 1024, rel=0.01)
 
 
 def test_nothing_is_loaded_and_a_wrong_folder_is_named(folder: Path, tmp_path: Path) -> None:

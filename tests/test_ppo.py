@@ -22,11 +22,17 @@ LENGTHS = [(9, 5), (3, 2), (6, 7), (1, 1), (12, 4), (5, 6)]
 
 
 def build(
-    lengths: Sequence[tuple[int, int]] = LENGTHS, *, n: int = 1, share: bool = False, model: Any = None, **ppo: Any
-) -> tuple[PPO, RolloutBatch]:
+    lengths: Sequence[tuple[int, int]] = LENGTHS, *, n: int = 1, share: bool = False, model: Any = None,
+    algorithm: str = "tppo", dtype: str = "float32", **ppo: Any,
+) -> tuple[PPO, RolloutBatch]:  # fmt: skip
     """A PPO over a random tiny model, and a batch sampled from nowhere with random rewards."""
     config = settings.build(
-        {"ppo": {"lr": 1e-3, **ppo}, "rollout": {"samples_per_prompt": n}, "model": {"path": "memory"}}
+        {
+            "algorithm": algorithm,
+            "ppo": {"lr": 1e-3, **ppo},
+            "rollout": {"samples_per_prompt": n},
+            "model": {"path": "memory", "dtype": dtype},
+        }
     )
     model = model or actor_critic()
     reference = None if config.ppo.kl_placement == "off" else model.actor.frozen_copy()

@@ -1,13 +1,13 @@
 """Packed attention for any transformers causal LM: each token sees its own segment, causally, and its segment's prefix.
 
 Registered with transformers as ``tppo_packed``. The block structure comes from the batch (``cu_seqlens`` and ``prefix``)
-and travels to every layer as the keyword ``layout``. On a CPU, and wherever flash-attn cannot run, segments of similar
-length are gathered into a block for torch's SDPA: exact, and only the attention itself ever sees padding.
+and travels to every layer as the keyword ``layout``. On a GPU in half precision torch's flash kernels for sequences of any
+length run (``attention_varlen``). Elsewhere segments of similar length are gathered into a block for torch's SDPA: exact, and
+only the attention itself ever sees padding.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tppo_fast import attention_varlen
+from tppo_fast.attention_varlen import Part
 from tppo_fast.data_types import to_device
 from tppo_fast.errors import UserError
 
@@ -67,36 +69,51 @@ class _Block:
 class Layout:
     """The attention structure of one packed batch, computed once per forward pass."""
 
-    flash: bool
-    cu_seqlens: Tensor  # [S + 1] int32
-    max_seqlen: int
-    blocks: list[_Block]
-    place: Tensor  # [N] row of each token in the blocks' concatenated outputs
+    cu_seqlens: list[int]  # S + 1
+    prefix: list[int]  # S
+    device: torch.device
+    parts: list[Part]  # of the flash kernels; empty where SDPA runs
+    _blocks: tuple[list[_Block], Tensor] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, its prefix included."""
+        lengths = [b - a for a, b in pairwise(self.cu_seqlens)]
+        return max((n + (lengths[p] if p >= 0 else 0) for n, p in zip(lengths, self.prefix, strict=True)), default=0)
+
+    def blocks(self) -> tuple[list[_Block], Tensor]:
+        """(SDPA's blocks, the row of each of the N tokens in their concatenated outputs)."""
+        if self._blocks is None:
+            self._blocks = _build_blocks(self.cu_seqlens, self.prefix, self.device)
+        return self._blocks
+
+
+LARGEST_HEAD = 256
+"""Of the flash kernels, in numbers."""
 
 
 def can_use_flash(device: torch.device, half_precision: bool) -> str | None:
-    """Why flash-attn varlen cannot run, or None when it can."""
+    """Why torch's flash kernels cannot run, or None when they can."""
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     if not half_precision:
         return 'it needs model.dtype = "bfloat16"'
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the flash-attn package is not installed (pip install 'tppo-fast[flash]')"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this build of torch has no flash attention"
     return None
 
 
 def build_layout(batch: Segmented, *, flash: bool = False) -> Layout:
-    """The layout of a batch, on its device and without waiting for it; for segments with a prefix always SDPA blocks.
+    """The layout of a batch, on its device and without waiting for it."""
+    device, cu, prefix = batch.token_ids.device, batch.cu_seqlens.tolist(), batch.prefix.tolist()
+    layout = Layout(cu, prefix, device, attention_varlen.parts(cu, prefix, device) if flash else [])
+    if not flash:
+        layout.blocks()
+    return layout
 
-    (flash-attn varlen has no such mask.)
-    """
-    device = batch.token_ids.device
-    cu = batch.cu_seqlens.tolist()
-    prefix = batch.prefix.tolist()
+
+def _build_blocks(cu: list[int], prefix: list[int], device: torch.device) -> tuple[list[_Block], Tensor]:
     lengths = [b - a for a, b in pairwise(cu)]
-    if flash and max(prefix, default=-1) < 0:
-        empty = batch.token_ids.new_zeros(0)
-        return Layout(True, to_device(batch.cu_seqlens, device), max(lengths, default=0), [], empty)
     groups: dict[tuple[bool, int], list[int]] = {}
     for s, length in enumerate(lengths):
         groups.setdefault((prefix[s] >= 0, max(length - 1, 1).bit_length()), []).append(s)
@@ -114,7 +131,7 @@ def build_layout(batch: Segmented, *, flash: bool = False) -> Layout:
         offset = [lengths[prefix[s]] if has_prefix else 0 for s in segments]
         q_index, k_index, off = (to_device(torch.tensor(x, dtype=torch.int64), device) for x in (queries, keys, offset))
         blocks.append(_Block(q_index, k_index, off, not has_prefix))
-    return Layout(False, batch.cu_seqlens, max(lengths, default=0), blocks, to_device(place, device))
+    return blocks, to_device(place, device)
 
 
 def _padded(index: range | list[int], width: int) -> list[int]:
@@ -147,25 +164,18 @@ def packed_attention(
             f"model.path: {type(module).__name__} uses attention sinks, which are not supported; use another model"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, d]
-    if layout.flash:
-        return _flash(q, k, v, layout, scaling, sliding_window, softcap)[None], None
-    out = [_block_attention(q, k, v, block, scaling, sliding_window, softcap) for block in layout.blocks]
-    return torch.cat(out)[layout.place][None], None
+    if layout.parts and _flash_fits(layout, q.shape[-1], sliding_window, softcap):
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in fp32
+        return attention_varlen.attend(q, k, v, layout.parts, scale=scaling, window=sliding_window)[None], None
+    blocks, place = layout.blocks()
+    out = [_block_attention(q, k, v, block, scaling, sliding_window, softcap) for block in blocks]
+    return torch.cat(out)[place][None], None
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-    return flash_attn_varlen_func(
-        q.to(v.dtype), k.to(v.dtype), v,  # under autocast rotary embeddings leave q and k in fp32
-        cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=layout.cu_seqlens,
-        max_seqlen_q=layout.max_seqlen, max_seqlen_k=layout.max_seqlen,
-        softmax_scale=scaling, causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=softcap or 0.0,
-    )  # fmt: skip
+def _flash_fits(layout: Layout, head: int, window: int | None, softcap: float | None) -> bool:
+    """Whether a layer's attention is one that the flash kernels have; the others (Gemma 2's, say) run through SDPA."""
+    cuts_prefix = len(layout.parts) > 1 and window is not None and window < layout.longest
+    return not softcap and head <= LARGEST_HEAD and not cuts_prefix
 
 
 def _block_attention(

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tppo_fast import lora, seeding
+from tppo_fast import lora, optimizers, seeding
 from tppo_fast.atomic import atomic_folder
 from tppo_fast.config import Config
 from tppo_fast.errors import UserError
@@ -104,7 +104,7 @@ def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
             ppo.model.actor.lm.load_state_dict(load_causal_lm(str(folder / "policy")).state_dict())
         critic = ppo.model.critic
         critic.load_state_dict({**critic.state_dict(), **load_file(folder / "critic.safetensors")})
-        ppo.optimizer.load_state_dict(unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
+        optimizers.load(ppo.optimizer, unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
         ppo.load_state(state["ppo"])
         seeding.set_global_state(state["rng"])
         return state.get("pending")
@@ -139,8 +139,11 @@ def contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """An optimizer's state dict as named tensors and JSON groups."""
-    tensors = {f"{i}.{key}": value for i, slots in state["state"].items() for key, value in slots.items()}
-    return contiguous(tensors), state["param_groups"]
+    tensors: dict[str, torch.Tensor] = {}
+    for i, slots in state["state"].items():
+        for key, value in slots.items():
+            tensors |= optimizers.split(f"{i}.{key}", value)
+    return contiguous(tensors), optimizers.numbers(state["param_groups"])
 
 
 def unflatten(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,4 +152,4 @@ def unflatten(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) ->
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         slots.setdefault(int(index), {})[key] = tensor
-    return {"state": slots, "param_groups": groups}
+    return {"state": {i: optimizers.join(entries) for i, entries in slots.items()}, "param_groups": groups}

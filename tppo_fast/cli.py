@@ -108,13 +108,17 @@ def dpo(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 
 
 @_configured(_WithSettings)
-def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
+@click.option(
+    "--profile", type=click.IntRange(0), default=0, metavar="N", help="Trace N steps into run_dir/trace.json.gz."
+)
+@click.option("--memory-snapshot", is_flag=True, help="Write torch's snapshot of the GPU's memory into run_dir.")
+def train(config: str, overrides: tuple[str, ...], resume: bool, profile: int, memory_snapshot: bool) -> None:
     """Train a policy by token-level PPO as CONFIG (a TOML file) says."""
     loaded = settings.load(config, list(overrides))
     quiet_libraries()
     from tppo_fast.trainer import train as run
 
-    result = run(loaded, resume=resume)
+    result = run(loaded, resume=resume, profile=profile, memory_snapshot=memory_snapshot)
     click.echo(f"trained policy: {result.policy}\nmetrics: {result.run_dir / 'metrics.jsonl'}")
     click.echo(f"held-out relevance: {result.evaluation['eval/relevance']:.3f}")
 

@@ -18,6 +18,7 @@ from tppo_fast.sections import (
     build_section,
     load_section,
 )
+from tppo_fast.vllm_config import VLLMConfig
 
 
 class ModelConfig(Section):
@@ -38,12 +39,30 @@ class ModelConfig(Section):
     """Names of the layers that get adapters, e.g. ["q_proj", "v_proj"]. Empty: every linear layer except the head."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    checkpoint_every: Count = 1
+    """With ``gradient_checkpointing``, which layers: the first and every so-manieth after it; 1 is all of them."""
+    checkpoint_offload: bool = False
+    """With ``gradient_checkpointing``, what is kept for recomputing (a hidden state per layer and token) waits in pinned main
+    memory. GPU only; the copies take time."""
+    compile: bool = False
+    """Compile feed-forward networks and norms with torch.compile, once for any number of tokens (on a CPU it needs a C++
+    compiler). Passes with and without gradients then differ by rounding, and so does the first ratio from 1."""
     share_prompts: bool = True
     """Responses to one prompt share its tokens in every training pass: the same numbers to rounding, less compute."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
-    """Packed attention: exact torch SDPA, flash-attn varlen (CUDA, half precision), or flash where it can run."""
+    """Packed attention: exact torch SDPA, torch's flash kernels (CUDA, bfloat16), or flash where it can run."""
     trust_remote_code: bool = False
     """Run Python code that ships inside the model folder. Off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _checkpointed(self) -> ModelConfig:
+        if not self.gradient_checkpointing and (self.checkpoint_every > 1 or self.checkpoint_offload):
+            name = "checkpoint_offload" if self.checkpoint_offload else "checkpoint_every"
+            raise ValueError(
+                f"model.{name} = {getattr(self, name)} has no effect with model.gradient_checkpointing = false: set that "
+                f"to true, or remove {name}"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -79,56 +98,6 @@ class DataConfig(Section):
         if not value.strip():
             raise ValueError("must contain a character that is not a space")
         return value
-
-
-class VLLMConfig(Section):
-    """Only read with ``rollout.engine = "vllm"``."""
-
-    process: Literal["colocated", "worker", "server"] = "colocated"
-    """"colocated": vLLM lives in the trainer's process. "worker": in a process of its own, restarted if it dies. "server": a
-    vLLM server at ``url``, started by ``python -m tppo_fast.rollout.serve``, on this machine or another."""
-    url: str | None = None
-    """http://host:port of the server; its API key, if it wants one, comes from the environment variable VLLM_API_KEY."""
-    transfer: Literal["shared_memory", "nccl"] = "shared_memory"
-    """How weights reach the server. "shared_memory": on the same machine; "nccl": from GPU to GPU, also between machines."""
-    trainer_address: str = "127.0.0.1"
-    """This machine's address as the server sees it, with ``transfer`` "nccl"."""
-    kv_cache_gib: Positive | None = None
-    """Memory for the key-value cache. None: 1 GiB on a CPU, what ``gpu_memory_share`` leaves on a GPU."""
-    gpu_memory_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
-    """Share of the GPU's memory that vLLM may take; the trainer needs the rest."""
-    eager: bool = False
-    """Start faster on a GPU, without CUDA graphs and compilation; a CPU always runs so."""
-    bucket_mib: Count = 256
-    """Weights travel to the engine in groups of at most this size."""
-    sleep: Literal["off", "offload", "discard", "stop"] = "off"
-    """What is freed during the update. "offload": KV cache, weights to main memory; "discard": both (GPU only). "stop": the
-    worker process ends and a new one starts for the next rollouts: frees everything, anywhere, for one engine start a step."""
-    timeout: Positive = 600.0
-    """Seconds that a worker or server may take to answer one request before it counts as lost."""
-    retries: Annotated[int, Field(ge=0)] = 2
-    """How often in a row a worker that died or hung is replaced (a server reached again), the weights published anew and the
-    request repeated."""
-
-    @model_validator(mode="after")
-    def _stoppable(self) -> VLLMConfig:
-        if self.sleep == "stop" and self.process != "worker":
-            raise ValueError(
-                f'vllm.sleep = "stop" ends a process, and vllm.process = "{self.process}" has none of its own: '
-                'set process = "worker"'
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _reachable(self) -> VLLMConfig:
-        if (self.process == "server") != (self.url is not None):
-            raise ValueError(
-                f'vllm.url = {self.url!r} with vllm.process = "{self.process}": a URL goes with process = "server", and '
-                "a server needs one"
-            )
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"vllm.url = {self.url!r}: write http://host:port or https://host:port")
-        return self
 
 
 class RolloutConfig(Section):
@@ -208,6 +177,15 @@ class PPOConfig(Section):
     """Shape after the warm-up, over all optimizer steps of the run."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear learning-rate warm-up."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """"adamw": torch's fused AdamW. "adamw8bit": torchao's, with states of 2 bytes for each weight instead of 8; the host then
+    waits for the device once in each optimizer step, and torch compiles that step at the first one (a minute on a CPU)."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """How weights are stored. "bfloat16": half the memory, with ``model.dtype`` "bfloat16" alone; weights that learn are rounded
+    stochastically, which needs ``optimizer`` "adamw8bit"; adapters stay fp32, with any optimizer."""
+    offload: bool = False
+    """While rollouts are sampled, optimizer states, reference and a critic's own body wait in pinned main memory. GPU only;
+    goes with ``vllm.sleep``, which frees the engine's memory during the update."""
     weight_decay: NonNegative = 0.0
     """AdamW weight decay."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -350,7 +328,27 @@ class Config(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _stored(self) -> Config:
+        if self.ppo.weights == "float32":
+            return self
+        if self.model.dtype != "bfloat16":
+            raise ValueError(
+                f'ppo.weights = "bfloat16" with model.dtype = "{self.model.dtype}": set model.dtype = "bfloat16", too'
+            )
+        if not self.model.lora_rank and self.ppo.optimizer != "adamw8bit":
+            raise ValueError(
+                f'ppo.weights = "bfloat16" with ppo.optimizer = "{self.ppo.optimizer}": steps smaller than bfloat16 can '
+                'hold would vanish; set optimizer = "adamw8bit" (it rounds stochastically) or model.lora_rank'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _awake(self) -> Config:
+        if self.ppo.offload and self.rollout.staleness:
+            raise ValueError(
+                f"ppo.offload = true: with rollout.staleness = {self.rollout.staleness} the engine samples during the "
+                "update, and nothing can be moved away; set offload = false, or staleness 0"
+            )
         if self.vllm.sleep != "off" and self.rollout.staleness:
             raise ValueError(
                 f'vllm.sleep = "{self.vllm.sleep}": with rollout.staleness = {self.rollout.staleness} the engine samples '

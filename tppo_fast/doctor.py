@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 Status = Literal["ok", "missing", "broken"]
 Facts = Mapping[str, Any]
+Version = tuple[int, int]
 
-PROBED = ("torch", "cuda", "triton", "native", "transformers", "flash_attn")
+PROBED = ("torch", "cuda", "triton", "native", "transformers")
 MARK = "tppo-doctor:"
 GPU = "CUDA GPU"
 NOTHING_RUNS = "no training at all"
@@ -72,16 +73,13 @@ def diagnose() -> list[Check]:
         _cpu(torch),
         _gpu(torch, cuda),
         _triton(facts["triton"], cuda),
-        _flash(facts["flash_attn"], cuda),
+        _attention(cuda),
         _vllm(cuda),
         _native(facts["native"]),
         _compiler(),
+        _optional("torchao", 'ppo.optimizer = "adamw8bit" cannot be set', "pip install 'tppo-fast[adamw8bit]'"),
         _optional("peft", "model.lora_rank cannot be set; every weight is trained", "pip install 'tppo-fast[lora]'"),
-        _optional(
-            "wandb",
-            "train.wandb_project cannot be set; metrics still go to JSONL and TensorBoard",
-            "pip install wandb",
-        ),
+        _optional("wandb", "train.wandb_project cannot be set; JSONL and TensorBoard remain", "pip install wandb"),
     ]
 
 
@@ -184,7 +182,8 @@ def _probe_cuda() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
         devices.append(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {capability}")
-    return {"version": torch.version.cuda or torch.version.hip, "devices": devices}
+    flash = torch.backends.cuda.is_flash_attention_available()
+    return {"version": torch.version.cuda or torch.version.hip, "devices": devices, "flash": flash}
 
 
 def _probe_native() -> dict[str, Any]:
@@ -201,7 +200,7 @@ def _python() -> Check:
     )
 
 
-def _needed(name: str, facts: Facts, low: tuple[int, int], high: tuple[int, int] | None, specifier: str) -> Check:
+def _needed(name: str, facts: Facts, low: Version, high: Version | None, specifier: str) -> Check:
     part = partial(Check, name=name, cost=NOTHING_RUNS, remedy=f'pip install "{name}{specifier}"', required=True)
     return _package(part, facts, low, high)
 
@@ -212,15 +211,16 @@ def _triton(facts: Facts, cuda: Facts) -> Check:
     return _package(part, facts, (3, 6), (3, 7))
 
 
-def _flash(facts: Facts, cuda: Facts) -> Check:
-    cost = "packed attention runs through torch's SDPA on the GPU, slower" if cuda.get("devices") else NO_GPU
-    remedy = "pip install flash-attn --no-build-isolation, on a machine with a GPU and nvcc"
-    return _package(partial(Check, name="flash-attn", cost=cost, remedy=remedy), facts, (2, 7))
+def _attention(cuda: Facts) -> Check:
+    """What packed attention runs through here; see ``tppo_fast.attention``."""
+    flash = "flash kernels in bfloat16, else its " if cuda.get("flash") else ""
+    status: Status = "missing" if cuda.get("devices") and not flash else "ok"
+    detail = f"torch's {flash}SDPA in blocks of similar lengths"
+    cost, remedy = "it runs through SDPA on the GPU, slower", "install a build of torch with flash attention"
+    return Check(name="packed attention", status=status, detail=detail, cost=cost, remedy=remedy)
 
 
-def _package(
-    part: Callable[..., Check], facts: Facts, low: tuple[int, int], high: tuple[int, int] | None = None
-) -> Check:
+def _package(part: Callable[..., Check], facts: Facts, low: Version, high: Version | None = None) -> Check:
     """A package that imports in a version from ``low`` to ``high`` (major, minor), both included."""
     if facts.get("absent"):
         return part(status="missing", detail="not installed")
@@ -233,7 +233,7 @@ def _package(
     return part(status="broken", detail=f"{version}, but {low[0]}.{low[1]} {upper} is supported")
 
 
-def _minor(version: str) -> tuple[int, int]:
+def _minor(version: str) -> Version:
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from tppo_fast import finetune, packing, seeding
 from tppo_fast.atomic import write_atomic
-from tppo_fast.attention import can_use_flash
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session
 from tppo_fast.data_types import Prompt, RolloutBatch
@@ -70,7 +69,6 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> finetune.FinetuneResult:
     held_pairs = own_output(config, engine, builder, held_sessions, "held-out")
     examples = [(p.prompt, ids) for p in [*pairs, *held_pairs] for ids in (p.chosen, p.rejected)]
     check_lengths(config, config.dpo, actor, examples)
-    flash = config.model.attention != "sdpa" and can_use_flash(actor.device, config.model.dtype == "bfloat16") is None
     objective = Preference(
         actor=actor,
         reference=actor.frozen_copy(),
@@ -78,7 +76,7 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> finetune.FinetuneResult:
         held_out=held_pairs,
         settings=config.dpo,
         seed=config.seed,
-        share_prompts=config.model.share_prompts and not flash,
+        share_prompts=config.model.share_prompts,
     )
     learner = finetune.Learner(actor, config.dpo, config.train.steps, "dpo.lr")
     held = finetune.Held(engine=engine, prompts=builder.prompts(held_sessions), builder=builder)

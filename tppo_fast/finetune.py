@@ -20,6 +20,7 @@ from transformers import get_scheduler
 
 from tppo_fast import checkpoint, model, seeding
 from tppo_fast.atomic import atomic_folder, write_atomic
+from tppo_fast.compiling import compile_layers
 from tppo_fast.config import RunConfig
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data_types import Prompt, Rollout
@@ -31,7 +32,7 @@ from tppo_fast.metrics import MetricsLogger
 from tppo_fast.model import Actor
 from tppo_fast.progress import Progress
 from tppo_fast.rollout import RolloutEngine
-from tppo_fast.runs import eval_sampling, resolve_device
+from tppo_fast.runs import eval_sampling, growing_segments, resolve_device
 
 Metrics = dict[str, float]
 
@@ -181,8 +182,11 @@ def build(config: RunConfig) -> tuple[Actor, Any, PromptBuilder]:
     """The policy (no critic) on its device, its tokenizer, and the prompts' builder."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    growing_segments(config)
     seeding.seed_everything(config.seed)
     actor_critic, tokenizer = model.build(config.model, resolve_device(config.device), critic=False)
+    if config.model.compile:
+        compile_layers([actor_critic.actor])
     return actor_critic.actor, tokenizer, PromptBuilder(tokenizer, config.data)
 
 

@@ -291,20 +291,42 @@ def build(config: ModelConfig, device: torch.device | str, *, critic: bool = Tru
         reason = attention.can_use_flash(device, config.dtype == "bfloat16")
         if reason:
             raise UserError(f'model.attention = "flash": {reason}; use "auto" or "sdpa"')
+    if config.checkpoint_offload and device.type != "cuda":
+        raise UserError(
+            f"model.checkpoint_offload = true moves memory off a GPU, and device is {device.type!r}: set it to false"
+        )
     attention.register()
     lm = load_causal_lm(config.path, trust_remote_code=config.trust_remote_code, attn_implementation=attention.NAME)
     tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
     if config.gradient_checkpointing:
-        enable = (
-            getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        )  # its old name
-        enable({"use_reentrant": False})
+        enable_checkpointing(lm, config)
     lm.train(config.gradient_checkpointing)  # dropout is 0 either way; checkpointing only works in training mode
     actor = Actor(lm.to(device), config)
     check_packed_forward(actor)
     if config.lora_rank:
         lora.inject(lm, config)
     return ActorCritic(actor, Critic(actor, config) if critic else NoCritic(config)), tokenizer
+
+
+def enable_checkpointing(lm: Any, config: ModelConfig) -> None:
+    """Recompute the layers that ``config`` chooses.
+
+    Raises:
+        UserError: this transformers cannot choose layers, or offload what is kept.
+    """
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # its old name
+    options: dict[str, Any] = {}
+    if config.checkpoint_every > 1:
+        options["every_n_layers"] = config.checkpoint_every
+    if config.checkpoint_offload:
+        options["offload"] = True
+    try:
+        enable({"use_reentrant": False}, **options)
+    except TypeError:
+        raise UserError(
+            "model.checkpoint_every and model.checkpoint_offload need a newer transformers (5.19 has them): pip install "
+            "--upgrade transformers, or remove them"
+        ) from None
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -128,41 +128,81 @@ def select_train(batch: TrainBatch, sequences: Sequence[int]) -> TrainBatch:
     return replace(batch, rollouts=sub.to(device), **{name: getattr(batch, name)[rows] for name in _PER_ACTION})
 
 
-def microbatches(batch: RolloutBatch, sequences: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Split sequences into groups of at most ``token_budget`` tokens: longest first, each into the first group with room.
+def microbatches(
+    batch: RolloutBatch, sequences: Sequence[int], token_budget: int, *, pair_cost: float = 0.0
+) -> list[list[int]]:
+    """Split sequences into as few groups of at most ``token_budget`` tokens as first-fit finds, of nearly equal cost.
 
+    Responses to one prompt stay together, so that it is read once, unless they alone are over the budget. Costliest first,
+    each lot goes to the cheapest group with room; where that needs more groups, it is the first one with room instead.
     The same set of sequences gives the same groups, in whatever order it is given: that the log-probabilities before and
     during the update come from the same arithmetic, bit for bit, rests on it.
+
+    Args:
+        batch: the packed batch that the sequences belong to.
+        sequences: which of its B sequences to split.
+        token_budget: tokens that one forward and backward pass has memory for.
+        pair_cost: what attention to one (query, key) pair costs, in tokens; see ``tppo_fast.flops``.
 
     Raises:
         UserError: one sequence alone is over the budget.
     """
+    lots = sorted(_lots(batch, sequences, token_budget, pair_cost), key=lambda lot: (-lot.cost, lot.sequences[0]))
+    first_fit = _fill(lots, 0, token_budget, lambda _: 0.0)
+    even = _fill(lots, len(first_fit), token_budget, lambda group: sum(lot.cost for lot in group))
+    groups = even if len(even) == len(first_fit) else first_fit
+    return [[b for lot in group for b in lot.sequences] for group in groups]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lot:
+    """Sequences that go into one microbatch together."""
+
+    sequences: list[int]
+    tokens: int
+    cost: float
+
+
+def _lots(batch: RolloutBatch, sequences: Sequence[int], token_budget: int, pair_cost: float) -> Iterator[_Lot]:
+    """The responses to each shared prompt together, as far as the budget allows, and each other sequence alone."""
     lengths = batch.cu_seqlens.diff().tolist()
     own, prefix = _segment_of(batch, batch.final_index).tolist(), batch.prefix.tolist()
-    whole = {b: lengths[own[b]] + (lengths[prefix[own[b]]] if prefix[own[b]] >= 0 else 0) for b in sequences}
-    groups: list[list[int]] = []
-    loads: list[int] = []
-    present: list[set[int]] = []
-    for b in sorted(sequences, key=lambda b: (-whole[b], b)):
-        if whole[b] > token_budget:
-            raise UserError(
-                f"ppo.microbatch_tokens = {token_budget}: one sequence has {whole[b]} tokens; raise it, or lower "
-                "data.max_prompt_tokens or rollout.max_new_tokens"
+    families: dict[tuple[int, int], list[int]] = {}
+    for b in sorted(sequences):
+        parent = prefix[own[b]]
+        families.setdefault((parent, -1) if parent >= 0 else (-1, b), []).append(b)
+    for (parent, _), members in families.items():
+        before = lengths[parent] if parent >= 0 else 0
+        room: list[tuple[int, list[int]]] = []  # (response tokens, sequences) of each lot of this family
+        for b in sorted(members, key=lambda b: (-lengths[own[b]], b)):
+            size = lengths[own[b]]
+            if before + size > token_budget:
+                raise UserError(
+                    f"ppo.microbatch_tokens = {token_budget}: one sequence has {before + size} tokens; raise it, or lower "
+                    "data.max_prompt_tokens or rollout.max_new_tokens"
+                )
+            place = next((i for i, (held, _) in enumerate(room) if before + held + size <= token_budget), len(room))
+            held, lot = room[place] if place < len(room) else (0, [])
+            room[place : place + 1] = [(held + size, [*lot, b])]
+        for held, lot in room:
+            pairs = before * (before + 1) // 2 + sum(
+                n * (n + 1) // 2 + n * before for n in (lengths[own[b]] for b in lot)
             )
-        for g, load in enumerate(loads):
-            cost = lengths[own[b]] if prefix[own[b]] in present[g] else whole[b]
-            if load + cost <= token_budget:
-                break
-        else:
-            g, cost = len(groups), whole[b]
-            groups.append([])
-            loads.append(0)
-            present.append(set())
-        groups[g].append(b)
-        loads[g] += cost
-        if prefix[own[b]] >= 0:
-            present[g].add(prefix[own[b]])
-    return groups
+            yield _Lot(sequences=lot, tokens=before + held, cost=before + held + pair_cost * pairs)
+
+
+def _fill(
+    lots: Sequence[_Lot], groups: int, token_budget: int, load: Callable[[list[_Lot]], float]
+) -> list[list[_Lot]]:
+    """Each lot into the group of least ``load`` among those with room, the first of equals; a new group where none has."""
+    filled: list[list[_Lot]] = [[] for _ in range(groups)]
+    for lot in lots:
+        with_room = [g for g in filled if sum(held.tokens for held in g) + lot.tokens <= token_budget]
+        if not with_room:
+            with_room = [[]]
+            filled += with_room
+        min(with_room, key=load).append(lot)
+    return filled
 
 
 def responses(batch: RolloutBatch) -> list[list[int]]:

@@ -23,10 +23,12 @@ from tppo_kernels.head import chunk_rows
 from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.config import Config
 from tppo_fast.errors import UserError
+from tppo_fast.model import enable_checkpointing
+from tppo_fast.optimizers import bytes_per_weight
 
 GIB = 2**30
 FULL = 4
-"""Bytes of an fp32 number: master weights, gradients and optimizer states are fp32."""
+"""Bytes of an fp32 number: gradients, and weights unless ``ppo.weights`` says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,15 +85,18 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
     critic = ALGORITHMS[config.algorithm].needs_critic
     own_body = critic and not config.model.shared_body
     frozen_shared = config.model.lora_rank > 0  # adapters: policy, critic and reference share their frozen weights
-    weights = {"policy weights": FULL * (sizes.parameters + (sizes.trained if frozen_shared else 0))}
+    stored = 2 if config.ppo.weights == "bfloat16" else FULL  # adapters are fp32 either way
+    weights = {"policy weights": stored * sizes.parameters + FULL * (sizes.trained if frozen_shared else 0)}
+    waiting: dict[str, int] = {}  # what ppo.offload moves away during rollouts
     if own_body:
-        weights["critic weights"] = FULL * (sizes.trained_body if frozen_shared else sizes.body)
+        waiting["critic weights"] = FULL * sizes.trained_body if frozen_shared else stored * sizes.body
     if config.ppo.kl_placement != "off" and not frozen_shared:
-        weights["reference weights"] = FULL * sizes.parameters
+        waiting["reference weights"] = stored * sizes.parameters
     if config.vllm.sleep not in ("discard", "stop") or config.rollout.engine != "vllm":
         weights["engine weights"] = half * sizes.parameters
     learned = sizes.trained + (sizes.trained_body if own_body else 0)
-    kept = weights | {"optimizer states": 2 * FULL * learned}
+    waiting["optimizer states"] = int(bytes_per_weight(config.ppo) * learned)
+    kept = weights | waiting
     tokens = config.ppo.microbatch_tokens
     bodies = 1 + own_body
     logits = _logits_bytes(config, sizes)
@@ -101,7 +106,7 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
         cache = int(config.vllm.kv_cache_gib * GIB)
     streams = 4 * tokens * sizes.hidden * FULL  # hidden states of a pass that keeps nothing for a backward pass
     return [
-        Phase(name="rollout", parts=kept | {"key-value cache": cache}),
+        Phase(name="rollout", parts=(weights if config.ppo.offload else kept) | {"key-value cache": cache}),
         Phase(name="prepare", parts=kept | {"hidden states": streams, "logits workspace": logits}),
         Phase(
             name="update",
@@ -130,13 +135,11 @@ def measure(config: Config, sequence: int) -> Sizes:
             f"model.path = {path!r}: its config.json cannot be used ({' '.join(str(error).split())})"
         ) from None
     with FakeTensorMode(allow_non_fake_inputs=True):
-        lm: Any = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
+        stored = getattr(torch, config.ppo.weights)
+        lm: Any = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=stored)
         if config.model.gradient_checkpointing:
             lm.train()
-            enable = (
-                getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-            )  # its old name
-            enable({"use_reentrant": False})
+            enable_checkpointing(lm, config.model.model_copy(update={"checkpoint_offload": False}))
         body: Any = lm.base_model
         parameters, body_size = _count(lm), _count(body)
         if config.model.lora_rank:
@@ -157,7 +160,8 @@ def measure(config: Config, sequence: int) -> Sizes:
     ):  # each layer's input is kept, and one layer is computed again with all it keeps
         plain = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": False})})
         layer = measure(plain, sequence).largest_layer * 3
-        each += text.num_hidden_layers * text.hidden_size * FULL
+        kept = 0 if config.model.checkpoint_offload else -(-text.num_hidden_layers // config.model.checkpoint_every)
+        each += kept * text.hidden_size * stored.itemsize
     return Sizes(
         parameters=parameters,
         body=body_size,

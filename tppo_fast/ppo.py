@@ -11,7 +11,7 @@ import tppo_kernels as tk
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from tppo_fast import packing, parity, seeding
+from tppo_fast import flops, offload, optimizers, packing, parity, seeding
 from tppo_fast.advantages import penalised_rewards
 from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.config import Config, PPOConfig
@@ -56,12 +56,10 @@ class PPO:
         self.loss_config = ppo if self.algorithm.needs_critic else ppo.model_copy(update={"value_coef": 0.0})
         self._groups = [[p for p in part.parameters() if p.requires_grad] for part in (model.actor, model.critic)]
         critic_lr = ppo.lr if ppo.critic_lr is None else ppo.critic_lr
-        self.optimizer = torch.optim.AdamW(
-            [{"params": self._groups[0], "lr": ppo.lr}, {"params": self._groups[1], "lr": critic_lr}],
-            betas=(ppo.adam_beta1, ppo.adam_beta2),
-            weight_decay=ppo.weight_decay,
-            fused=True,
-        )
+        self.optimizer = optimizers.build([(self._groups[0], ppo.lr), (self._groups[1], critic_lr)], ppo)
+        self._parked = offload.Parked(self.device)
+        self._waiting = offload.unshared([reference, model.critic], model.actor)
+        self._counter = flops.Counter(model.actor.lm, model.critic.body, reference=reference is not None)
         schedule = ppo.lr_schedule if ppo.lr_schedule != "constant" else "constant_with_warmup"
         optimizer_steps = total_steps * ppo.epochs * ppo.minibatches
         self.scheduler = get_scheduler(schedule, self.optimizer, ppo.lr_warmup_steps, optimizer_steps)
@@ -80,6 +78,7 @@ class PPO:
         the host waits once, for the metrics.
         """
         ppo = self.config.ppo
+        self._counter.reset()
         logprobs, values, ref_logprobs, final_values = self._evaluate(batch)
         on_device = batch.to(self.device)
         behaviour = on_device.behaviour_logprobs
@@ -107,7 +106,7 @@ class PPO:
             returns=returns,
             importance_weights=self._importance_weights(old, behaviour),
         )
-        return train, fetch([metrics])[0]
+        return train, {**fetch([metrics])[0], **self._counter.metrics("prepare")}
 
     def _importance_weights(self, old: Tensor, behaviour: Tensor) -> Tensor:
         """min(pi_old / pi_behaviour, cap) of rollouts that may be stale (truncated importance sampling), else ones [A]."""
@@ -125,9 +124,10 @@ class PPO:
         reference = None if self.reference is None else torch.zeros_like(logprobs)
         final_values = torch.zeros(batch.num_sequences, device=self.device)
         for minibatch in self._minibatches(batch.num_sequences, 0):
-            for group in packing.microbatches(batch, minibatch, self.config.ppo.microbatch_tokens):
+            for group in self._microbatches(batch, minibatch):
                 part, rows = packing.select(batch, group)
                 part, rows, sequences = part.to(self.device), to_device(rows, self.device), torch.tensor(group)
+                self._counter.prepared(part)
                 layout = layout_of(part, self.model.actor.config)
                 states, values[rows], final = self.model.states(part, layout=layout)
                 logprobs[rows] = self.model.actor.logprobs(states, part.actions, temperature)[0]
@@ -154,6 +154,7 @@ class PPO:
         steps: list[tuple[list[int], int]] = []  # (sequences, microbatches) of each optimizer step
         found: list[dict[str, Tensor]] = []
         self._bad.zero_()
+        self._counter.reset()
         epochs_done = 0
         for epoch in range(ppo.epochs):
             first = len(steps)
@@ -169,11 +170,13 @@ class PPO:
         for (sequences, _), row in zip(steps, rows, strict=True):
             if row["bad"]:
                 raise TrainingDiverged(self._divergence_report(batch, sequences, row, train_policy))
+        self.optimizer.zero_grad(set_to_none=True)  # or gradients would live through the next rollouts
         self.step += 1
-        metrics = self._summary(rows)
+        metrics = {**self._summary(rows), **self._counter.metrics("update")}
+        metrics["perf/padding_waste"] = 1.0 - epochs_done * batch.rollouts.num_tokens / metrics["perf/update_tokens"]
         metrics["ppo/microbatches"] = sum(count for _, count in steps)
         metrics["ppo/epochs_done"] = epochs_done
-        metrics["ppo/lr"] = self.optimizer.param_groups[0]["lr"]
+        metrics["ppo/lr"] = float(self.optimizer.param_groups[0]["lr"])
         metrics["ppo/kl_coef"] = self.kl.coefficient
         self.kl.observe(last["kl"], batch.rollouts.num_sequences)
         return metrics
@@ -187,6 +190,11 @@ class PPO:
         for part in order.tensor_split(min(self.config.ppo.minibatches, len(order))):
             yield [p * n + i for p in part.tolist() for i in range(n)]
 
+    def _microbatches(self, batch: RolloutBatch, sequences: list[int]) -> list[list[int]]:
+        """The sequences in groups that fit a pass, of nearly equal cost."""
+        budget = self.config.ppo.microbatch_tokens
+        return packing.microbatches(batch, sequences, budget, pair_cost=self._counter.pair_cost)
+
     def _accumulate_gradient(
         self, batch: TrainBatch, sequences: list[int], train_policy: bool
     ) -> tuple[dict[str, Tensor], int]:
@@ -195,9 +203,11 @@ class PPO:
         cu_actions = batch.rollouts.cu_actions.tolist()
         count = sum(cu_actions[b + 1] - cu_actions[b] for b in sequences)
         sums = {"actions": torch.tensor(float(count), dtype=torch.float64)}
-        groups = packing.microbatches(batch.rollouts, sequences, self.config.ppo.microbatch_tokens)
+        groups = self._microbatches(batch.rollouts, sequences)
         for group in groups:
-            loss, metrics = self._loss(packing.select_train(batch, group), count, train_policy)
+            part = packing.select_train(batch, group)
+            self._counter.updated(part.rollouts, train_policy)
+            loss, metrics = self._loss(part, count, train_policy)
             loss.backward()
             for name, value in {**metrics, "loss": loss.detach() * count}.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -228,8 +238,11 @@ class PPO:
         if not train_policy:
             for parameter in self._groups[0]:
                 parameter.grad = None
-        self.optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if optimizers.skips_on_device(self.optimizer):
+            self.optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bool(self._bad):
+            self.optimizer.step()
         self.scheduler.step()
         return {"grad_norm": policy, "critic_grad_norm": critic, "bad": self._bad.clone()}
 
@@ -270,11 +283,25 @@ class PPO:
             metrics["ppo/critic_grad_norm"] = totals["critic_grad_norm"] / len(rows)
         return metrics
 
+    # ---------------------------------------------------------------- memory
+
+    def park(self) -> None:
+        """Move what rollouts do not need to main memory: optimizer states, reference, critic."""
+        self._parked.out(self._waiting, self.optimizer)
+
+    def unpark(self) -> None:
+        """Undo ``park``; the step's numbers are those of a run that never parked."""
+        self._parked.back(self._waiting, self.optimizer)
+
     # ---------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
         """The small JSON part of the state; tensors live in the model and the optimizer."""
-        return {"step": self.step, "kl_coef": self.kl.coefficient, "scheduler": self.scheduler.state_dict()}
+        return {
+            "step": self.step,
+            "kl_coef": self.kl.coefficient,
+            "scheduler": optimizers.numbers(self.scheduler.state_dict()),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.step, self.kl.coefficient = state["step"], state["kl_coef"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,18 @@ def open_run_dir(config: RunConfig, resume: bool) -> Path | None:
     for left in (config.run_dir / "tensorboard", config.run_dir / METRICS_FILE):  # of a run that saved nothing
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return None
+
+
+def growing_segments(config: RunConfig) -> None:
+    """Let torch's GPU allocator grow its segments (``expandable_segments``), where nobody has configured it.
+
+    Packed batches differ in size from step to step, and segments of fixed size would fragment until cached memory has to be
+    given back. It must be said before CUDA starts, and not where vLLM sleeps in this process: its pool wants fixed pages.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    sleeps = config.rollout.engine == "vllm" and config.vllm.process != "server" and config.vllm.sleep != "off"
+    if not sleeps and not torch.cuda.is_initialized() and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def resolve_device(name: str) -> torch.device:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
-import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tppo_fast import checkpoint, losses, model, packing, parity, seeding
+from tppo_fast import checkpoint, flops, losses, model, optimizers, packing, parity, profiling, seeding
 from tppo_fast.ahead import RolloutSource
 from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.atomic import atomic_folder, write_atomic
-from tppo_fast.attention import can_use_flash
+from tppo_fast.clock import Clock
+from tppo_fast.compiling import compile_layers
 from tppo_fast.config import Config
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data_types import Prompt, Rollout
@@ -36,7 +34,7 @@ from tppo_fast.rewards.display import examples_table
 from tppo_fast.rewards.token_model import RECORD
 from tppo_fast.rewards.watch import HackingWatch, repetition_and_copies
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
-from tppo_fast.runs import eval_sampling, load_sessions, open_run_dir, resolve_device
+from tppo_fast.runs import eval_sampling, growing_segments, load_sessions, open_run_dir, resolve_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,22 +62,29 @@ class Run:
     engine: RolloutEngine
     source: RolloutSource
     ppo: PPO
-    share_prompts: bool
 
 
-def train(config: Config, *, resume: bool = False) -> TrainResult:
+def train(config: Config, *, resume: bool = False, profile: int = 0, memory_snapshot: bool = False) -> TrainResult:
     """Train a policy by token-level PPO and leave it, its metrics and its checkpoints in ``config.run_dir``.
 
     Args:
         config: every setting; see ``tppo_fast.config``.
         resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
+        profile: steps, after the first one, of which torch's profiler writes a trace into ``run_dir``.
+        memory_snapshot: write torch's snapshot of the GPU's allocator into ``run_dir``.
 
     Raises:
         UserError: bad settings, data or model, before any expensive work.
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT; a checkpoint of the last finished step was saved.
     """
+    growing_segments(config)
     start_from = open_run_dir(config, resume)
+    with profiling.memory_snapshot(config.run_dir, resolve_device(config.device), memory_snapshot):
+        return _train(config, start_from, profile)
+
+
+def _train(config: Config, start_from: Path | None, profile: int) -> TrainResult:
     run = setup(config)
     if config.reward.source == "model":
         write_atomic(config.run_dir / "reward_model.json", (Path(config.reward.model) / RECORD).read_bytes())
@@ -95,7 +100,8 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     )
     with contextlib.closing(run.engine), contextlib.closing(run.source), logger, InterruptGuard() as guard:
         try:
-            evaluation = _loop(run, logger, guard, evaluate_first=first == 0)
+            with profiling.StepTrace(config.run_dir, profile) as trace:
+                evaluation = _loop(run, logger, guard, trace, evaluate_first=first == 0)
         except Interrupted:
             saved = checkpoint.save(config.run_dir, run.ppo, run.tokenizer, config, run.source.state(run.ppo.step))
             raise Interrupted(f"stopped after step {run.ppo.step}; continue with --resume (saved in {saved})") from None
@@ -109,11 +115,14 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     return TrainResult(run_dir=config.run_dir, policy=policy, evaluation=evaluation)
 
 
-def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_first: bool) -> Metrics:
+def _loop(
+    run: Run, logger: MetricsLogger, guard: InterruptGuard, trace: profiling.StepTrace, *, evaluate_first: bool
+) -> Metrics:
     """The PPO loop."""
     config, ppo, steps = run.config, run.ppo, run.config.train.steps
     evaluation: Metrics = {}
     watch = HackingWatch(read_metrics(config.run_dir))
+    peak_rate = flops.peak_rate(ppo.device, getattr(torch, config.model.dtype))
     if evaluate_first:
         evaluation = evaluate(run)
         logger.log(0, evaluation)
@@ -122,14 +131,18 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
         while ppo.step < steps:
             guard.check()
             step, clock = ppo.step, Clock()
+            with clock("offload"):
+                make_room(run)
             rollouts = run.source.take(step, clock)
             if config.vllm.sleep != "off":
                 with clock("sync"):
                     run.engine.sleep()
+            with clock("offload"):
+                ppo.unpark()
             guard.check()
             with clock("score"):
                 rewards, classes = run.reward.explain(rollouts)
-                batch = packing.pack(rollouts, rewards, share_prompts=run.share_prompts)
+                batch = packing.pack(rollouts, rewards, share_prompts=config.model.share_prompts)
             with clock("prepare"):
                 train_batch, prepared = ppo.prepare(batch)
                 parity.check(prepared, config)
@@ -137,7 +150,8 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
             with clock("update"):
                 learned = ppo.update(train_batch)
 
-            metrics = {**rollout_metrics(rollouts, rewards, classes), **prepared, **learned, **clock.metrics(rollouts)}
+            metrics = {**rollout_metrics(rollouts, rewards, classes), **prepared, **learned}
+            metrics |= clock.metrics(batch.num_actions, metrics, peak_rate)
             metrics |= repetition_and_copies(rollouts, config.data.separator)
             metrics["rollout/staleness"] = step - rollouts[0].policy_version
             if step == 0 and config.train.show_examples:
@@ -154,6 +168,7 @@ def _loop(run: Run, logger: MetricsLogger, guard: InterruptGuard, *, evaluate_fi
             if evaluation:
                 shown["relevance"] = evaluation["eval/relevance"]
             progress.update(1, **shown)
+            trace.step()
     return evaluation or evaluate(run)
 
 
@@ -172,7 +187,11 @@ def setup(config: Config) -> Run:
     device = resolve_device(config.device)
     train_sessions, eval_sessions = load_sessions(config)
     algorithm = ALGORITHMS[config.algorithm]
+    if config.ppo.offload and device.type != "cuda":
+        raise UserError(f"ppo.offload = true moves memory off a GPU, and device is {device.type!r}: set it to false")
     actor_critic, tokenizer = model.build(config.model, device, critic=algorithm.needs_critic)
+    if config.ppo.weights == "bfloat16":
+        optimizers.store_in_half(m for m in (actor_critic.actor, actor_critic.critic.body) if m is not None)
     builder = PromptBuilder(tokenizer, config.data)
     expected = config.reward.expected_length
     if expected is None and config.reward.length_penalty:
@@ -189,11 +208,12 @@ def setup(config: Config) -> Run:
     eval_prompts = builder.prompts(eval_sessions[: config.train.eval_prompts])
     _check_lengths(config, actor_critic.actor, [*prompts, *eval_prompts])
     reference = None if config.ppo.kl_placement == "off" else actor_critic.actor.frozen_copy()
+    if config.model.compile:
+        compile_layers([actor_critic.actor, actor_critic.critic.body, reference])
     loss = losses.BUILT_IN.get(config.ppo.loss) or guarded(
         load_object(config.ppo.loss, "ppo.loss"), f"ppo.loss = {config.ppo.loss!r}"
     )
     ppo = PPO(config, actor_critic, reference, loss, total_steps=config.train.steps)
-    flash = config.model.attention != "sdpa" and can_use_flash(device, config.model.dtype == "bfloat16") is None
     engine = build_engine(config, tokenizer, device)
     source = RolloutSource(
         engine,
@@ -212,7 +232,6 @@ def setup(config: Config) -> Run:
         engine=engine,
         source=source,
         ppo=ppo,
-        share_prompts=config.model.share_prompts and not flash,
     )
 
 
@@ -256,10 +275,17 @@ def evaluate(run: Run) -> Metrics:
     """Metrics of one response to each held-out session, with the current policy."""
     began = time.perf_counter()
     run.source.settle()
+    make_room(run)
     run.engine.load_weights(run.ppo.model.actor.named_weights(), version=run.ppo.step)
     rollouts = run.engine.generate(run.eval_prompts, eval_sampling(run.config))
     found = held_out(rollouts, run.builder.parse, num_queries=run.config.data.num_queries, seed=run.config.seed)
     return {**found, "time/eval": time.perf_counter() - began}
+
+
+def make_room(run: Run) -> None:
+    """Before the engine works: what it does not need leaves the GPU, where ``ppo.offload`` says so."""
+    if run.config.ppo.offload:
+        run.ppo.park()
 
 
 def rollout_metrics(
@@ -296,37 +322,3 @@ def show_examples(
     labels = None if classes is None else [classes[i] for i in chosen]
     table = examples_table([rollouts[i] for i in chosen], labels, [rewards[i] for i in chosen], run.tokenizer)
     Console(stderr=True).print(table)
-
-
-class Clock:
-    """Seconds per phase of one step: ``with clock("rollout"): ...``."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._seconds[phase] += time.perf_counter() - began
-
-    def metrics(self, rollouts: Sequence[Rollout]) -> Metrics:
-        total = time.perf_counter() - self._began
-        tokens = sum(len(r.token_ids) for r in rollouts)
-        return {
-            **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
-            "time/step": total,
-            "perf/tokens_per_second": tokens / total,
-            "perf/peak_memory_gib": peak_memory_gib(),
-        }
-
-
-def peak_memory_gib() -> float:
-    """Peak memory since the run began: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere

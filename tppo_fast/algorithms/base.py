@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from tppo_fast.config import PPOConfig, RewardConfig
@@ -54,8 +55,10 @@ class Algorithm:
         return config if self.placement is None else config.model_copy(update={"placement": self.placement})
 
 
-def groups(batch: RolloutBatch, group_size: int) -> Int[Tensor, "A"]:
-    """The group of each action: responses to one prompt stand next to each other.
+def owners(batch: RolloutBatch, group_size: int = 1) -> Int[Tensor, "A"]:
+    """The group of each action (with ``group_size`` 1 its response): responses to one prompt stand next to each other.
+
+    The device is not waited for: how many actions there are is said, not asked.
 
     Raises:
         UserError: the batch does not hold whole groups.
@@ -65,4 +68,5 @@ def groups(batch: RolloutBatch, group_size: int) -> Int[Tensor, "A"]:
             f"{batch.num_sequences} responses cannot be groups of rollout.samples_per_prompt = {group_size}: give whole groups"
         )
     lengths = batch.cu_actions.diff().long()  # [B]
-    return (lengths.new_tensor(range(len(lengths))) // group_size).repeat_interleave(lengths)
+    group = torch.arange(len(lengths), device=lengths.device) // group_size
+    return group.repeat_interleave(lengths, output_size=batch.num_actions)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from tppo_fast.algorithms.base import Algorithm, groups
+from tppo_fast.algorithms.base import Algorithm, owners
 from tppo_fast.config import PPOConfig
 from tppo_fast.data_types import RolloutBatch
 
@@ -33,11 +34,11 @@ def estimate(
     Returns equal advantages: there is no critic to train on them.
     """
     del values, final_values, config
-    group = groups(batch, group_size)  # [A]
-    counts = group.bincount()
-    mean = rewards.new_zeros(len(counts)).index_add(0, group, rewards) / counts
-    spread = rewards - mean[group]
-    variance = rewards.new_zeros(len(counts)).index_add(0, group, spread.square()) / (counts - 1).clamp_min(1)
+    group = owners(batch, group_size)  # [A]
+    none = rewards.new_zeros(batch.num_sequences // group_size)
+    counts = none.index_add(0, group, torch.ones_like(rewards))
+    spread = rewards - (none.index_add(0, group, rewards) / counts)[group]
+    variance = none.index_add(0, group, spread.square()) / (counts - 1).clamp_min(1)
     advantages = spread / (variance.sqrt()[group] + EPSILON)
     return advantages, advantages
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from tppo_fast.algorithms.base import Algorithm, groups
+from tppo_fast.algorithms.base import Algorithm, owners
 from tppo_fast.config import PPOConfig
 from tppo_fast.data_types import RolloutBatch
 
@@ -35,12 +35,11 @@ def estimate(
     no critic to train on them.
     """
     del values, final_values, config
-    groups(batch, group_size)  # refuses a batch without whole groups
-    lengths = batch.cu_actions.diff().long()
-    owner = lengths.new_tensor(range(len(lengths))).repeat_interleave(lengths)
-    totals = rewards.new_zeros(len(lengths)).index_add(0, owner, rewards).view(-1, group_size)  # [B / G, G]
+    owners(batch, group_size)  # refuses a batch without whole groups
+    owner = owners(batch)  # [A]
+    totals = rewards.new_zeros(batch.num_sequences).index_add(0, owner, rewards).view(-1, group_size)  # [B / G, G]
     spread = totals - totals.mean(1, keepdim=True)
-    advantages = (spread / (totals.std(1, keepdim=True) + EPSILON)).flatten().repeat_interleave(lengths)
+    advantages = (spread / (totals.std(1, keepdim=True) + EPSILON)).flatten()[owner]
     return advantages, advantages
 
 

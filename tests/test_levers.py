@@ -1,0 +1,284 @@
+"""Each lever of memory does what it says: the same losses and gradients to rounding, and fewer bytes, counted."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from support import actor_critic, random_rollouts, wide_llama
+from test_ppo import build
+from test_trainer import values
+from torch import nn
+
+from tppo_fast import checkpoint, model, offload, optimizers, packing, runs, seeding, trainer
+from tppo_fast import config as settings
+from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.ppo import PPO
+
+HALF: dict[str, Any] = {"optimizer": "adamw8bit", "weights": "bfloat16"}
+
+
+@pytest.fixture(autouse=True)
+def _eager() -> Iterator[None]:
+    """torchao compiles its step, which takes a minute of a CPU; what it computes is the same."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def wide(**options: Any) -> tuple[PPO, Any]:
+    """A PPO whose weights are large enough to be quantised, and a batch."""
+    dtype = "bfloat16" if options.get("weights") == "bfloat16" else "float32"
+    ac = actor_critic(wide_llama, shared_body=True, dtype=dtype)
+    if options.get("weights") == "bfloat16":
+        optimizers.store_in_half([ac.actor])
+    return build(model=ac, dtype=dtype, n=2, share=True, **{"kl_placement": "off", "epochs": 1, **options})
+
+
+def state_bytes(ppo: PPO) -> int:
+    tensors, _ = checkpoint.flatten(ppo.optimizer.state_dict())
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+# -------------------------------------------------------------------- 8-bit optimizer
+
+
+def test_eight_bits_move_the_weights_as_adamw_does_with_a_quarter_of_the_states() -> None:
+    pytest.importorskip("torchao")
+    moved, sizes = [], []
+    for name in ("adamw", "adamw8bit"):
+        ppo, batch = wide(optimizer=name, lr=1e-3, weight_decay=0.1)
+        before = nn.utils.parameters_to_vector(ppo.model.parameters()).detach().clone()
+        for _ in range(3):
+            assert ppo.update(ppo.prepare(batch)[0])["ppo/lr"] == pytest.approx(1e-3)
+        moved.append(nn.utils.parameters_to_vector(ppo.model.parameters()).detach() - before)
+        sizes.append(state_bytes(ppo))
+    assert torch.cosine_similarity(*moved, dim=0) > 0.97
+    assert sizes[1] < 0.3 * sizes[0]
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "adamw8bit"}, HALF], ids=["fp32-weights", "bf16-weights"])
+def test_quantised_states_continue_bit_for_bit(options: dict[str, Any]) -> None:
+    """Saved as plain tensors and numbers, loaded into another run: its next step is the same one."""
+    pytest.importorskip("torchao")
+    first, batch = wide(**options, lr_schedule="linear")
+    first.update(first.prepare(batch)[0])
+    tensors, groups = checkpoint.flatten(first.optimizer.state_dict())
+    assert {t.dtype for t in tensors.values()} >= {torch.uint8, torch.float32}
+    weights, state, rng = copy.deepcopy(first.model.state_dict()), first.state(), seeding.global_state()
+    first.update(first.prepare(batch)[0])
+
+    second, _ = wide(**options, lr_schedule="linear")
+    second.model.load_state_dict(weights)
+    optimizers.load(second.optimizer, checkpoint.unflatten(load(save(tensors)), groups))
+    second.load_state(state)
+    seeding.set_global_state(rng)
+    metrics = second.update(second.prepare(batch)[0])
+    assert metrics["ppo/lr"] == pytest.approx(float(first.optimizer.param_groups[0]["lr"]))
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_bad_step_of_eight_bits_changes_nothing() -> None:
+    pytest.importorskip("torchao")
+    ppo, batch = wide(optimizer="adamw8bit", whiten_advantages=False)
+    ppo.update(ppo.prepare(batch)[0])
+    train, _ = ppo.prepare(batch)
+    before = copy.deepcopy(ppo.model.state_dict())
+    states, _ = checkpoint.flatten(copy.deepcopy(ppo.optimizer.state_dict()))
+    train.advantages[0] = torch.nan
+    with pytest.raises(TrainingDiverged):
+        ppo.update(train)
+    assert all(torch.equal(before[name], value) for name, value in ppo.model.state_dict().items())
+    after, _ = checkpoint.flatten(ppo.optimizer.state_dict())
+    assert all(torch.equal(states[name], after[name]) for name in states)
+
+
+def test_without_the_library_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match=r'ppo\.optimizer = "adamw8bit" needs the torchao package.*pip install'):
+        build(optimizer="adamw8bit")
+
+
+# -------------------------------------------------------------------- weights in half precision
+
+
+def test_half_precision_weights_take_half_the_memory_and_learn_the_same() -> None:
+    pytest.importorskip("torchao")
+    full, batch = wide(optimizer="adamw8bit")
+    half, _ = wide(**HALF)
+    a, b = (sum(p.numel() * p.element_size() for p in ppo.model.actor.parameters()) for ppo in (full, half))
+    assert b * 2 == a
+    one, two = full.prepare(batch)[0], half.prepare(batch)[0]
+    torch.testing.assert_close(one.old_logprobs, two.old_logprobs, atol=0.1, rtol=0.05)
+    _, everyone = half._accumulate_gradient(two, list(range(batch.num_sequences)), True)
+    full._accumulate_gradient(one, list(range(batch.num_sequences)), True)
+    assert everyone == 1
+    grads = [torch.cat([p.grad.flatten() for p in ppo.model.actor.parameters()]) for ppo in (full, half)]  # type: ignore[union-attr]
+    assert grads[1].dtype == torch.float32  # summed over microbatches in full precision
+    assert torch.cosine_similarity(*grads, dim=0) > 0.99
+    metrics = half.update(two)
+    assert metrics["ppo/ratio"] == 1.0  # prepare and update read the same weights in the same arithmetic
+
+
+def test_steps_too_small_for_bfloat16_are_not_lost() -> None:
+    """A weight of 1 and steps of 1e-4, a fortieth of what bfloat16 can tell apart from 1: 200 of them add up to 0.02."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    config = settings.build({"ppo": HALF, "model": {"dtype": "bfloat16"}}).ppo
+    optimizer = optimizers.build([([weight], 1e-4)], config)
+    for _ in range(200):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert float(weight.float().mean()) == pytest.approx(1 - 0.02, abs=0.002)
+
+
+def test_adapters_stay_in_full_precision() -> None:
+    layer = nn.ModuleDict({"base": nn.Linear(4, 4), "adapter": nn.Linear(4, 4)})
+    layer["base"].requires_grad_(False)
+    optimizers.store_in_half([layer])
+    assert layer["base"].weight.dtype == torch.bfloat16
+    assert layer["adapter"].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ppo": {"weights": "bfloat16", "optimizer": "adamw8bit"}}, "model.dtype"),
+        ({"ppo": {"weights": "bfloat16"}, "model": {"dtype": "bfloat16"}}, "would vanish"),
+        ({"ppo": {"offload": True}, "rollout": {"staleness": 1}}, "ppo.offload"),
+        ({"model": {"checkpoint_every": 2}}, "model.checkpoint_every"),
+        ({"model": {"checkpoint_offload": True}}, "model.checkpoint_offload"),
+    ],
+)
+def test_switches_that_cannot_work_together_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settings.build(values)
+
+
+@pytest.mark.parametrize("change", [{"ppo__offload": True}, {"model__checkpoint_offload": True}])
+def test_offloading_needs_a_gpu(tiny_model: Path, tmp_path: Path, change: dict[str, bool]) -> None:
+    options = values(tiny_model, tmp_path / "r", model__gradient_checkpointing=True, **change)
+    with pytest.raises(UserError, match=r"offload = true moves memory off a GPU, and device is 'cpu'"):
+        trainer.setup(settings.build(options))
+
+
+# -------------------------------------------------------------------- activations
+
+
+def saved_bytes(run: Any) -> int:
+    """Of distinct tensors that autograd kept, parameters included."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        seen.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
+
+
+def test_checkpointing_every_other_layer_keeps_less_and_computes_the_same(tiny_model: Path) -> None:
+    rollouts = random_rollouts([(40, 10)] * 2)
+    batch = packing.pack(rollouts, [[1.0] * 10] * 2)
+    kept, gradients = [], []
+    for options in ({}, {"checkpoint_every": 2}, {"checkpoint_every": 1}):
+        section = {"path": str(tiny_model), "gradient_checkpointing": bool(options), **options}
+        ac, _ = model.build(settings.build({"model": section}).model, "cpu", critic=False)
+        found: list[torch.Tensor] = []
+        kept.append(saved_bytes(lambda ac=ac, found=found: found.append(ac.actor.hidden(batch))))
+        found[0].square().sum().backward()
+        gradients.append(nn.utils.parameters_to_vector([p.grad for p in ac.actor.body.parameters()]))  # type: ignore[arg-type]
+    assert kept[0] > 1.3 * kept[1] > 1.3 * kept[2]
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0])
+
+
+# -------------------------------------------------------------------- what waits during rollouts
+
+
+def test_parking_between_steps_changes_no_number() -> None:
+    """Adapters or not, a reference and a critic of its own: three steps with everything moved out in between."""
+    found = []
+    for park in (False, True):
+        ppo, batch = build(n=2, share=True, epochs=1)
+        rows = []
+        for _ in range(3):
+            if park:
+                ppo.park()
+                assert ppo._parked.is_out
+                ppo.park()  # a second time does nothing
+                ppo.unpark()
+            rows.append(ppo.update(ppo.prepare(batch)[0])["ppo/policy_loss"])
+        found.append((rows, nn.utils.parameters_to_vector(ppo.model.parameters())))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_what_is_parked_leaves_the_device_and_what_rollouts_need_stays() -> None:
+    ppo, batch = build(n=2, share=True, epochs=1)
+    ppo.update(ppo.prepare(batch)[0])
+    policy = [p.data_ptr() for p in ppo.model.actor.parameters()]
+    assert ppo.reference is not None
+    waiting = [*ppo.reference.parameters(), *ppo.model.critic.parameters()]
+    waiting += [v for s in ppo.optimizer.state.values() for v in s.values() if v.dim()]
+    places = {t.data_ptr() for t in waiting}
+    ppo.park()
+    now = [*ppo.reference.parameters(), *ppo.model.critic.parameters()]
+    now += [v for s in ppo.optimizer.state.values() for v in s.values() if v.dim()]
+    assert not places & {t.data_ptr() for t in now}
+    assert policy == [p.data_ptr() for p in ppo.model.actor.parameters()]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_parking_frees_gpu_memory() -> None:
+    ppo, batch = build(model=actor_critic(wide_llama).cuda(), n=2, share=True, epochs=1)
+    ppo.update(ppo.prepare(batch)[0])
+    before = torch.cuda.memory_allocated()
+    ppo.park()
+    assert torch.cuda.memory_allocated() < 0.5 * before
+    ppo.unpark()
+    assert torch.cuda.memory_allocated() >= before
+
+
+def test_shared_weights_are_never_parked() -> None:
+    ac = actor_critic()
+    assert offload.unshared([ac.actor, None], ac.actor) == []
+    assert len(offload.unshared([ac.critic, ac.critic], ac.actor)) == len(list(ac.critic.parameters()))
+
+
+def test_gradients_do_not_live_through_rollouts() -> None:
+    ppo, batch = build()
+    ppo.update(ppo.prepare(batch)[0])
+    assert all(p.grad is None for p in ppo.model.parameters())
+
+
+# -------------------------------------------------------------------- the allocator
+
+
+def test_segments_grow_unless_somebody_decided_or_vllm_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is undone at the end, whatever is written
+        monkeypatch.delenv(name)
+    sleeping = {"rollout": {"engine": "vllm"}, "vllm": {"sleep": "discard"}}
+    runs.growing_segments(settings.build(sleeping))
+    assert names[0] not in os.environ
+    runs.growing_segments(settings.build({}))
+    assert os.environ[names[0]] == "expandable_segments:True"
+    monkeypatch.setenv(names[0], "backend:cudaMallocAsync")
+    runs.growing_segments(settings.build({}))
+    assert os.environ[names[0]] == "backend:cudaMallocAsync"
+
+
+def test_the_loop_never_empties_the_allocators_cache() -> None:
+    package = Path(trainer.__file__).parent
+    assert not [path for path in package.rglob("*.py") if "empty_cache" in path.read_text()]

@@ -1,0 +1,184 @@
+"""Packed attention by kernels for sequences of any length; a shared prompt is read once by all of its responses.
+
+A token of a response attends to its own segment and to all of the prompt's. No varlen kernel has that mask, but two calls
+have it together: every segment causally on itself, and all responses of a prompt, end to end, on the whole prompt. Softmax
+over both sets of keys is their outputs weighted by the exponents of their log-sum-exps (as FlashAttention merges blocks,
+arXiv 2205.14135, section 3.1). Backward is exact without a derivative of the log-sum-exp: given the MERGED output and
+log-sum-exp, a flash kernel's backward rebuilds each part's weights as exp(score - log-sum-exp) of the whole softmax.
+
+The kernels are torch's own (FlashAttention 2, or the version chosen by ``torch.nn.attention.activate_flash_attention_impl``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tppo_fast.data_types import to_device
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+class Part(NamedTuple):
+    """One varlen call: sequences of queries, each looking at one sequence of keys."""
+
+    queries: Int[Tensor, "Q"] | None
+    """Which tokens ask, sequence after sequence; None is all N in their order."""
+    keys: Int[Tensor, "K"] | None
+    """Which tokens are looked at, likewise."""
+    cu_queries: Int[Tensor, "P+1"]
+    """Where each sequence of queries starts, int32."""
+    cu_keys: Int[Tensor, "P+1"]
+    """Where each sequence of keys starts, int32."""
+    max_queries: int
+    """The longest sequence of queries."""
+    max_keys: int
+    """The longest sequence of keys."""
+    causal: bool
+    """Query i of a sequence looks at keys 0 to i alone."""
+
+
+class Kernel(Protocol):
+    """A varlen attention kernel and its backward. ``window``: how many keys a causal query looks at, itself included."""
+
+    def forward(
+        self, q: Float[Tensor, "Q H d"], k: Float[Tensor, "K Hkv d"], v: Float[Tensor, "K Hkv d"],
+        part: Part, scale: float | None, window: int | None,
+    ) -> tuple[Float[Tensor, "Q H d"], Float[Tensor, "H Q"]]:  # fmt: skip
+        """(outputs, log-sum-exps in fp32)."""
+        ...
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        part: Part, scale: float | None, window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v, for weights exp(scale q k - lse) and row terms grad . out."""
+        ...
+
+
+class TorchFlash:
+    """torch's CUDA kernels, in half precision."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float | None, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Kernel``."""
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, *_bounds(part), 0.0, part.causal and window is None,
+            return_debug_mask=False, scale=scale, **_window(part, window),
+        )  # fmt: skip
+        return out, lse
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        part: Part, scale: float | None, window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See ``Kernel``."""
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        return torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, out, lse, *_bounds(part), 0.0, part.causal and window is None,
+            no_dropout, torch.empty(0, device=q.device), scale=scale, **_window(part, window),
+        )  # fmt: skip
+
+
+def _bounds(part: Part) -> tuple[Tensor, Tensor, int, int]:
+    return part.cu_queries, part.cu_keys, part.max_queries, part.max_keys
+
+
+def _window(part: Part, window: int | None) -> dict[str, int]:
+    left = -1 if window is None else window - 1
+    return {"window_size_left": left, "window_size_right": 0 if part.causal else -1}
+
+
+TORCH_FLASH = TorchFlash()
+
+
+def parts(cu_seqlens: Sequence[int], prefix: Sequence[int], device: torch.device) -> list[Part]:
+    """The calls that make up a packed batch's attention: each segment on itself, and where there are shared prompts, the
+    responses on them.
+    """
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    bounds = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), device)
+    longest = max(lengths, default=0)
+    found = [Part(None, None, bounds, bounds, longest, longest, True)]
+    families: dict[int, list[int]] = {}
+    for segment, parent in enumerate(prefix):
+        if parent >= 0:
+            families.setdefault(parent, []).append(segment)
+    if families:
+        asking = [[i for s in family for i in range(cu_seqlens[s], cu_seqlens[s + 1])] for family in families.values()]
+        looked_at = [range(cu_seqlens[p], cu_seqlens[p + 1]) for p in families]
+        (queries, cu_queries), (keys, cu_keys) = _joined(asking, device), _joined(looked_at, device)
+        longest_q, longest_k = max(map(len, asking)), max(map(len, looked_at))
+        found.append(Part(queries, keys, cu_queries, cu_keys, longest_q, longest_k, False))
+    return found
+
+
+def _joined(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(token indices end to end int64, where each sequence starts int32)."""
+    index = torch.tensor([i for sequence in sequences for i in sequence])
+    bounds = torch.tensor([0, *map(len, sequences)]).cumsum(0).to(torch.int32)
+    return to_device(index, device), to_device(bounds, device)
+
+
+def attend(
+    q: Float[Tensor, "N H d"],
+    k: Float[Tensor, "N Hkv d"],
+    v: Float[Tensor, "N Hkv d"],
+    parts: Sequence[Part],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    kernel: Kernel = TORCH_FLASH,
+) -> Float[Tensor, "N H d"]:
+    """Attention over all parts at once, differentiable.
+
+    Args:
+        q, k, v: of every token, in the kernel's dtype.
+        parts: the first one holds every token; see ``parts``.
+        scale: of the scores; None is 1 / sqrt(d).
+        window: keys that a query looks at, itself included; with a second part it must not cut anything off.
+        kernel: what computes a part.
+    """
+    return _Attend.apply(q, k, v, parts, scale, window, kernel)  # type: ignore[return-value]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: Any, scale: Any, window: Any, kernel: Any) -> Tensor:
+        out, lse = kernel.forward(q, k, v, parts[0], scale, window)
+        for part in parts[1:]:
+            more, more_lse = kernel.forward(q[part.queries], k[part.keys], v[part.keys], part, scale, None)
+            before = lse[:, part.queries]
+            both = torch.logaddexp(before, more_lse)
+            merged = _share(out[part.queries], before - both) + _share(more, more_lse - both)
+            out[part.queries], lse[:, part.queries] = merged.to(out.dtype), both
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = parts, scale, window, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        parts, scale, window, kernel = ctx.rest
+        grad = grads[0].contiguous()
+        dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, parts[0], scale, window)
+        for part in parts[1:]:
+            asking, looked_at = part.queries, part.keys  # each token at most once in either
+            more = kernel.backward(
+                grad[asking], q[asking], k[looked_at], v[looked_at], out[asking], lse[:, asking].contiguous(),
+                part, scale, None,
+            )  # fmt: skip
+            for total, index, extra in zip((dq, dk, dv), (asking, looked_at, looked_at), more, strict=True):
+                total[index] += extra
+        return dq, dk, dv, None, None, None, None
+
+
+def _share(out: Tensor, log_weight: Tensor) -> Tensor:
+    """[Q, H, d], weighted by exp of [H, Q], in the wider dtype of the two (the log-sum-exp's fp32)."""
+    return out * log_weight.exp().T[..., None]
