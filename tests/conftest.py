@@ -16,7 +16,14 @@ from support import tiny_llama, wide_llama, write_model
 torch.set_num_threads(1)
 
 # The files that take longest go first, so that both workers end together.
-LONGEST = ("test_vllm_worker", "test_triton_aot", "test_triton_interpreter", "test_vllm", "test_benchmarks", "test_label_resume")
+LONGEST = (
+    "test_vllm_worker",
+    "test_triton_aot",
+    "test_triton_interpreter",
+    "test_vllm",
+    "test_benchmarks",
+    "test_label_resume",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,6 +23,7 @@ from tppo_fast.ppo import PPO
 HOST = {
     "packing.py",
     "attention.py:build_layout",
+    "flops.py:visible_pairs",
     "ppo.py:_minibatches",
     "ppo.py:_accumulate_gradient",
     "reference.py:gae",

@@ -38,7 +38,9 @@ def build(groups: Sequence[tuple[list[nn.Parameter], float]], config: PPOConfig)
     options: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(params, fused=True, **options)
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of GPU parts that do not fit, which are not used here
+    logging.getLogger("torchao").setLevel(
+        logging.ERROR
+    )  # it tells of GPU parts that do not fit, which are not used here
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:

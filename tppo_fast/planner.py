@@ -159,7 +159,8 @@ def measure(config: Config, sequence: int) -> Sizes:
         config.model.gradient_checkpointing
     ):  # each layer's input is kept, and one layer is computed again with all it keeps
         plain = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": False})})
-        layer = measure(plain, sequence).largest_layer * 3
+        last_recomputed = (text.num_hidden_layers - 1) % config.model.checkpoint_every == 0
+        layer = measure(plain, sequence).largest_layer * (3 if last_recomputed else 1)  # a kept last layer goes first
         kept = 0 if config.model.checkpoint_offload else -(-text.num_hidden_layers // config.model.checkpoint_every)
         each += kept * text.hidden_size * stored.itemsize
     return Sizes(
