@@ -5,8 +5,10 @@ torch's flash kernels need a GPU; here their documented contract, written out in
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from support import actor_critic, random_rollouts
 from torch import Tensor
 
 from tppo_fast import attention, attention_varlen, model, packing
-from tppo_fast.attention_varlen import TORCH_FLASH, Part
+from tppo_fast.attention_varlen import FlashAttn, Part, TorchFlash
 from tppo_fast.data_types import RolloutBatch
 
 SHAPES = [(9, 5), (1, 1), (4, 7), (13, 2)]
@@ -169,6 +171,55 @@ def test_torchs_kernels_still_take_what_they_are_given() -> None:
     assert {"scale", "window_size_left", "window_size_right"} <= set(names)
 
 
+def test_flash_attn_gets_what_its_functions_are_called_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package itself needs a GPU; its two functions' parameters, of 2.7 to 2.8, over plain torch."""
+    plain = Plain()
+
+    def read(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool) -> Part:
+        return Part(None, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+
+    def forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+    ):  # fmt: skip
+        assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
+        assert window_size_right == (0 if causal else -1)
+        part = read(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+        return *plain.forward(q, k, v, part, softmax_scale, _window(window_size_left)), None, None
+
+    def backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        assert (dropout_p, softcap, alibi_slopes, deterministic, rng_state) == (0.0, 0.0, None, False, None)
+        assert window_size_right == (0 if causal else -1)
+        part = read(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+        found = plain.backward(dout, q, k, v, out, softmax_lse, part, softmax_scale, _window(window_size_left))
+        for place, gradient in zip((dq, dk, dv), found, strict=True):
+            place.copy_(gradient)
+
+    package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
+    interface.__dict__.update(_flash_attn_varlen_forward=forward, _flash_attn_varlen_backward=backward)
+    package.__dict__["flash_attn_interface"] = interface
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    batch = pack(share=True)
+    parts = attention_varlen.parts(batch.cu_seqlens.tolist(), batch.prefix.tolist(), torch.device("cpu"))
+    given = [torch.randn(batch.num_tokens, h, 8) for h in (4, 2, 2)]
+    found = []
+    for kernel in (FlashAttn(), Plain()):
+        q, k, v = (x.clone().requires_grad_() for x in given)
+        out = attention_varlen.attend(q, k, v, parts, window=64, kernel=kernel)
+        out.square().sum().backward()
+        found.append((out, q.grad, k.grad, v.grad))
+    for mine, exact in zip(*found, strict=True):
+        assert torch.equal(mine, exact)
+
+
+def _window(left: int) -> int | None:
+    return None if left < 0 else left + 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("share", [False, True], ids=["separate", "shared-prompts"])
@@ -176,7 +227,11 @@ def test_the_gpus_kernels_equal_plain_torch(share: bool, window: int | None) -> 
     batch = pack(share)
     parts = attention_varlen.parts(batch.cu_seqlens.tolist(), batch.prefix.tolist(), torch.device("cuda"))
     found = []
-    for kernel, dtype in ((Plain(), torch.float32), (TORCH_FLASH, torch.bfloat16)):
+    for kernel, dtype in (
+        (Plain(), torch.float32),
+        (attention_varlen.best_kernel(), torch.bfloat16),
+        (TorchFlash(), torch.bfloat16),
+    ):
         g = torch.Generator(device="cuda").manual_seed(0)
         q, k, v = (
             torch.randn(batch.num_tokens, h, 64, device="cuda", generator=g).bfloat16().to(dtype).requires_grad_()
@@ -185,8 +240,9 @@ def test_the_gpus_kernels_equal_plain_torch(share: bool, window: int | None) -> 
         out = attention_varlen.attend(q, k, v, parts, window=window, kernel=kernel)
         out.float().square().sum().backward()
         found.append((out, q.grad, k.grad, v.grad))
-    for expected, got in zip(*found, strict=True):
-        torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=2e-2)
+    for expected, *both in zip(*found, strict=True):
+        for got in both:
+            torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_what_is_chosen_is_what_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "cuda": {"absent": True, "why": ""},
     "triton": {"version": "3.7.1"},
     "native": {"version": "built"},
+    "flash_attn": {"absent": True},
     "transformers": {"version": "5.23.0"},
 }
 
@@ -143,12 +144,15 @@ def test_an_old_transformers_stops_training(monkeypatch: pytest.MonkeyPatch):
 
 def test_packed_attention_says_what_it_runs_through(monkeypatch: pytest.MonkeyPatch):
     gpu = {"version": "13.0", "devices": ["H200, 140 GiB"]}
-    for cuda, status, words in [
-        (HEALTHY["cuda"], "ok", "torch's SDPA in blocks"),
-        ({**gpu, "flash": True}, "ok", "flash kernels in bfloat16, else its SDPA"),
-        ({**gpu, "flash": False}, "missing", "torch's SDPA in blocks"),
+    without, package = {"absent": True}, {"version": "2.8.3"}
+    for cuda, flash_attn, status, words in [
+        (HEALTHY["cuda"], without, "ok", "torch's SDPA in blocks"),
+        ({**gpu, "flash": True}, without, "ok", "torch's flash kernels in bfloat16, else torch's SDPA"),
+        ({**gpu, "flash": False}, without, "missing", "torch's SDPA in blocks"),
+        ({**gpu, "flash": False}, package, "ok", "flash-attn 2.8.3 in bfloat16"),
+        ({**gpu, "flash": True}, {"error": "undefined symbol"}, "broken", "undefined symbol"),
     ]:
-        check = diagnosed(monkeypatch, cuda=cuda)["packed attention"]
+        check = diagnosed(monkeypatch, cuda=cuda, flash_attn=flash_attn)["packed attention"]
         assert check.status == status
         assert words in check.detail
 

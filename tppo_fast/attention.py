@@ -1,13 +1,14 @@
 """Packed attention for any transformers causal LM: each token sees its own segment, causally, and its segment's prefix.
 
 Registered with transformers as ``tppo_packed``. The block structure comes from the batch (``cu_seqlens`` and ``prefix``)
-and travels to every layer as the keyword ``layout``. On a GPU in half precision torch's flash kernels for sequences of any
-length run (``attention_varlen``). Elsewhere segments of similar length are gathered into a block for torch's SDPA: exact, and
+and travels to every layer as the keyword ``layout``. On a GPU in half precision flash kernels for sequences of any length
+run (``attention_varlen``). Elsewhere segments of similar length are gathered into a block for torch's SDPA: exact, and
 only the attention itself ever sees padding.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -93,13 +94,13 @@ LARGEST_HEAD = 256
 
 
 def can_use_flash(device: torch.device, half_precision: bool) -> str | None:
-    """Why torch's flash kernels cannot run, or None when they can."""
+    """Why no flash kernels can run, or None when they can."""
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     if not half_precision:
         return 'it needs model.dtype = "bfloat16"'
-    if not torch.backends.cuda.is_flash_attention_available():
-        return "this build of torch has no flash attention"
+    if importlib.util.find_spec("flash_attn") is None and not torch.backends.cuda.is_flash_attention_available():
+        return "this build of torch has no flash attention, and flash-attn is not installed"
     return None
 
 

@@ -6,12 +6,15 @@ over both sets of keys is their outputs weighted by the exponents of their log-s
 arXiv 2205.14135, section 3.1). Backward is exact without a derivative of the log-sum-exp: given the MERGED output and
 log-sum-exp, a flash kernel's backward rebuilds each part's weights as exp(score - log-sum-exp) of the whole softmax.
 
-The kernels are torch's own (FlashAttention 2, or the version chosen by ``torch.nn.attention.activate_flash_attention_impl``).
+The kernels are those of the flash-attn package where it is installed, else torch's own (FlashAttention 2, or the version
+chosen by ``torch.nn.attention.activate_flash_attention_impl``).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -86,6 +89,45 @@ class TorchFlash:
         )  # fmt: skip
 
 
+class FlashAttn:
+    """The kernels of the flash-attn package (2.7 or newer), in half precision."""
+
+    def __init__(self) -> None:
+        from flash_attn import flash_attn_interface  # pyright: ignore[reportMissingImports]
+
+        self._forward = flash_attn_interface._flash_attn_varlen_forward
+        self._backward = flash_attn_interface._flash_attn_varlen_backward
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float | None, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Kernel``."""
+        out, lse, *_ = self._forward(q, k, v, **self._options(q, part, scale, window))
+        return out, lse
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        part: Part, scale: float | None, window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See ``Kernel``."""
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        options = self._options(q, part, scale, window)
+        self._backward(grad, q, k, v, out, lse, dq, dk, dv, **options, deterministic=False)
+        return dq, dk, dv
+
+    def _options(self, q: Tensor, part: Part, scale: float | None, window: int | None) -> dict[str, Any]:
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        return {
+            **dict(zip(names, _bounds(part), strict=True)),
+            "dropout_p": 0.0,
+            "softmax_scale": q.shape[-1] ** -0.5 if scale is None else scale,
+            "causal": part.causal,
+            **_window(part, window),
+            "softcap": 0.0,
+            "alibi_slopes": None,
+        }
+
+
 def _bounds(part: Part) -> tuple[Tensor, Tensor, int, int]:
     return part.cu_queries, part.cu_keys, part.max_queries, part.max_keys
 
@@ -95,7 +137,10 @@ def _window(part: Part, window: int | None) -> dict[str, int]:
     return {"window_size_left": left, "window_size_right": 0 if part.causal else -1}
 
 
-TORCH_FLASH = TorchFlash()
+@cache
+def best_kernel() -> Kernel:
+    """flash-attn's where the package is installed (a broken one raises its ImportError), else torch's own."""
+    return TorchFlash() if importlib.util.find_spec("flash_attn") is None else FlashAttn()
 
 
 def parts(cu_seqlens: Sequence[int], prefix: Sequence[int], device: torch.device) -> list[Part]:
@@ -134,7 +179,7 @@ def attend(
     *,
     scale: float | None = None,
     window: int | None = None,
-    kernel: Kernel = TORCH_FLASH,
+    kernel: Kernel | None = None,
 ) -> Float[Tensor, "N H d"]:
     """Attention over all parts at once, differentiable.
 
@@ -143,9 +188,9 @@ def attend(
         parts: the first one holds every token; see ``parts``.
         scale: of the scores; None is 1 / sqrt(d).
         window: keys that a query looks at, itself included; with a second part it must not cut anything off.
-        kernel: what computes a part.
+        kernel: what computes a part; None is ``best_kernel()``.
     """
-    return _Attend.apply(q, k, v, parts, scale, window, kernel)  # type: ignore[return-value]
+    return _Attend.apply(q, k, v, parts, scale, window, kernel or best_kernel())  # type: ignore[return-value]
 
 
 class _Attend(torch.autograd.Function):

@@ -50,7 +50,8 @@ class ModelConfig(Section):
     share_prompts: bool = True
     """Responses to one prompt share its tokens in every training pass: the same numbers to rounding, less compute."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
-    """Packed attention: exact torch SDPA, torch's flash kernels (CUDA, bfloat16), or flash where it can run."""
+    """Packed attention: exact torch SDPA, flash kernels (CUDA, bfloat16: flash-attn's if installed, else torch's), or flash
+    where it can run."""
     trust_remote_code: bool = False
     """Run Python code that ships inside the model folder. Off unless you have read that code."""
 

@@ -33,7 +33,7 @@ Status = Literal["ok", "missing", "broken"]
 Facts = Mapping[str, Any]
 Version = tuple[int, int]
 
-PROBED = ("torch", "cuda", "triton", "native", "transformers")
+PROBED = ("torch", "cuda", "triton", "native", "transformers", "flash_attn")
 MARK = "tppo-doctor:"
 GPU = "CUDA GPU"
 NOTHING_RUNS = "no training at all"
@@ -73,7 +73,7 @@ def diagnose() -> list[Check]:
         _cpu(torch),
         _gpu(torch, cuda),
         _triton(facts["triton"], cuda),
-        _attention(cuda),
+        _attention(cuda, facts["flash_attn"]),
         _vllm(cuda),
         _native(facts["native"]),
         _compiler(),
@@ -211,13 +211,18 @@ def _triton(facts: Facts, cuda: Facts) -> Check:
     return _package(part, facts, (3, 6), (3, 7))
 
 
-def _attention(cuda: Facts) -> Check:
+def _attention(cuda: Facts, package: Facts) -> Check:
     """What packed attention runs through here; see ``tppo_fast.attention``."""
-    flash = "flash kernels in bfloat16, else its " if cuda.get("flash") else ""
-    status: Status = "missing" if cuda.get("devices") and not flash else "ok"
-    detail = f"torch's {flash}SDPA in blocks of similar lengths"
-    cost, remedy = "it runs through SDPA on the GPU, slower", "install a build of torch with flash attention"
-    return Check(name="packed attention", status=status, detail=detail, cost=cost, remedy=remedy)
+    part = partial(Check, name="packed attention", cost="it runs through SDPA on the GPU, slower")
+    blocks = "torch's SDPA in blocks of similar lengths"
+    if cuda.get("devices") and "error" in package:
+        remedy = "pip uninstall flash-attn (torch has flash kernels, too), or build it again for this torch"
+        return part(status="broken", detail=f"flash-attn: {package['error']}", cost="no run in bfloat16", remedy=remedy)
+    flash = f"flash-attn {package['version']}" if "version" in package else "torch's flash kernels"
+    if cuda.get("devices") and ("version" in package or cuda.get("flash")):
+        return part(status="ok", detail=f"{flash} in bfloat16, else {blocks}", remedy="")
+    status: Status = "missing" if cuda.get("devices") else "ok"
+    return part(status=status, detail=blocks, remedy="install a build of torch with flash attention, or flash-attn")
 
 
 def _package(part: Callable[..., Check], facts: Facts, low: Version, high: Version | None = None) -> Check:
