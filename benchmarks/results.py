@@ -1,0 +1,186 @@
+"""What a suite leaves: rows, as JSON under ``benchmarks/results/<device>/<suite>.json``, and what is read out of them.
+
+Imports no torch: tables, plots and checks are made from kept files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tppo_fast.atomic import write_atomic
+
+ROOT = Path(__file__).parent / "results"
+NOT_MEASURED = "not measured yet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the runner passes to ``bench_<suite>.run(options) -> Outcome``."""
+
+    providers: Sequence[str] | None = None
+    """Names of ``providers.PROVIDERS`` to run; None: all of the suite."""
+    threads: int = 1
+    """CPU threads of every provider."""
+    quick: bool = False
+    """Tiny sizes: that everything runs, not how fast."""
+    rounds: int | None = None
+    """Turns that every provider takes; None: the suite's own number."""
+    seed: int = 0
+    """Decides inputs, models and sampling."""
+    model: Path = Path(".cache/smollm2")
+    """A folder with a causal LM, for the rollout and step suites."""
+    scratch: Path = Path("build/bench")
+    """Where models, peers' files and runs go; what is there already is used."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """One provider in one case."""
+
+    case: str
+    """What is computed, with its shape; rows of the same case are compared."""
+    provider: str
+    """A name of ``providers.PROVIDERS``, with ``: variant`` after it where there are several."""
+    family: str = ""
+    """The case without its sizes: exponents are fitted and curves drawn within one."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Axis -> size, such as {"tokens": 2048, "vocabulary": 49152}."""
+    unit: str = "s"
+    """Of ``values``: "s" (less is better), "tokens/s" or "relevance" (more is better), "responses" (less is better)."""
+    values: list[float] = field(default_factory=list)
+    """One a round, in the order taken."""
+    problem: str | None = None
+    """Why there are no values: it disagrees, or cannot run here."""
+    median: float | None = None
+    q20: float | None = None
+    q80: float | None = None
+    ratio: float | None = None
+    """How many times better than the case's baseline: above 1 is better whatever the unit."""
+    baseline: bool = False
+    """It is the case's baseline."""
+    share_of_ceiling: float | None = None
+    """The ideal time at the device's measured ceiling over the median."""
+    host_peak_bytes: int | None = None
+    """Host memory beyond the inputs at the peak; what it counts exactly is the suite's to say."""
+    device_peak_bytes: int | None = None
+    """Memory of the accelerator beyond the inputs at the peak; None without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What ``run`` returns."""
+
+    results: Sequence[Result]
+    """Rows of every provider that ran or, with its ``problem``, did not."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the figures depend on beyond ``Options``: model, sizes, rounds."""
+
+
+def summarise(rows: Sequence[Result]) -> None:
+    """Fill in medians, quantiles and, case by case, ratios to the baseline."""
+    for row in rows:
+        if row.values:
+            ordered = sorted(row.values)
+            row.median = statistics.median(ordered)
+            row.q20, row.q80 = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
+    base = {row.case: row.median for row in rows if row.baseline and row.median}
+    for row in rows:
+        if row.median and (other := base.get(row.case)):
+            row.ratio = row.median / other if more_is_better(row.unit) else other / row.median
+
+
+def more_is_better(unit: str) -> bool:
+    return unit in ("tokens/s", "relevance")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exponent:
+    """A fitted power law: values grow like size ** ``power``."""
+
+    family: str
+    provider: str
+    axis: str
+    """The size that grows while the others stay."""
+    fixed: dict[str, int]
+    """The others."""
+    power: float
+    stderr: float
+    """Standard error of ``power``; NaN for an exact fit of two points is never reported: three sizes are needed."""
+    sizes: list[int]
+
+
+def exponents(rows: Sequence[Result]) -> list[Exponent]:
+    """A power law for each provider and each size that took three or more values while the others stayed the same."""
+    from scipy.stats import linregress
+
+    groups: dict[tuple[str, str, str, tuple[tuple[str, int], ...]], dict[int, float]] = {}
+    for row in rows:
+        for axis, size in row.sizes.items():
+            if row.median and size > 0:
+                fixed = tuple(sorted((k, v) for k, v in row.sizes.items() if k != axis))
+                groups.setdefault((row.family, row.provider, axis, fixed), {})[size] = row.median
+    found = []
+    for (family, provider, axis, fixed), points in groups.items():
+        if len(points) >= 3:
+            x, y = zip(*sorted(points.items()), strict=True)
+            fit = linregress([math.log(v) for v in x], [math.log(v) for v in y])
+            found.append(
+                Exponent(
+                    family=family,
+                    provider=provider,
+                    axis=axis,
+                    fixed=dict(fixed),
+                    power=float(fit.slope),
+                    stderr=float(fit.stderr),
+                    sizes=list(x),
+                )  # fmt: skip
+            )
+    return found
+
+
+def report(suite: str, command: str, options: Options, outcome: Outcome, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole of a result file. ``record``: machine, libraries and providers."""
+    rows = list(outcome.results)
+    return {
+        "suite": suite, "command": command, **record,
+        "settings": {"threads": options.threads, "seed": options.seed, **outcome.settings},
+        "results": [asdict(row) for row in rows], "exponents": [asdict(e) for e in exponents(rows)],
+    }  # fmt: skip
+
+
+def write(report: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """A kept report, or None where nothing was measured yet."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def rows_of(report: Mapping[str, Any]) -> list[Result]:
+    return [Result(**row) for row in report["results"]]
+
+
+def regressions(new: Sequence[Result], kept: Sequence[Result], tolerance: float = 0.25) -> list[str]:
+    """Where tppo_fast's ratio to the baseline of the same run fell by more than ``tolerance``: a sentence each.
+
+    Ratios alone are compared: seconds belong to one machine. A row that was measured and no longer is, is one too.
+    """
+    before = {(row.case, row.provider): row for row in kept if row.provider.startswith("tppo_fast")}
+    found = []
+    for row in new:
+        old = before.get((row.case, row.provider))
+        if old is None or old.ratio is None:
+            continue
+        if row.ratio is None:
+            found.append(f"{row.case}, {row.provider}: {row.problem or 'was not measured'}, and was {old.ratio:.2f}x")
+        elif row.ratio < (1 - tolerance) * old.ratio:
+            found.append(f"{row.case}, {row.provider}: {row.ratio:.2f}x the baseline, and was {old.ratio:.2f}x")
+    return found
