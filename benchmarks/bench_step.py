@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baseline_ppo import Baseline, pad
-from benchmarks.bench_ops import commit
+from benchmarks.machine import commit
 from tppo_fast import config as settings
 from tppo_fast import losses, model, packing
 from tppo_fast.data_types import Prompt, Rollout

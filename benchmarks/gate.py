@@ -11,9 +11,9 @@ from torch import Tensor
 from tppo_kernels import head
 from tppo_kernels.testing import close, random_head, random_logits, random_ppo, random_rollouts
 
-from benchmarks.bench_ops import Outputs, leaves
+from benchmarks.measure import Outputs
+from benchmarks.op_cases import LEARNED, leaves
 
-LEARNED = ("logp", "entropy", "values")
 FAR_ROWS, FAR_VOCAB = 14_200, 151_936
 """A * V passes 2^31."""
 
@@ -41,7 +41,7 @@ def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str
         for names in ((), ("mask", "bootstrap", "lam")):
             expect(f"gae {lengths[:4]} {names}", _gae(random_rollouts(lengths, device=device), names))
     for actions in (1, 1025, 100_000):
-        expect(f"ppo {actions}", ppo_run(random_ppo(actions, device=device)))
+        expect(f"ppo {actions}", _ppo(random_ppo(actions, device=device)))
     hidden, weight, targets = random_head(300, 64, 5003, device=device)
     expect("linear_token_loss", _loss_of_head(hidden, weight, targets, random_ppo(300, device=device)))
     for dtype in (torch.float32, torch.bfloat16):
@@ -95,7 +95,7 @@ def _gae(x: dict[str, Tensor], names: tuple[str, ...]) -> Callable[..., Outputs]
     return run
 
 
-def ppo_run(x: dict[str, Tensor]) -> Callable[..., Outputs]:
+def _ppo(x: dict[str, Tensor]) -> Callable[..., Outputs]:
     def run(backend: str | None, dtype: torch.dtype | None) -> Outputs:
         y: dict[str, Any] = leaves(x, LEARNED, dtype)
         loss, metrics = tk.ppo_loss(**y, kl_coef=0.1, entropy_coef=0.01, dual_clip=2.0, backend=backend)

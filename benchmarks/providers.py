@@ -1,6 +1,6 @@
 """Who is compared: every provider, the suites it takes part in, and why it cannot run here, if it cannot.
 
-A new one is an entry in ``PROVIDERS``, and its calls in the suite's module (an op: ``peers``; a step: its driver). A provider runs
+A new one is an entry in ``PROVIDERS``, and its calls in the suite's module (an op: ``peers``; a step: its driver). It runs
 
 - in the benchmark's own process (``environment=None``), or
 - in a process of an environment of its own, where its pinned dependencies cannot clash with ours (``environment``, one of
@@ -77,7 +77,7 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(name="torch.compile", suites=("ops",), package="torch"),
     Provider(name="F.linear_cross_entropy", suites=("ops",), package="torch"),
     Provider(name="padded PyTorch", suites=("ops", "step"), package="torch"),
-    Provider(name="TRL", suites=("ops",), missing=needs("trl"), package="trl"),
+    Provider(name="TRL", suites=("ops", "rollout"), missing=needs("trl"), package="trl"),
     Provider(name="verl", suites=("ops",), missing=needs("verl"), package="verl"),
     Provider(name="OpenRLHF", suites=("ops",), missing=needs("openrlhf"), package="openrlhf"),
     Provider(name="Liger", suites=("ops",), missing=needs("liger_kernel"), package="liger-kernel"),

@@ -80,6 +80,8 @@ class Outcome:
     """Rows of every provider that ran or, with its ``problem``, did not."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the figures depend on beyond ``Options``: model, sizes, rounds."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What else the file keeps: learning curves, counts."""
 
 
 def summarise(rows: Sequence[Result]) -> None:
@@ -139,7 +141,7 @@ def exponents(rows: Sequence[Result]) -> list[Exponent]:
                     power=float(fit.slope),
                     stderr=float(fit.stderr),
                     sizes=list(x),
-                )  # fmt: skip
+                )
             )
     return found
 
@@ -151,6 +153,7 @@ def report(suite: str, command: str, options: Options, outcome: Outcome, record:
         "suite": suite, "command": command, **record,
         "settings": {"threads": options.threads, "seed": options.seed, **outcome.settings},
         "results": [asdict(row) for row in rows], "exponents": [asdict(e) for e in exponents(rows)],
+        **outcome.extra,
     }  # fmt: skip
 
 
@@ -162,6 +165,20 @@ def write(report: Mapping[str, Any], path: Path) -> None:
 def load(path: Path) -> dict[str, Any] | None:
     """A kept report, or None where nothing was measured yet."""
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def files(folder: Path, suite: str) -> list[Path]:
+    """The suite's file, and those of parts that were measured in several slots (``ops-1.json``)."""
+    return sorted([*folder.glob(f"{suite}.json"), *folder.glob(f"{suite}-[0-9]*.json")])
+
+
+def load_suite(folder: Path, suite: str) -> dict[str, Any] | None:
+    """The suite's report, its parts joined; None where nothing was measured yet."""
+    reports = [json.loads(path.read_text()) for path in files(folder, suite)]
+    if not reports:
+        return None
+    joined = {key: [row for report in reports for row in report[key]] for key in ("results", "exponents")}
+    return {**reports[0], **joined}
 
 
 def rows_of(report: Mapping[str, Any]) -> list[Result]:

@@ -6,7 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
+
+from tppo_fast.data_types import Rollout
+
+bench_rollout = pytest.importorskip("benchmarks.bench_rollout")
+bench_learning = pytest.importorskip("benchmarks.bench_learning")
+from benchmarks.results import Options  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,6 +34,57 @@ def test_the_gpu_check_runs_dry(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "ops.json").read_text())
     assert len(report["results"]) > 20
     assert not [r for r in report["results"] if r["provider"].startswith("tppo") and r["problem"]]
+
+
+def test_the_ops_suite_runs_quick(tmp_path: Path) -> None:
+    """Every provider but the slow compilers agrees on every op it has, or says why it cannot run."""
+    names = "tppo_fast,torch eager,padded PyTorch,F.linear_cross_entropy,TRL,verl,Liger,QuACK"
+    done = run(
+        "benchmarks", "--suite", "ops", "--quick", "--rounds", "1", "--threads", "1", "--providers", names, "--out", str(tmp_path)
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = tmp_path.glob("*/ops.json")
+    rows = json.loads(path.read_text())["results"]
+    assert not [r for r in rows if "disagrees" in (r["problem"] or "")]
+    measured = {r["provider"].split(":")[0] for r in rows if r["median"]}
+    assert {"tppo_fast", "torch eager", "F.linear_cross_entropy", "TRL", "verl", "Liger"} <= measured
+    assert [r["problem"] for r in rows if r["provider"] == "QuACK"] == ["its kernel needs a GPU"]
+
+
+def test_the_rollout_suite_runs_quick(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our engine and TRL's own sampling on the same weights: both report the trainer's log-probabilities."""
+    monkeypatch.setattr(bench_rollout, "ENGINES", {"tppo_fast: transformers": "hf"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = bench_rollout.run(Options(quick=True, model=tiny_model, threads=1)).results
+    assert [r.problem for r in found] == [None, None]
+    assert [r.provider for r in found] == ["tppo_fast: transformers", "TRL"]
+
+
+def test_an_engine_of_other_weights_is_not_timed(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = bench_rollout.TRLGenerate.generate
+
+    def off(self: object, *given: object) -> list[Rollout]:
+        return [replace(r, logprobs=[x - 0.1 for x in r.logprobs]) for r in generate(self, *given)]
+
+    monkeypatch.setattr(bench_rollout, "ENGINES", {"tppo_fast: transformers": "hf"})
+    monkeypatch.setattr(bench_rollout.TRLGenerate, "generate", off)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = bench_rollout.run(Options(quick=True, model=tiny_model, threads=1)).results
+    assert "it disagrees: parity/mean is 0.1 nats" in found[1].problem
+    assert not found[1].values
+
+
+def test_learning_rows_are_samples_and_seconds_of_every_seed() -> None:
+    bench_learning.experiment(Options(quick=True)), bench_learning.experiment(Options())  # valid settings
+    curves = [[[0, 0.0, 0.39], [640, 3.0, 0.43]], [[0, 0.0, 0.39], [640, 3.5, 0.44]]]
+    rows = bench_learning._rows("TPPO", {"samples": [640, 640], "seconds": [3.0, 3.5], "missed": 0}, curves)
+    assert [(r.unit, r.values, r.problem) for r in rows] == [
+        ("responses", [640, 640], None), ("s", [3.0, 3.5], None), ("relevance", [0.43, 0.44], None),
+    ]  # fmt: skip
+    missed = bench_learning._rows("GRPO", {"samples": [640], "seconds": [3.0], "missed": 1}, curves)
+    assert [(r.values, r.problem) for r in missed[:2]] == [([], "1 of 2 seeds never reached it")] * 2
 
 
 def test_the_step_benchmark_runs_tiny(tiny_model: Path, tmp_path: Path) -> None:

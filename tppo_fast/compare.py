@@ -7,7 +7,7 @@ import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -45,6 +45,8 @@ class Reach:
 
     samples: list[int]
     """Responses sampled until the first evaluation at or above the target, one per seed that reached it."""
+    seconds: list[float]
+    """Seconds of training until then, evaluations left out."""
     missed: int
     """Seeds that never did."""
 
@@ -131,13 +133,17 @@ def samples_to_target(done: Sequence[Job], target: float) -> dict[str, Reach]:
     """Method -> how many responses its seeds had sampled when an evaluation first reached ``target``."""
     found: dict[str, Reach] = {}
     for job in done:
-        reach = found.setdefault(job.method.name, Reach(samples=[], missed=0))
-        rows = [row for row in read_metrics(job.config.run_dir) if row.get("eval/relevance") is not None]
-        first = next((row["step"] for row in rows if row["eval/relevance"] >= target), None)
-        if first is None:
-            found[job.method.name] = Reach(samples=reach.samples, missed=reach.missed + 1)
+        reach = found.setdefault(job.method.name, Reach(samples=[], seconds=[], missed=0))
+        seconds = 0.0
+        for row in read_metrics(job.config.run_dir):
+            seconds += row.get("time/step") or 0.0
+            relevance = row.get("eval/relevance")
+            if relevance is not None and relevance >= target:
+                reach.samples.append(row["step"] * job.samples_per_step)
+                reach.seconds.append(round(seconds, 3))
+                break
         else:
-            reach.samples.append(first * job.samples_per_step)
+            found[job.method.name] = replace(reach, missed=reach.missed + 1)
     return found
 
 

@@ -1,0 +1,249 @@
+"""Tables and plots of the kept results: ``python -m benchmarks.tables`` writes them; a test fails when one is stale.
+
+The root README gets one table and one plot, ``kernels/README.md`` the ops at their first sizes, ``RESULTS.md`` everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.providers import SUITES
+from benchmarks.results import NOT_MEASURED, Result
+from tppo_fast.atomic import write_atomic
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- end of results -->"
+
+
+def seconds(x: float) -> str:
+    return f"{x:.2f} s" if x >= 1 else f"{x * 1e3:.1f} ms" if x >= 1e-3 else f"{x * 1e6:.0f} us"
+
+
+def value(x: float, unit: str) -> str:
+    """With its unit."""
+    return {
+        "s": seconds(x), "tokens/s": f"{x:,.0f} tokens/s", "responses": f"{x:,.0f} responses", "relevance": f"{x:.3f}",
+    }[unit]  # fmt: skip
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return ""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def caption(report: Mapping[str, Any]) -> str:
+    """Device, libraries, commit and command, on one line."""
+    machine = report["machine"]
+    device = machine["device"] if not machine["device"].startswith("CPU") else f"{machine['cpu']} ({machine['simd']})"
+    model = report["settings"].get("model")
+    return (
+        f"{device}, {report['settings']['threads']} threads, torch {machine['torch']}{f', {model}' if model else ''}, commit "
+        f"{machine['commit']}, {machine['date']}: `{report['command']}`"
+    )
+
+
+def by_case(rows: Sequence[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for row in rows:
+        found.setdefault(row.case, []).append(row)
+    return found
+
+
+def heads(rows: Sequence[Result]) -> list[list[Result]]:
+    """The first case of each family: its usual size."""
+    found: dict[str, list[Result]] = {}
+    for case, members in by_case(rows).items():
+        found.setdefault(members[0].family or case, members)
+    return list(found.values())
+
+
+def table(cases: Sequence[Sequence[Result]]) -> str:
+    """One block of rows for each case."""
+    lines = [
+        "| what | provider | median | 20-80 % | ratio | of the ceiling | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rows in cases:
+        for row in rows:
+            if row.median is None or row.q20 is None or row.q80 is None:
+                lines.append(f"| {row.case} | {row.provider} | {row.problem or 'not measured'} | | | | |")
+                continue
+            ratio = f"{row.ratio:.2f}x" if row.ratio else ""
+            share = f"{row.share_of_ceiling:.0%}" if row.share_of_ceiling else ""
+            memory = size(row.device_peak_bytes if row.device_peak_bytes is not None else row.host_peak_bytes)
+            lines.append(
+                f"| {row.case} | {row.provider} | {value(row.median, row.unit)} | {value(row.q20, row.unit)} - "
+                f"{value(row.q80, row.unit)} | {ratio} | {share} | {memory} |"
+            )
+    return "\n".join(lines)
+
+
+def exponents(report: Mapping[str, Any]) -> str:
+    """The fitted growth laws."""
+    if not report["exponents"]:
+        return ""
+    lines = ["| what | provider | grows with | sizes | power |", "|---|---|---|---|---|"]
+    for e in report["exponents"]:
+        sizes = ", ".join(f"{n:,}" for n in e["sizes"])
+        lines.append(
+            f"| {e['family']} | {e['provider']} | {e['axis']} | {sizes} | {e['power']:.2f} +- {e['stderr']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def full(report: Mapping[str, Any]) -> str:
+    """A suite's whole report."""
+    rows = results.rows_of(report)
+    absent = [f"- {name}: {p['missing']}" for name, p in report["providers"].items() if p["missing"]]
+    versions = ", ".join(f"{name} {p['version']}" for name, p in report["providers"].items() if p["version"])
+    parts = [f"{caption(report)}. Providers: {versions}.", table(list(by_case(rows).values()))]
+    if absent:
+        parts.append("Not here:\n\n" + "\n".join(absent))
+    if growth := exponents(report):
+        parts.append("Growth, fitted (median ~ size ^ power):\n\n" + growth)
+    return "\n\n".join(parts)
+
+
+def kept(device: str) -> dict[str, dict[str, Any]]:
+    """Suite -> its kept report."""
+    found = {suite: results.load_suite(results.ROOT / device, suite) for suite in SUITES}
+    return {suite: report for suite, report in found.items() if report is not None}
+
+
+def gpus() -> list[str]:
+    """The folders of results that a GPU left."""
+    return sorted(
+        path.name
+        for path in results.ROOT.iterdir()
+        if path.is_dir() and path.name not in ("cpu", "aot") and kept(path.name)
+    )
+
+
+def best_other(rows: Sequence[Result]) -> Result | None:
+    """The best measured row beside the first (ours): of another provider, or of another method where all are ours."""
+    ours = rows[0].provider.split(":")[0]
+    measured = [row for row in rows[1:] if row.median is not None]
+    others = [row for row in measured if row.provider.split(":")[0] != ours] or (
+        measured if all(row.provider.split(":")[0] == ours for row in rows) else []
+    )
+    if not others:
+        return None
+    pick = max if results.more_is_better(others[0].unit) else min
+    return pick(others, key=lambda row: row.median or 0.0)
+
+
+def _cell(row: Result | None, named: bool) -> str:
+    if row is None or row.median is None:
+        return NOT_MEASURED if row is None or not row.problem else row.problem
+    memory = row.device_peak_bytes if row.device_peak_bytes is not None else row.host_peak_bytes
+    name = f"{row.provider.removeprefix('tppo_fast: ')}: " if named else ""
+    return f"{name}{value(row.median, row.unit)}{f', {size(memory)}' if memory and row.unit == 's' else ''}"
+
+
+def _kind(rows: Sequence[Result]) -> str:
+    """The family without its precision: what a CPU and a GPU row share."""
+    family = rows[0].family or rows[0].case
+    return family.removesuffix(", fp32").removesuffix(", bf16")
+
+
+def summary() -> str:
+    """The table of the README's first screen."""
+    cpu, gpu = kept("cpu"), {device: kept(device) for device in gpus()}
+    on_gpu = {
+        _kind(rows): (device, rows)
+        for device, reports in gpu.items()
+        for report in reports.values()
+        for rows in heads(results.rows_of(report))
+    }
+    lines = ["| what | tppo_fast, CPU | best other, CPU | ratio | tppo_fast, GPU |", "|---|---|---|---|---|"]
+    for suite in SUITES:
+        if suite not in cpu:
+            lines.append(f"| {suite} | {NOT_MEASURED} | {NOT_MEASURED} | | {NOT_MEASURED} |")
+            continue
+        for rows in heads(results.rows_of(cpu[suite])):
+            lines.append(_summary_line(rows, on_gpu.get(_kind(rows))))
+    captions = [caption(report) for report in cpu.values()]
+    captions += [caption(report) for reports in gpu.values() for report in reports.values()]
+    note = "; ".join(captions) or NOT_MEASURED
+    return "\n".join(
+        [
+            "![Ops, one PPO step and learning, against the peers](benchmarks/results/summary.svg)", "", *lines, "",
+            f"<sub>Best other: the best provider that passed the correctness gate of the same run; memory is the peak beyond the "
+            f"inputs. Everything: [benchmarks/RESULTS.md](benchmarks/RESULTS.md); all by `make bench`. {note}.</sub>",
+        ]
+    )  # fmt: skip
+
+
+def _summary_line(rows: Sequence[Result], on_gpu: tuple[str, Sequence[Result]] | None) -> str:
+    ours, other = rows[0], best_other(rows)
+    ratio = ""
+    if other is not None and ours.median and other.median:
+        better = ours.median / other.median if results.more_is_better(ours.unit) else other.median / ours.median
+        ratio = f"{better:.2f}x"
+    gpu = NOT_MEASURED if on_gpu is None else f"{on_gpu[0]}: {_cell(on_gpu[1][0], False)}"
+    return f"| {ours.case} | {_cell(ours, False)} | {_cell(other, True)} | {ratio} | {gpu} |"
+
+
+def kernels() -> str:
+    """The table of ``kernels/README.md``: the ops at their usual sizes, per device."""
+    blocks = []
+    for device in ("cpu", *gpus()):
+        report = kept(device).get("ops")
+        text = (
+            f"{caption(report)}.\n\n{table(heads(results.rows_of(report)))}" if report else f"{device}: {NOT_MEASURED}."
+        )
+        blocks.append(text)
+    if not gpus():
+        blocks.append(f"GPU: {NOT_MEASURED}.")
+    return "\n\n".join(blocks)
+
+
+def everything() -> str:
+    """``RESULTS.md``."""
+    how = "Written by `python -m benchmarks.tables` from the JSON beside it; how they are made: [README](README.md)."
+    parts = ["# Results", how]
+    for device in ("cpu", *gpus()):
+        for suite in SUITES:
+            report = kept(device).get(suite)
+            parts.append(f"## {device}: {suite}")
+            if report is None:
+                parts.append(f"{NOT_MEASURED}.".capitalize())
+                continue
+            parts += [f"![{suite}](results/{device}/{suite}.svg)", full(report)]
+    if not gpus():
+        parts.append(f"## GPU\n\n{NOT_MEASURED}.".capitalize())
+    return "\n\n".join(parts) + "\n"
+
+
+def between(text: str, inner: str) -> str:
+    """The text with ``inner`` between its marks."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n{inner}\n{END}{rest.split(END)[1]}"
+
+
+def documents() -> dict[Path, str]:
+    """Every generated text, as it should be."""
+    readme, kernels_readme = ROOT / "README.md", ROOT / "kernels" / "README.md"
+    return {
+        readme: between(readme.read_text(), summary()),
+        kernels_readme: between(kernels_readme.read_text(), kernels()),
+        Path(__file__).parent / "RESULTS.md": everything(),
+    }
+
+
+def main() -> None:
+    """Write all of them, and the plots."""
+    from benchmarks import plots
+
+    for path, text in documents().items():
+        write_atomic(path, text.encode())
+    for plot in plots.planned():
+        write_atomic(plot.path, plot.svg())
+
+
+if __name__ == "__main__":
+    main()
