@@ -38,12 +38,15 @@ def size(count: int | None) -> str:
 def caption(report: Mapping[str, Any]) -> str:
     """Device, libraries, commit and command, on one line."""
     machine = report["machine"]
-    device = machine["device"] if not machine["device"].startswith("CPU") else f"{machine['cpu']} ({machine['simd']})"
     model = report["settings"].get("model")
-    return (
-        f"{device}, {report['settings']['threads']} threads, torch {machine['torch']}{f', {model}' if model else ''}, commit "
-        f"{machine['commit']}, {machine['date']}: `{report['command']}`"
-    )
+    what = f"{_device(report)}{f', {model}' if model else ''}"
+    return f"{what}, commit {machine['commit']}, {machine['date']}: `{report['command']}`"
+
+
+def _device(report: Mapping[str, Any]) -> str:
+    machine = report["machine"]
+    cpu = f"{machine['cpu']} ({machine['simd']}), {report['settings']['threads']} threads"
+    return f"{cpu if machine['device'].startswith('CPU') else machine['device']}, torch {machine['torch']}"
 
 
 def by_case(rows: Sequence[Result]) -> dict[str, list[Result]]:
@@ -166,14 +169,20 @@ def summary() -> str:
             continue
         for rows in heads(results.rows_of(cpu[suite])):
             lines.append(_summary_line(rows, on_gpu.get(_kind(rows))))
-    captions = [caption(report) for report in cpu.values()]
-    captions += [caption(report) for reports in gpu.values() for report in reports.values()]
-    note = "; ".join(captions) or NOT_MEASURED
+    measured = [*cpu.values(), *(report for reports in gpu.values() for report in reports.values())]
+    devices = dict.fromkeys(_device(report) for report in measured)
+    commits = dict.fromkeys(report["machine"]["commit"] for report in measured)
+    models = dict.fromkeys(report["settings"]["model"] for report in measured if "model" in report["settings"])
+    note = (
+        f"{'; '.join(devices)}; {', '.join(models) or 'no model'}; commit {', '.join(commits)}"
+        if measured
+        else NOT_MEASURED
+    )
     return "\n".join(
         [
             "![Ops, one PPO step and learning, against the peers](benchmarks/results/summary.svg)", "", *lines, "",
-            f"<sub>Best other: the best provider that passed the correctness gate of the same run; memory is the peak beyond the "
-            f"inputs. Everything: [benchmarks/RESULTS.md](benchmarks/RESULTS.md); all by `make bench`. {note}.</sub>",
+            f"<sub>`make bench` (GPU: `make gpu-check`): {note}. Best other: the best provider that passed the same run's "
+            "correctness gate; memory: the peak beyond the inputs. All rows: [benchmarks/RESULTS.md](benchmarks/RESULTS.md).</sub>",
         ]
     )  # fmt: skip
 
@@ -193,9 +202,7 @@ def kernels() -> str:
     blocks = []
     for device in ("cpu", *gpus()):
         report = kept(device).get("ops")
-        text = (
-            f"{caption(report)}.\n\n{table(heads(results.rows_of(report)))}" if report else f"{device}: {NOT_MEASURED}."
-        )
+        text = f"{caption(report)}.\n\n{table(heads(results.rows_of(report)))}" if report else f"CPU: {NOT_MEASURED}."
         blocks.append(text)
     if not gpus():
         blocks.append(f"GPU: {NOT_MEASURED}.")
@@ -211,11 +218,11 @@ def everything() -> str:
             report = kept(device).get(suite)
             parts.append(f"## {device}: {suite}")
             if report is None:
-                parts.append(f"{NOT_MEASURED}.".capitalize())
+                parts.append(f"{NOT_MEASURED.capitalize()}.")
                 continue
             parts += [f"![{suite}](results/{device}/{suite}.svg)", full(report)]
     if not gpus():
-        parts.append(f"## GPU\n\n{NOT_MEASURED}.".capitalize())
+        parts.append(f"## GPU\n\n{NOT_MEASURED.capitalize()}.")
     return "\n\n".join(parts) + "\n"
 
 
