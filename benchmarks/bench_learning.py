@@ -70,10 +70,8 @@ def run(options: Options) -> Outcome:
     curves = {name: [_curve(setup, name, seed) for seed in setup.seeds] for name in METHODS}
     results = [row for name in METHODS for row in _rows(name, found["samples_to_target"].get(name), curves[name])]
     summarise(results)
-    return Outcome(
-        results=results, settings={"target": TARGET, "seeds": list(setup.seeds), "experiment": setup.model_dump(mode="json")},
-        extra={"curves": curves, "verdict": verdict},
-    )  # fmt: skip
+    settings = {"threads": 1, "target": TARGET, "seeds": list(setup.seeds), "experiment": setup.model_dump(mode="json")}
+    return Outcome(results=results, settings=settings, extra={"curves": curves, "verdict": verdict})
 
 
 def _curve(setup: Experiment, name: str, seed: int) -> list[list[float]]:

@@ -52,7 +52,7 @@ class Result:
     sizes: dict[str, int] = field(default_factory=dict)
     """Axis -> size, such as {"tokens": 2048, "vocabulary": 49152}."""
     unit: str = "s"
-    """Of ``values``: "s" (less is better), "tokens/s" or "relevance" (more is better), "responses" (less is better)."""
+    """Of ``values``: "s" (less is better), "tokens/s" or "relevance" (more is better), "responses", "FLOP" (less is better)."""
     values: list[float] = field(default_factory=list)
     """One a round, in the order taken."""
     problem: str | None = None

@@ -24,9 +24,9 @@ def seconds(x: float) -> str:
 
 def value(x: float, unit: str) -> str:
     """With its unit."""
-    return {
-        "s": seconds(x), "tokens/s": f"{x:,.0f} tokens/s", "responses": f"{x:,.0f} responses", "relevance": f"{x:.3f}",
-    }[unit]  # fmt: skip
+    if unit == "s":
+        return seconds(x)
+    return f"{x:.3f}" if unit == "relevance" else f"{x:,.0f} {unit}" if x < 1e7 else f"{x:.3g} {unit}"
 
 
 def size(count: int | None) -> str:
@@ -167,7 +167,7 @@ def summary() -> str:
         if suite not in cpu:
             lines.append(f"| {suite} | {NOT_MEASURED} | {NOT_MEASURED} | | {NOT_MEASURED} |")
             continue
-        for rows in heads(results.rows_of(cpu[suite])):
+        for rows in _whole(heads(results.rows_of(cpu[suite])), suite):
             lines.append(_summary_line(rows, on_gpu.get(_kind(rows))))
     measured = [*cpu.values(), *(report for reports in gpu.values() for report in reports.values())]
     devices = dict.fromkeys(_device(report) for report in measured)
@@ -182,9 +182,19 @@ def summary() -> str:
         [
             "![Ops, one PPO step and learning, against the peers](benchmarks/results/summary.svg)", "", *lines, "",
             f"<sub>`make bench` (GPU: `make gpu-check`): {note}. Best other: the best provider that passed the same run's "
-            "correctness gate; memory: the peak beyond the inputs. All rows: [benchmarks/RESULTS.md](benchmarks/RESULTS.md).</sub>",
+            "correctness gate; memory: the peak beyond the inputs. All rows: [RESULTS](benchmarks/RESULTS.md).</sub>",
         ]
     )  # fmt: skip
+
+
+def _whole(cases: Sequence[Sequence[Result]], suite: str) -> list[Sequence[Result]]:
+    """Without the phases of another case, and without those where only our own variants are compared."""
+    families = {rows[0].family for rows in cases}
+    return [
+        rows for rows in cases
+        if not any(rows[0].family.startswith(f"{family}, ") for family in families if family)
+        and (suite == "learning" or {row.provider.split(":")[0] for row in rows} != {"tppo_fast"})
+    ]  # fmt: skip
 
 
 def _summary_line(rows: Sequence[Result], on_gpu: tuple[str, Sequence[Result]] | None) -> str:
