@@ -17,8 +17,11 @@ from pathlib import Path
 import click
 
 from benchmarks import providers, results
+from benchmarks.providers import Suite
 from benchmarks.results import Options
 from tppo_fast.errors import UserError
+
+DEFAULTS = Options()
 
 
 def _suites(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
@@ -40,13 +43,13 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.option("--threads", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), help="CPU threads of each.")
 @click.option("--rounds", type=click.IntRange(1), default=None, help="Turns of every provider.")
 @click.option("--seed", type=int, default=0, help="Of inputs, models and sampling.")
-@click.option("--model", type=click.Path(path_type=Path), default=Options.model, help="For rollout and step.")
-@click.option("--scratch", type=click.Path(path_type=Path), default=Options.scratch, help="Runs and peers' files.")
+@click.option("--model", type=click.Path(path_type=Path), default=DEFAULTS.model, help="For rollout and step.")
+@click.option("--scratch", type=click.Path(path_type=Path), default=DEFAULTS.scratch, help="Runs and peers' files.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Where <device>/<suite>.json go.")
 @click.option("--quick", is_flag=True, help="Tiny sizes, kept apart from the results: that everything runs.")
 @click.option("--check", is_flag=True, help="Measure again and compare ratios with the kept results, which stay.")
 def main(
-    suites: tuple[str, ...], names: tuple[str, ...] | None, threads: int, rounds: int | None, seed: int, model: Path,
+    suites: tuple[Suite, ...], names: tuple[str, ...] | None, threads: int, rounds: int | None, seed: int, model: Path,
     scratch: Path, out: Path | None, quick: bool, check: bool,
 ) -> None:  # fmt: skip
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -74,7 +77,7 @@ def main(
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
-def _spawn(suite: str) -> int:
+def _spawn(suite: Suite) -> int:
     """This very command for one suite, in a process of its own: what it leaves in memory disturbs no other."""
     given = sys.argv[1:]
     while "--suite" in given:
@@ -83,7 +86,7 @@ def _spawn(suite: str) -> int:
     return subprocess.run([sys.executable, "-m", "benchmarks", *given, "--suite", suite], check=False).returncode
 
 
-def run(suite: str, options: Options, folder: Path, check: bool) -> list[str]:
+def run(suite: Suite, options: Options, folder: Path, check: bool) -> list[str]:
     """Run one suite in this process and keep its results; returns what fell behind, if asked to check."""
     from benchmarks import machine
 

@@ -29,7 +29,7 @@ ROUNDS = 3
 NEW_TOKENS = 16
 ENGINES = {"tppo_fast: vLLM": "vllm", "tppo_fast: transformers": "hf"}
 BASELINE = "tppo_fast: transformers"
-SWEEP = [(4, 4, 64), (1, 4, 64), (16, 4, 64), (4, 1, 64), (4, 8, 64), (4, 4, 32), (4, 4, 128)]
+SWEEP = [(4, 4, 64), (1, 4, 64), (16, 4, 64), (4, 1, 64), (4, 2, 64), (4, 4, 32), (4, 4, 128)]
 """(prompts, samples per prompt, longest prompt)."""
 QUICK = [(2, 2, 8)]
 
@@ -47,7 +47,7 @@ class TRLGenerate:
         repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
         width = max(len(p.token_ids) for p in repeated)
         pad = -1  # no token's id: TRL masks what equals it
-        queries = torch.tensor([[pad] * (width - len(p.token_ids)) + p.token_ids for p in repeated])
+        queries = torch.tensor([[pad] * (width - len(p.token_ids)) + [*p.token_ids] for p in repeated])
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_k=0, top_p=1.0, do_sample=True,
             eos_token_id=self._eos, pad_token_id=self._eos,

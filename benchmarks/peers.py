@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import subprocess
 import sys
@@ -29,7 +30,7 @@ Scalar = Callable[[Tensor, Tensor], Tensor]
 """(hidden, weight) -> one number a row, or a loss."""
 NO_ENTROPY = "it has no gradient of the entropy"
 GPU_ONLY = "its kernel needs a GPU"
-_OPENRLHF = {"alone": True, "stand_ins": ("deepspeed", "openrlhf.trainer.ray.launcher")}
+_OPENRLHF = {"alone": True, "stand_ins": ("deepspeed", "pylatexenc", "openrlhf.trainer.ray.launcher")}
 
 
 def install(folder: Path | None) -> None:
@@ -75,8 +76,9 @@ def _import_alone(module: str) -> Any:
     for depth in range(1, len(parents) + 1):
         name = ".".join(parents[:depth])
         if name not in sys.modules:
-            package = types.ModuleType(name)
+            package, spec = types.ModuleType(name), importlib.machinery.ModuleSpec(name, None, is_package=True)
             package.__path__ = [str(Path(p, *parents[1:depth])) for p in found.submodule_search_locations]
+            spec.submodule_search_locations, package.__spec__ = package.__path__, spec
             sys.modules[name] = package
     return importlib.import_module(module)
 
@@ -128,7 +130,7 @@ def heads(targets: Tensor) -> dict[str, Pair | str]:
         return nll * -1.0, entropy * 1.0
 
     where = "verl.utils.kernel.linear_cross_entropy"
-    verl = find(where, "linear_cross_entropy", alone=True) if targets.is_cuda else GPU_ONLY
+    verl: Any = find(where, "linear_cross_entropy", alone=True) if targets.is_cuda else GPU_ONLY
 
     def verl_pair(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         logp, entropy = verl(h, w, targets, 1.0, "none")
@@ -140,11 +142,11 @@ def heads(targets: Tensor) -> dict[str, Pair | str]:
 def logp_heads(targets: Tensor) -> dict[str, Scalar | str]:
     """Heads with a log-probability per row, and an entropy without gradient or none."""
     trl = find("trl.trainer.utils", "_ChunkedLogProbFunction")
-    quack = find("quack.linear_cross_entropy", "linear_cross_entropy_func") if targets.is_cuda else GPU_ONLY
+    quack: Any = find("quack.linear_cross_entropy", "linear_cross_entropy_func") if targets.is_cuda else GPU_ONLY
     return {
         "TRL": _or_why(trl, lambda h, w: trl.apply(h, w, targets, 1.0, 8192, None, 1.0)[0]),
         **{name: _negative(cce) for name, cce in _cce(targets, "none").items()},
-        "F.linear_cross_entropy": _negative(_torch(targets, "none")),
+        **{name: _negative(nll) for name, nll in _torch(targets, "none").items()},
         "QuACK: all logits": _negative(
             _or_why(quack, lambda h, w: quack(h, w, None, targets, reduction="none", inplace_backward=True))
         ),
@@ -153,11 +155,11 @@ def logp_heads(targets: Tensor) -> dict[str, Scalar | str]:
 
 def cross_entropies(targets: Tensor) -> dict[str, Scalar | str]:
     """Mean cross-entropies of a head: QuACK's chunked one has no per-row result."""
-    quack = find("quack.linear_cross_entropy", "chunked_linear_cross_entropy") if targets.is_cuda else GPU_ONLY
-    liger = find("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+    quack: Any = find("quack.linear_cross_entropy", "chunked_linear_cross_entropy") if targets.is_cuda else GPU_ONLY
+    liger: Any = find("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
     return {
         **_cce(targets, "mean"),
-        "F.linear_cross_entropy": _torch(targets, "mean"),
+        **_torch(targets, "mean"),
         "QuACK": _or_why(quack, lambda h, w: quack(h, w, targets, reduction="mean")),
         "Liger": _or_why(liger if targets.is_cuda or isinstance(liger, str) else GPU_ONLY, lambda h, w: liger(h, w, targets)),
     }  # fmt: skip
@@ -182,12 +184,15 @@ def _cce(targets: Tensor, reduction: str) -> dict[str, Scalar | str]:
     }
 
 
-def _torch(targets: Tensor, reduction: str) -> Scalar | str:
-    """torch's own, on its chunked path."""
+def _torch(targets: Tensor, reduction: str) -> dict[str, Scalar | str]:
+    """torch's own: as it is called by default, all logits at once, and on its chunked path."""
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if options is None:
-        return f"torch {torch.__version__} has none"
-    return lambda h, w: F.linear_cross_entropy(h, w, targets, reduction=reduction, options=options())
+        return {"F.linear_cross_entropy": f"torch {torch.__version__} has none"}
+    return {
+        name: lambda h, w, chosen=chosen: F.linear_cross_entropy(h, w, targets, reduction=reduction, options=chosen)
+        for name, chosen in (("F.linear_cross_entropy", None), ("F.linear_cross_entropy: chunked", options()))
+    }
 
 
 def liger_policy_loss(targets: Tensor, old_logp: Tensor, advantages: Tensor, chunk_size: int) -> Scalar | str:

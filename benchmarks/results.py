@@ -131,7 +131,7 @@ def exponents(rows: Sequence[Result]) -> list[Exponent]:
     for (family, provider, axis, fixed), points in groups.items():
         if len(points) >= 3:
             x, y = zip(*sorted(points.items()), strict=True)
-            fit = linregress([math.log(v) for v in x], [math.log(v) for v in y])
+            fit: Any = linregress([math.log(v) for v in x], [math.log(v) for v in y])
             found.append(
                 Exponent(
                     family=family,

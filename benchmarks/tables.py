@@ -70,9 +70,13 @@ def table(cases: Sequence[Sequence[Result]]) -> str:
         "| what | provider | median | 20-80 % | ratio | of the ceiling | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
+    said: set[tuple[str, str, str | None]] = set()
     for rows in cases:
         for row in rows:
             if row.median is None or row.q20 is None or row.q80 is None:
+                if (why := (row.family or row.case, row.provider, row.problem)) in said:
+                    continue  # once for all sizes
+                said.add(why)
                 lines.append(f"| {row.case} | {row.provider} | {row.problem or 'not measured'} | | | | |")
                 continue
             ratio = f"{row.ratio:.2f}x" if row.ratio else ""

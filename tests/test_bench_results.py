@@ -46,7 +46,7 @@ def test_a_growth_law_is_found_and_two_sizes_are_none() -> None:
     rows = [
         row("tppo_fast", [n**1.5], f"{n}", family="f", sizes={"tokens": n, "vocabulary": 7}) for n in (10, 100, 1000)
     ]
-    rows += [row("tppo_fast", [v], f"{v}", family="f", sizes={"tokens": 10, "vocabulary": v}) for v in (7, 14)]
+    rows.append(row("tppo_fast", [5.0], "14", family="f", sizes={"tokens": 10, "vocabulary": 14}))
     results.summarise(rows)
     (found,) = results.exponents(rows)
     assert (found.axis, found.fixed, found.sizes) == ("tokens", {"vocabulary": 7}, [10, 100, 1000])
