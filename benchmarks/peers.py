@@ -156,13 +156,14 @@ def logp_heads(targets: Tensor) -> dict[str, Scalar | str]:
 def cross_entropies(targets: Tensor) -> dict[str, Scalar | str]:
     """Mean cross-entropies of a head: QuACK's chunked one has no per-row result."""
     quack: Any = find("quack.linear_cross_entropy", "chunked_linear_cross_entropy") if targets.is_cuda else GPU_ONLY
-    liger: Any = find("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+    where = "liger_kernel.transformers.functional"
+    liger: Any = find(where, "liger_fused_linear_cross_entropy") if targets.is_cuda else GPU_ONLY
     return {
         **_cce(targets, "mean"),
         **_torch(targets, "mean"),
         "QuACK": _or_why(quack, lambda h, w: quack(h, w, targets, reduction="mean")),
-        "Liger": _or_why(liger if targets.is_cuda or isinstance(liger, str) else GPU_ONLY, lambda h, w: liger(h, w, targets)),
-    }  # fmt: skip
+        "Liger": _or_why(liger, lambda h, w: liger(h, w, targets)),
+    }
 
 
 def _or_why(found: Any, call: Any) -> Any:
