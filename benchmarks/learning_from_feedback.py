@@ -2,12 +2,14 @@
 
     python -m benchmarks.learning_from_feedback --out runs/feedback                     # the demo's model, full length
     python -m benchmarks.learning_from_feedback --out runs/real --model .cache/smollm2 --data SESSIONS.jsonl ...
+    python -m benchmarks.learning_from_feedback --out runs/planted --backbone encoder --seeds 0     # the reward model alone
 
 Supervise a policy, sample its responses to the training users' sessions, spoil a copy of each, label all by words, train a
 reward model, train the policy by TPPO on its rewards with several seeds from the same start, and score start and result on the
 held-out users. ``--labels planted`` labels against every relevant query of the generated world; ``next`` against what the users
-asked next, which is noisy. The judges are the other one and the lexical one, whichever did not label. Every stage is kept in
---out and taken up again: run the same command to continue.
+asked next, which is noisy. The policies are judged by the truth that did not label (``INDEPENDENT``), and with ``--judge ENCODER``
+by the embedding judge, which never labels here. Planted labels have a ceiling, which is printed beside the reward model
+(``reward_model.exact_judge``). Every stage is kept in --out and taken up again: run the same command to continue.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import contextlib
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,17 @@ from tppo_fast.data.perturb import perturb
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.relevance import relevance
 from tppo_fast.data.sessions import Session
+from tppo_fast.data_types import Rollout
+from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
+from tppo_fast.labelling.judges import Item
 from tppo_fast.labelling.records import LabelledResponse, read_labels, write_labels
 from tppo_fast.metrics import read_metrics
-from tppo_fast.reward_model.data import encode, searches, split
+from tppo_fast.reward_model import quality
+from tppo_fast.reward_model.data import Example, encode, searches, split
+from tppo_fast.reward_model.exact_judge import as_probabilities, judges
 from tppo_fast.reward_model.run import score, train_reward_model
 from tppo_fast.reward_model.settings import RewardModelConfig
+from tppo_fast.rewards.labels import RELEVANT, SEPARATOR
 from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.token_model import load
 from tppo_fast.rollout import SamplingParams, build_engine
@@ -47,6 +56,10 @@ from tppo_fast.sections import build_section
 INDEPENDENT = {"planted": ("hit", "mrr", "exact", "word_relevance"), "next": ("relevance",)}
 """Labels -> the held-out metrics whose truth the labeller never saw. ``relevance`` reads the world's relevant queries, the
 others what the users asked next; where no wider truth is known (a sessions file) the two are the same."""
+
+METRICS = ("relevance", "hit", "mrr", "exact", "word_relevance", "copy", "distinct", "valid", "length")
+JUDGED = ("embedding_words", "embedding_sentence")
+"""Share of a response's words that the embedding judge calls relevant, and its verdict on the whole."""
 
 
 def main() -> None:
@@ -62,21 +75,39 @@ def main() -> None:
     start = demo.supervised(base, sessions, Console(stderr=True))
     labels = _labels(options, demo.run_config(base, start, "TPPO"), sessions)
     reward_model = _reward_model(options, labels, start)
-    runs = [_trained(options, base, start, reward_model, seed) for seed in range(options.seeds)]
-    config = _paid_by(options, demo.run_config(base, start, "TPPO"), reward_model, seed=0)
-    evaluation = demo.Evaluation(config, start, sessions, held_out[: options.eval_sessions])
-    names = [f"seed {seed}" for seed in range(len(runs))]
-    scores = evaluation.scores({"start": start, **dict(zip(names, runs, strict=True))})
     result = {
         "command": {k: str(v) for k, v in vars(options).items()},
         "machine": report.machine_record(),
         "reward_model": _model_figures(reward_model, sessions, labels, options.labels),
-        "differences": _differences(scores, names, evaluation.users),
-        "independent": INDEPENDENT[options.labels],
     }
+    if options.seeds:
+        result |= _policies(options, base, start, reward_model, sessions, held_out, result)
     write_atomic(out / "result.json", json.dumps(result, indent=2).encode())
-    _write_report(options, config, evaluation, result, runs)
     print(json.dumps(result, indent=2))
+
+
+def _policies(
+    options: argparse.Namespace,
+    base: demo.DemoSettings,
+    start: Path,
+    reward_model: Path,
+    sessions: Sequence[Session],
+    held_out: Sequence[Session],
+    so_far: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train a policy per seed, compare all with their start, write the report."""
+    runs = [_trained(options, base, start, reward_model, seed) for seed in range(options.seeds)]
+    config = _paid_by(options, demo.run_config(base, start, "TPPO"), reward_model, seed=0)
+    evaluation = demo.Evaluation(config, start, sessions, held_out[: options.eval_sessions])
+    names = [f"seed {seed}" for seed in range(len(runs))]
+    more = _second_opinion(options.judge, config.data.num_queries) if options.judge else None
+    scores = evaluation.scores({"start": start, **dict(zip(names, runs, strict=True))}, more)
+    found = {
+        "differences": _differences(scores, names, evaluation.users),
+        "independent": _independent(options),
+    }
+    _write_report(options, config, evaluation, {**so_far, **found}, runs)
+    return found
 
 
 def _arguments() -> argparse.Namespace:
@@ -85,12 +116,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="", help="a causal LM; empty: the demo's small one")
     parser.add_argument("--data", default="synthetic")
     parser.add_argument("--labels", choices=INDEPENDENT, default="planted")
-    parser.add_argument("--backbone", default="policy", help="'policy', 'scratch', or a folder")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--backbone", default="policy", help="policy; encoder or decoder: a small new one; or a folder")
+    parser.add_argument("--seeds", type=int, default=3, help="0: stop at the reward model")
     parser.add_argument("--sft-steps", type=int)
     parser.add_argument("--steps", type=int, help="PPO steps")
-    parser.add_argument("--sessions", type=int, default=10_000, help="training sessions whose responses are labelled")
+    parser.add_argument("--sessions", type=int, default=10_000, help="training sessions to label, drawn at random")
     parser.add_argument("--samples", type=int, default=2, help="responses sampled to each of them")
+    parser.add_argument("--judge", default="", help="a sentence encoder's folder: judge the policies by it as well")
     parser.add_argument("--eval-sessions", type=int, default=10_000)
     parser.add_argument("--rm-lr", type=float, default=1e-3)
     parser.add_argument("--rm-epochs", type=int, default=1)
@@ -110,7 +142,7 @@ def _labels(options: argparse.Namespace, config: Config, sessions: Sequence[Sess
     labeller, rng = LexicalLabeller(num_queries=config.data.num_queries), random.Random(0)
     pool = [query for session in sessions for query in session.next_queries]
     rows = []
-    for session, text in _sampled(options, config, sessions[: options.sessions]):
+    for session, text in _sampled(options, config, _drawn(sessions, options.sessions)):
         queries = [query.strip() for query in text.split(config.data.separator.strip()) if query.strip()]
         spoiled = perturb(queries, searches(session.history), pool, rng) if queries else []
         truth = session.relevant_queries if options.labels == "planted" else session.next_queries
@@ -120,6 +152,11 @@ def _labels(options: argparse.Namespace, config: Config, sessions: Sequence[Sess
                 rows.append(_row(session, response, found, f"lexical-{options.labels}"))
     write_labels(path, rows)
     return path
+
+
+def _drawn(sessions: Sequence[Session], count: int) -> Sequence[Session]:
+    """``count`` of them at random, which means many users even where each has many; all, in order, where there are no more."""
+    return sessions if count >= len(sessions) else random.Random(0).sample(sessions, count)
 
 
 def _row(session: Session, response: str, labels: Any, labeller: str) -> LabelledResponse:
@@ -156,13 +193,19 @@ def _reward_model(options: argparse.Namespace, labels: Path, start: Path) -> Pat
         values = {
             "run_dir": str(run_dir),
             "threads": 1,
-            "backbone": {"path": str(start) if options.backbone == "policy" else options.backbone},
+            "backbone": _backbone(options.backbone, start),
             "data": {"labels": str(labels)},
             "train": {"lr": options.rm_lr, "epochs": options.rm_epochs},
         }
         config = build_section(values, RewardModelConfig)
         train_reward_model(config, resume=bool(checkpoint.list_checkpoints(run_dir)))
     return run_dir / "model"
+
+
+def _backbone(name: str, start: Path) -> dict[str, str]:
+    if name in ("encoder", "decoder"):
+        return {"path": "scratch", "scratch": name}
+    return {"path": str(start) if name == "policy" else name}
 
 
 def _trained(options: argparse.Namespace, base: demo.DemoSettings, start: Path, reward_model: Path, seed: int) -> Path:
@@ -194,28 +237,58 @@ def _paid_by(options: argparse.Namespace, config: Config, reward_model: Path, se
 
 
 def _model_figures(folder: Path, sessions: Sequence[Session], labels: Path, kind: str) -> dict[str, Any]:
-    """The test users' metrics; for planted labels also Spearman's rho of mean soft value and true relevance."""
+    """The test users' metrics; for planted labels also the judges that know the world, and everyone's rank correlations."""
     record = json.loads((folder / "record.json").read_text())
     figures: dict[str, Any] = {"verdict": record["verdict"], "metrics": record["metrics"]}
     if kind == "planted":
         config = build_section(record["config"], RewardModelConfig)
-        rows = split(read_labels(labels), config.data, config.seed).test
+        parts = split(read_labels(labels), config.data, config.seed)
         frozen, _ = load(str(folder), "cpu")
-        examples = encode(rows, frozen.reader)
-        means = score(frozen, examples, config.train.microbatch_tokens).sentence_scores()
-        truth = {(s.user_id, tuple(searches(s.history))): s.relevant_queries for s in sessions}
-        true = [_true_relevance(e.row, truth[e.row.user_id, tuple(searches(e.row.history))]) for e in examples]
-        figures["spearman"] = float(np.corrcoef(stats.rankdata(means), stats.rankdata(true))[0, 1])
+        examples = encode(parts.test, frozen.reader)
+        scored = score(frozen, examples, config.train.microbatch_tokens)
+        slots = _filled_slots(examples, sessions)
+        figures["rank_correlation"] = _correlations(scored, slots)
+        for name, judge in judges(LexicalLabeller(num_queries=3), parts.train).items():
+            known = replace(scored, probabilities=as_probabilities([judge(example) for example in examples]))
+            auc = quality.measure(known)["auc"]
+            figures[name] = {"auc": asdict(auc), "rank_correlation": _correlations(known, slots)}
     return figures
 
 
+def _correlations(scored: quality.Scored, slots: Sequence[float]) -> dict[str, float]:
+    """Spearman's rho of each response's mean soft value with the share of its words, and of its slots, that are relevant."""
+    truth = replace(scored, probabilities=np.eye(3)[scored.labels]).sentence_scores()
+    mean = scored.sentence_scores()
+    return {"words": _spearman(mean, truth), "slots": _spearman(mean, slots)}
+
+
+def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+
+
+def _filled_slots(examples: Sequence[Example], sessions: Sequence[Session]) -> list[float]:
+    """The relevance of each response as the policies' tables measure it: the share of slots with a new relevant query."""
+    known = {(s.user_id, tuple(searches(s.history))): s.relevant_queries for s in sessions}
+    shares = []
+    for row in (example.row for example in examples):
+        history = searches(row.history)
+        queries = [query.strip() for query in row.response.split(",") if query.strip()]
+        truth = known[row.user_id, tuple(history)]
+        shares.append(relevance(queries, relevant=truth, history=history, num_queries=3))
+    return shares
+
+
 def _write_report(
-    options: argparse.Namespace, config: Config, evaluation: demo.Evaluation, result: dict[str, Any], runs: list[Path]
+    options: argparse.Namespace,
+    config: Config,
+    evaluation: demo.Evaluation,
+    result: Mapping[str, Any],
+    runs: list[Path],
 ) -> None:
     """Curves of every seed, reward histograms, coloured examples and the verdict of the independent judges."""
     verdicts = [
         report.verdict("TPPO on the reward model", "the start", mean, low, high, f"eval/{metric}")
-        for metric in INDEPENDENT[options.labels]
+        for metric in result["independent"]
         for mean, low, high in [result["differences"][metric]["difference"][:3]]
     ]
     per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
@@ -233,15 +306,32 @@ def _write_report(
     )
 
 
-def _true_relevance(row: LabelledResponse, relevant: Sequence[str]) -> float:
-    queries = [query.strip() for query in row.response.split(",") if query.strip()]
-    return relevance(queries, relevant=relevant, history=searches(row.history), num_queries=3)
+def _independent(options: argparse.Namespace) -> list[str]:
+    """The held-out metrics of the judges that did not label."""
+    return [*INDEPENDENT[options.labels], *(JUDGED if options.judge else ())]
+
+
+def _second_opinion(folder: str, num_queries: int) -> demo.More:
+    """What the embedding judge, which did not label, says of each response."""
+    judge = EmbeddingJudge(SentenceEncoder(folder), EmbeddingSettings(num_queries=num_queries))
+
+    def score_all(rollouts: Sequence[Rollout]) -> evaluate.Scores:
+        items = [
+            Item(history=tuple(r.prompt.history), next_queries=tuple(r.prompt.next_queries), response=r.text)
+            for r in rollouts
+        ]
+        labels = judge.label(items)
+        words = [[c for c in one.classes if c != SEPARATOR] for one in labels]
+        shares = [kinds.count(RELEVANT) / max(len(kinds), 1) for kinds in words]
+        return dict(zip(JUDGED, (np.array(shares), np.array([float(one.sentence) for one in labels])), strict=True))
+
+    return score_all
 
 
 def _differences(scores: dict[str, evaluate.Scores], names: Sequence[str], users: Sequence[str]) -> dict[str, Any]:
     """Metric -> start, trained policies, and their paired difference over users and seeds with its 95 % interval."""
     table = {}
-    for metric in ("relevance", "hit", "mrr", "exact", "word_relevance", "copy", "distinct", "valid", "length"):
+    for metric in (*METRICS, *(name for name in JUDGED if name in scores["start"])):
         after = np.stack([scores[name][metric] for name in names])  # [R, B]
         before = np.broadcast_to(scores["start"][metric], after.shape)
         gap = evaluate.paired_difference(after, before, users)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ RESPONSES = 2
 """Responses to each held-out session in the final table."""
 HISTOGRAM = 400
 """Responses of each policy whose token rewards the report shows as a histogram."""
+More = Callable[[Sequence[Rollout]], evaluate.Scores]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,12 +273,16 @@ class Evaluation:
         self.examples: list[report.Example] = []
         self.figures: dict[str, Figure] = {}
 
-    def scores(self, folders: Mapping[str, Path]) -> dict[str, evaluate.Scores]:
-        """Policy -> per-response scores; keeps two labelled responses and a histogram of rewards of each policy."""
+    def scores(self, folders: Mapping[str, Path], more: More | None = None) -> dict[str, evaluate.Scores]:
+        """Policy -> per-response scores; keeps two labelled responses and a histogram of rewards of each policy.
+
+        ``more`` scores the same responses by something else.
+        """
         out = {}
         for name, folder in folders.items():
             rollouts = self._respond(folder)
             out[name] = evaluate.score(rollouts, self._builder.parse, num_queries=self.config.data.num_queries)
+            out[name] |= more(rollouts) if more else {}
             self._explain(name, rollouts[:HISTOGRAM])
         return out
 

@@ -86,8 +86,7 @@ def bayes(session: Session) -> list[str]:
 
 def persona_blind(session: Session) -> list[str]:
     """``bayes`` that reads the current session only: what is left without the user's earlier sessions."""
-    domain, _, facets, _ = current(session)
-    return _likeliest(session, _observe({(persona, START): 1.0 for persona in range(PERSONAS)}, domain, facets))
+    return _likeliest(session, session_posterior(session))
 
 
 def posterior(session: Session) -> Belief:
@@ -99,6 +98,12 @@ def posterior(session: Session) -> Belief:
         personas = {p: sum(w for (q, _), w in belief.items() if q == p) for p in range(PERSONAS)}
     total = sum(belief.values())
     return {key: weight / total for key, weight in belief.items()}
+
+
+def session_posterior(session: Session) -> Belief:
+    """P(persona, current state | the current session), not normalised."""
+    domain, _, facets, _ = current(session)
+    return _observe({(persona, START): 1.0 for persona in range(PERSONAS)}, domain, facets)
 
 
 def walks(history: Sequence[str]) -> list[tuple[str, str, list[str]]]:
