@@ -7,7 +7,7 @@
 Supervise a policy, sample its responses to the training users' sessions, spoil a copy of each, label all by words, train a
 reward model, train the policy by TPPO on its rewards with several seeds from the same start, and score start and result on the
 held-out users. ``--labels planted`` labels against every relevant query of the generated world; ``next`` against what the users
-asked next, which is noisy. The policies are judged by the truth that did not label (``INDEPENDENT``), and with ``--judge ENCODER``
+asked next, which is noisy. Policies are judged by the truth that did not label (``INDEPENDENT``), with ``--judge ENCODER`` also
 by the embedding judge, which never labels here. Planted labels have a ceiling, which is printed beside the reward model
 (``reward_model.exact_judge``). Every stage is kept in --out and taken up again: run the same command to continue.
 """

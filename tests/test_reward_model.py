@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tppo_fast import cli
 from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.metrics import GLOSSARY
-from tppo_fast.reward_model import quality, training
+from tppo_fast.reward_model import backbone, quality, training
 from tppo_fast.reward_model.data import encode, split
 from tppo_fast.reward_model.losses import balanced, class_weights, global_loss, local_loss
 from tppo_fast.reward_model.run import RewardModelResult, score, train_reward_model
@@ -337,6 +338,32 @@ def test_divergence_names_the_setting(labels: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(training, "local_loss", lambda logits, *_: logits.sum() * math.nan)
     with pytest.raises(TrainingDiverged, match=r"train\.lr"):
         train_reward_model(config(tmp_path / "run", labels))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_responses_to_one_session_stay_together_only_where_that_saves_work(
+    labels: Path, tmp_path: Path, packed: bool
+) -> None:
+    model = TokenModel(bert(300), reader())
+    model.packed = packed
+    examples = encode(planted.rows(200), model.reader)
+    order = training.Learner(config(tmp_path, labels), model, examples, "")._order(torch.Generator().manual_seed(0))
+    assert sorted(order) == list(range(len(examples)))
+    histories = [(examples[i].row.user_id, examples[i].row.history["search"]) for i in order]
+    changes = sum(a != b for a, b in pairwise(histories))
+    assert (changes == len(set(histories)) - 1) is packed
+
+
+def test_a_new_encoder_looks_at_equal_tokens_first(labels: Path) -> None:
+    settings = build_section({"data": {"labels": str(labels)}, "backbone": {"scratch": "encoder"}}, RewardModelConfig)
+    model = backbone.build(settings, ["lisbon hotels, kyoto hotels, tram"], "cpu")
+    assert model.hindsight
+    ids = torch.tensor([model.reader.tokenizer("lisbon hotels, kyoto hotels, tram").input_ids])
+    model.classifier.set_attn_implementation("eager")
+    first = model.classifier(input_ids=ids, output_attentions=True).attentions[0][0].mean(0)  # [L, L], over heads
+    same = ids[0][:, None] == ids[0]
+    assert (same.sum(1) > 1).sum() >= 4  # hotels and the comma stand there twice
+    assert first[same].mean() > 4 * first[~same].mean()
 
 
 def test_early_stopping_keeps_the_best_weights(labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

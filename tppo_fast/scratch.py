@@ -56,7 +56,7 @@ def llama_config(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> LlamaCo
 
 
 def modernbert_config(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> ModernBertConfig:
-    """A bidirectional encoder of about the same size, every layer with full attention."""
+    """A bidirectional encoder of about half that size, every layer with full attention."""
     from transformers import ModernBertConfig
 
     eos = _id(tokenizer, "</s>")
@@ -88,3 +88,20 @@ def make(model_class: Any, config: Any, seed: int) -> Any:
     """A randomly initialised model, the same for the same seed."""
     torch.manual_seed(seed)
     return model_class(config)
+
+
+def look_at_equals(encoder: Any, gain: float = 2.0) -> None:
+    """Start each head of a new ModernBERT with equal query and key projections: a token then attends most to its like.
+
+    That words repeat is half of what a reward model must see, and a small model is slow to find it out (dev/LOG.md, 2026-11-25).
+    After "Mimetic initialization of self-attention layers" (Trockman and Kolter, 2023): trained queries and keys look like this.
+
+    Args:
+        encoder: a model that ``make`` made with ``modernbert_config``; changed in place.
+        gain: scale of both projections.
+    """
+    with torch.no_grad():
+        for layer in encoder.model.layers:
+            query, key, _ = layer.attn.Wqkv.weight.chunk(3)  # views, each [D, D]
+            query.mul_(gain)
+            key.copy_(query)

@@ -64,7 +64,9 @@ def _from_nothing(config: RewardModelConfig, texts: Iterable[str]) -> tuple[Any,
 
     tokenizer = scratch.byte_bpe([*texts, *config.data.template.split("{history}")])
     if config.backbone.scratch == "decoder":
-        kind, settings = LlamaForTokenClassification, scratch.llama_config(tokenizer, **_HEAD)
-    else:
-        kind, settings = ModernBertForTokenClassification, scratch.modernbert_config(tokenizer, **_HEAD)
-    return scratch.make(kind, settings, config.seed), tokenizer
+        settings = scratch.llama_config(tokenizer, **_HEAD)
+        return scratch.make(LlamaForTokenClassification, settings, config.seed), tokenizer
+    settings = scratch.modernbert_config(tokenizer, **_HEAD)
+    classifier = scratch.make(ModernBertForTokenClassification, settings, config.seed)
+    scratch.look_at_equals(classifier)
+    return classifier, tokenizer

@@ -15,7 +15,8 @@ class BackboneConfig(Section):
     """Folder of any transformers encoder or causal decoder and its fast tokenizer (safetensors), the policy's own too; or
     "scratch" for a small model that starts from nothing, with a tokenizer made from the labelled texts."""
     scratch: Literal["decoder", "encoder"] = "decoder"
-    """With path "scratch": a causal Llama or a bidirectional ModernBERT of about a million parameters."""
+    """With path "scratch": a causal Llama or a bidirectional ModernBERT of less than a million parameters. A causal one cannot
+    know that a query will turn out to repeat an earlier one."""
     trust_remote_code: bool = False
     """Run Python code that ships inside the model folder. Off unless you have read that code."""
 

@@ -69,7 +69,13 @@ class Learner:
         return self._pass[1][place * size : (place + 1) * size]
 
     def _order(self, generator: torch.Generator) -> list[int]:
-        """Sessions in random order, the responses to each one after the other: a causal backbone reads its history once."""
+        """Responses in random order; packed, sessions in random order with the responses to each one after the other.
+
+        A packed backbone then reads each history once. One that reads it for every response anyway learns more from a batch
+        of unrelated ones.
+        """
+        if not self.model.packed:
+            return torch.randperm(len(self.examples), generator=generator).tolist()
         groups: dict[tuple[str, ...], list[int]] = {}
         for i, example in enumerate(self.examples):
             groups.setdefault((example.row.user_id, *searches(example.row.history)), []).append(i)
