@@ -262,7 +262,7 @@ def _correlations(scored: quality.Scored, slots: Sequence[float]) -> dict[str, f
     return {"words": _spearman(mean, truth), "slots": _spearman(mean, slots)}
 
 
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
+def _spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 
 
