@@ -13,7 +13,7 @@ GPU := $(shell command -v nvidia-smi)
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: train test coverage lint format doctor vllm native smollm2 bench bench-step gpu-check gpu-wheels lock clean help
+.PHONY: train test coverage lint format doctor vllm native smollm2 bench bench-step peers gpu-check gpu-wheels lock clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -107,22 +107,28 @@ bench: smollm2 native $(VENV)/.bench ## measure ops, rollout, one step and learn
 	@$(MAKE) --no-print-directory $(VENV)/.vllm || echo "vLLM's CPU build does not fit here (see above): its rows will say so"
 	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks
 
-bench-step: smollm2 native ## count and time one PPO step on this CPU: each lever off in turn, and PPO as it is usually written
-	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks.bench_step --model .cache/smollm2 --threads 2 --out benchmarks/results/cpu/step.json
+peers:           ## make an environment for each peer of the step benchmark, with pinned versions, in .peers (1 GB each)
+	PYTHONPATH=. $(BIN)/python -m benchmarks.peer_envs
+
+bench-step: smollm2 native ## whole PPO iterations on this CPU against TRL (see make peers), and each lever off in turn: under 10 minutes
+	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks --suite step --threads 2
 
 # On a GPU machine, which may be offline: uses its own python, torch and triton; missing peers come as wheels from .whl/.
 GPU_PYTHON ?= python3
-gpu-check: ## on a GPU: correctness gate, then every op against its peers (PART=1, 2 or 3: a third of them); results in $OUT or benchmarks/results/gpu
+gpu-check: ## on a GPU: correctness gate, every op and one PPO step against peers (PART=1, 2 or 3: a third of them); results in $OUT or benchmarks/results/gpu
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks.gpu_check --wheels .whl $(if $(PART),--part $(PART)/3) \
 	  --out $(or $(OUT),benchmarks/results/gpu)/ops$(if $(PART),-$(PART)).json
 
-# QuACK also needs nvidia-cutlass-dsl (over 90 MB) on the machine itself.
+# QuACK also needs nvidia-cutlass-dsl (over 90 MB) on the machine itself. OURS: what tppo_fast and TRL need beyond torch,
+# transformers, accelerate, pandas and pyarrow.
+OURS := pydantic pydantic-core annotated-types typing-inspection datasets dill multiprocess
 PEERS := liger-kernel==0.8.5 trl==1.12.0 verl==0.9.1 cut-cross-entropy==25.1.1 \
   quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2 torch-c-dlpack-ext==0.1.5 einops
 gpu-wheels: $(VENV)/.base ## pack the peers' wheels for an offline GPU machine (Python 3.12) into .whl
 	rm -rf .whl
 	$(BIN)/pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --dest .whl \
-	  --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 $(PEERS)
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 \
+	  --constraint constraints.txt $(PEERS) $(OURS)
 	@du -sm .whl | awk '{print $$1 " MB in .whl, 60 at most"; exit $$1 > 60}'
 
 doctor: $(VENV)/.run ## say what this machine has and what is missing

@@ -88,20 +88,22 @@ class Baseline:
         advantages = (advantages - found.mean()) / found.std() * live
         return {"old": old, "values": values, "advantages": advantages, "returns": returns}
 
-    def update(self, batch: Padded, prepared: dict[str, Tensor], *, clip: float, value_clip: float) -> dict[str, float]:
-        """One clipped step on the whole batch."""
+    def update(
+        self, batch: Padded, prepared: dict[str, Tensor], *, clip: float, value_coef: float, max_grad_norm: float
+    ) -> dict[str, float]:
+        """One clipped step on the whole batch; the value moves by at most ``clip``, too."""
         live, count = batch.actions, batch.actions.sum()
         logp, entropy = self.logprobs(self.policy, batch)
         values, old_values = self.values(batch), prepared["values"]
         ratio = (logp - prepared["old"]).exp()
         advantages = prepared["advantages"]
         policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-        near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        near = old_values + (values - old_values).clamp(-clip, clip)
         error = torch.maximum((values - prepared["returns"]) ** 2, (near - prepared["returns"]) ** 2)
         value = 0.5 * error
         self.optimizer.zero_grad(set_to_none=True)
-        ((policy + 0.5 * value)[live].sum() / count).backward()
-        norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in self.learned]
+        ((policy + value_coef * value)[live].sum() / count).backward()
+        norms = [nn.utils.clip_grad_norm_(group, max_grad_norm) for group in self.learned]
         self.optimizer.step()
         means = {"ppo/policy_loss": policy, "ppo/value_loss": value, "ppo/entropy": entropy}
         return {**{k: float(x[live].mean()) for k, x in means.items()}, "ppo/grad_norm": float(norms[0])}

@@ -1,4 +1,4 @@
-"""One command on the GPU machine: correctness first, then every op against its peers, as a share of measured ceilings.
+"""One command on the GPU machine: correctness first, then every op and one PPO step against peers, as a share of ceilings.
 
     python -m benchmarks.gpu_check --out benchmarks/results/h200/ops.json [--wheels FOLDER] [--minutes 8]
     python -m benchmarks.gpu_check --part 1/3 --out ...     (a third of the cases: three calls of a few minutes)
@@ -7,13 +7,15 @@
 Needs no network: peers that are missing (Liger, TRL, QuACK, CCE, verl) are installed from the wheels in FOLDER into a
 temporary folder, and those that are not there are left out by name. Nothing is timed while the gate is red, and a provider
 is timed only if it computes the same numbers. Exits with 1 when one of our ops fails the gate. The gate begins with the
-GEMM that everything else stands on. The cases are ``bench_ops.gpu_cases``, the peers in ``peers``.
+GEMM that everything else stands on. The cases are ``bench_ops.gpu_cases``, the peers in ``peers``, the
+step in ``gpu_step``; its result is written beside that of the ops.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +28,9 @@ from benchmarks.gate import check_everything
 from benchmarks.measure import CpuMeter, GpuMeter, ceilings, gate, measure
 from benchmarks.op_cases import Place
 from benchmarks.results import Options, Outcome, Result
+
+OPS_SHARE = 0.6
+"""Of the minutes: the ops start no case after it, so that the step has its time."""
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -51,7 +56,7 @@ def main() -> None:
     if not options.dry and not torch.cuda.is_available():
         parser.error("torch sees no GPU here: use --dry for tiny shapes on the CPU")
     started = time.monotonic()
-    peers.install(options.wheels)
+    installed = peers.install(options.wheels)
     dry = options.dry
     device, meter = ("cpu", CpuMeter()) if dry else ("cuda", GpuMeter())
     backend = "triton" if not dry else "reference" if native.missing() else "native"
@@ -66,7 +71,7 @@ def main() -> None:
     skipped = 0
     part, parts = options.part
     for build in gpu_cases(place, dry=dry)[part - 1 :: parts]:
-        if time.monotonic() - started > 60 * options.minutes:
+        if time.monotonic() - started > 60 * options.minutes * OPS_SHARE:
             skipped += 1
             continue
         torch.compiler.reset()  # a shape of an earlier case must not make this one's dynamic
@@ -83,8 +88,23 @@ def main() -> None:
         print(f"{skipped} cases were left out: the time was over")
     if options.out:
         results.write(report, options.out)
+    from benchmarks import gpu_step  # its imports may be among the wheels
+
+    with tempfile.TemporaryDirectory() as folder:
+        step = gpu_step.run(
+            measured.gemm, Path(folder), part=part, parts=parts, deadline=started + 60 * options.minutes,
+            extra_path=installed, dry=dry,
+        )  # fmt: skip
+    record["providers"] = providers.record(providers.chosen("step", ["tppo_fast", "TRL PPO"]))
+    report = results.report(
+        "step", command, Options(threads=torch.get_num_threads()), Outcome(results=step, settings=settings), record
+    )
+    print(tables.full(report))
+    if options.out:
+        results.write(report, options.out.with_name(options.out.name.replace("ops", "step", 1)))
+    rows += step
     if any(r.problem for r in rows if r.provider.startswith("tppo_fast")):
-        sys.exit("one of our ops failed a case's gate")
+        sys.exit("one of our ops, or our step, failed its gate")
 
 
 if __name__ == "__main__":

@@ -33,14 +33,16 @@ GPU_ONLY = "its kernel needs a GPU"
 _OPENRLHF = {"alone": True, "stand_ins": ("deepspeed", "pylatexenc", "openrlhf.trainer.ray.launcher")}
 
 
-def install(folder: Path | None) -> None:
-    """Install the folder's wheels where only this process sees them."""
+def install(folder: Path | None) -> list[str]:
+    """Install the folder's wheels where only this process sees them; returns that place, for others' import paths."""
     wheels = sorted(folder.glob("*.whl")) if folder else []
-    if wheels:
-        target = tempfile.mkdtemp(prefix="peers")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target]
-        subprocess.run([*command, *map(str, wheels)], check=True)
-        sys.path.append(target)  # after what is installed: torch and triton stay this machine's
+    if not wheels:
+        return []
+    target = tempfile.mkdtemp(prefix="peers")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target]
+    subprocess.run([*command, *map(str, wheels)], check=True)
+    sys.path.append(target)  # after what is installed: torch and triton stay this machine's
+    return [target]
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from benchmarks import peer_envs
 from tppo_fast.atomic import write_atomic
 from tppo_fast.errors import UserError
 
@@ -71,6 +72,16 @@ def needs_gpu(module: str) -> Callable[[], str | None]:
     return missing
 
 
+def needs_environment(name: str) -> Callable[[], str | None]:
+    """``Provider.missing`` of one that runs in an environment of its own."""
+    return lambda: peer_envs.missing(name)
+
+
+def never(reason: str) -> Callable[[], str | None]:
+    """``Provider.missing`` of one that is not driven at all."""
+    return lambda: reason
+
+
 PROVIDERS: tuple[Provider, ...] = (
     Provider(name="tppo_fast", suites=("ops", "rollout", "step", "learning")),
     Provider(name="torch eager", suites=("ops",), package="torch"),
@@ -78,12 +89,31 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(name="F.linear_cross_entropy", suites=("ops",), package="torch"),
     Provider(name="padded PyTorch", suites=("ops", "step"), package="torch"),
     Provider(name="TRL", suites=("ops", "rollout"), missing=needs("trl"), package="trl"),
+    Provider(
+        name="TRL PPO", suites=("step",), missing=needs_environment("trl-ppo"), environment="trl-ppo",
+        driver="drivers/trl_ppo.py",
+    ),
+    Provider(
+        name="TRL GRPO", suites=("step",), missing=needs_environment("trl-grpo"), environment="trl-grpo",
+        driver="drivers/trl_grpo.py",
+    ),
+    Provider(
+        name="verl trainer", suites=("step",),
+        missing=never(
+            "its Ray workers need CUDA, ROCm or Ascend devices and a server of vLLM, SGLang or TensorRT-LLM to sample from; "
+            "its functions are in the ops suite"
+        ),
+    ),
+    Provider(
+        name="OpenRLHF trainer", suites=("step",),
+        missing=never("its Ray workers need CUDA, for flash-attn and vLLM; its functions are in the ops suite"),
+    ),
     Provider(name="verl", suites=("ops",), missing=needs("verl"), package="verl"),
     Provider(name="OpenRLHF", suites=("ops",), missing=needs("openrlhf"), package="openrlhf"),
     Provider(name="Liger", suites=("ops",), missing=needs("liger_kernel"), package="liger-kernel"),
     Provider(name="CCE", suites=("ops",), missing=needs("cut_cross_entropy"), package="cut-cross-entropy"),
     Provider(name="QuACK", suites=("ops",), missing=needs_gpu("quack"), package="quack-kernels"),
-)
+)  # fmt: skip
 
 
 def chosen(suite: Suite, names: Sequence[str] | None) -> list[Provider]:
@@ -100,10 +130,18 @@ def chosen(suite: Suite, names: Sequence[str] | None) -> list[Provider]:
 
 def record(providers: Sequence[Provider]) -> dict[str, dict[str, str | None]]:
     """Name -> its version and why it cannot run here, for the results."""
-    return {p.name: {"version": _version(p.package), "missing": p.missing()} for p in providers}
+    return {p.name: {"version": _version(p), "missing": p.missing()} for p in providers}
 
 
-def _version(package: str | None) -> str | None:
+def named(name: str) -> Provider:
+    """The provider of a row, ``name`` or ``name: variant``."""
+    return next(p for p in PROVIDERS if p.name == name.split(":")[0])
+
+
+def _version(provider: Provider) -> str | None:
+    if provider.environment:
+        return peer_envs.peer(provider.environment).partition("==")[2]
+    package = provider.package
     try:
         return metadata.version(package) if package else None
     except metadata.PackageNotFoundError:
@@ -112,12 +150,13 @@ def _version(package: str | None) -> str | None:
 
 def ask(
     python: Path, driver: str, folder: Path, request: Mapping[str, Any], tensors: Mapping[str, Any] | None = None, *,
-    threads: int = 1, timeout: float = 1800,
+    threads: int = 1, timeout: float = 1800, extra_path: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Run ``python driver folder`` and return its answer.
 
     The driver reads ``request.json`` and, if there is one, ``inputs.safetensors`` in ``folder``, and leaves ``answer.json`` and,
-    for the correctness gate, ``outputs.safetensors`` there. It imports nothing of tppo_fast.
+    for the correctness gate, ``outputs.safetensors`` there. It imports nothing of tppo_fast, but modules beside it, and what lies
+    in the folders of ``extra_path``.
 
     Raises:
         RuntimeError: it failed, took longer than ``timeout`` seconds or left no answer; the message ends with its last lines.
@@ -131,7 +170,11 @@ def ask(
 
         write_atomic(folder / "inputs.safetensors", save(dict(tensors)))
     script = Path(__file__).parent / driver
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    path = os.pathsep.join(
+        [str(script.parent), *extra_path]
+    )  # instead of ours: nothing of this checkout may be in its way
+    settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
+    environment = os.environ | settings
     try:
         done = subprocess.run(
             [python, script, folder], env=environment, capture_output=True, text=True, timeout=timeout, check=False

@@ -1,0 +1,154 @@
+"""One PPO step at Qwen3-1.7B's shape, random weights: tppo_fast, each of its levers off in turn, and TRL's trainer.
+
+Every row is a process of its own with fp32 master weights and bf16 arithmetic (TRL's reference is kept in bf16). Each trainer
+gets microbatches of 4 to 6 thousand tokens: TRL, and we where prompts are not shared, 8 responses, else 64. MFU is what the
+step needs (``tppo_fast.flops``: nothing recomputed, no padding, no logits of prompts, a prompt once where it is shared) over
+the time and the GEMM rate measured in the same run: the rows' share of the ceiling. Tokens per second count each prompt with
+each of its responses, for all alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.bench_step import answer_of, disagreement
+from benchmarks.results import Options, Result, summarise
+from benchmarks.step_work import ALL_OFF, OWN, SHARED, TRL, UNSHARED_PROMPTS, Row, Work, inputs
+from tppo_fast import scratch
+from tppo_fast.atomic import atomic_folder
+from tppo_fast.flops import costs
+
+QWEN3 = {
+    "model_type": "qwen3", "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 128, "intermediate_size": 6144, "vocab_size": 151_936, "tie_word_embeddings": True,
+    "max_position_embeddings": 40_960,
+}  # fmt: skip
+TINY = QWEN3 | {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64, "vocab_size": 600}
+RECOMPUTED = {"model": {"shared_body": True, "gradient_checkpointing": True}}
+COMPILED = {"model": {"shared_body": True, "compile": True}}
+SDPA = {"model": {"shared_body": True, "attention": "sdpa"}}
+LIKE: dict[str, Any] = {"like": "tppo_fast: shared body", "metrics": ("value_loss", "entropy")}
+LEAN = Row(provider="tppo_fast: shared body", changes={"settings": SHARED, "microbatch": 64})
+OTHERS = (
+    replace(TRL, changes={"microbatch": 8}),
+    Row(provider="tppo_fast: prompts not shared", changes={"settings": UNSHARED_PROMPTS, "microbatch": 8}, **LIKE),
+    Row(provider="tppo_fast: own critic", changes={"settings": OWN, "microbatch": 64}, **LIKE),
+    Row(provider="tppo_fast: activations recomputed", changes={"settings": RECOMPUTED, "microbatch": 64}, **LIKE),
+    Row(provider="tppo_fast: attention by SDPA", changes={"settings": SDPA, "microbatch": 64}, **LIKE),
+    Row(provider="tppo_fast: compiled", changes={"settings": COMPILED, "microbatch": 64}, **LIKE),
+    Row(provider="tppo_fast: head at four units", changes={"settings": SHARED, "microbatch": 64, "row_local": False}, **LIKE),
+    Row(provider="tppo_fast: all levers off", changes={"settings": ALL_OFF, "microbatch": 8, "row_local": False}, **LIKE),
+)  # fmt: skip
+
+
+def run(
+    gemm: float,
+    folder: Path,
+    *,
+    part: int,
+    parts: int,
+    deadline: float,
+    extra_path: Sequence[str] = (),
+    dry: bool = False,
+) -> list[Result]:
+    """The suite's rows.
+
+    Args:
+        gemm: measured FLOP/s of a bf16 GEMM.
+        folder: where the model and the processes' files go.
+        part, parts: the lean loop and every ``parts``-th of the other rows.
+        deadline: of ``time.monotonic()``; no row starts after it.
+        extra_path: where peers were installed.
+        dry: a tiny shape on the CPU, in this process where it is ours.
+    """
+    work = Work(
+        name="Qwen3-1.7B shape", model=_model(folder, TINY if dry else QWEN3), prompts=2 if dry else 16,
+        prompt_tokens=24 if dry else 512, samples=8, new_tokens=4 if dry else 32, epochs=1, iterations=3, microbatch=8,
+    )  # fmt: skip
+    options = Options(scratch=folder, quick=dry, threads=1 if dry else 8)
+    tensors, answers, found = inputs(work, 0, responses=True), {}, []
+    others = [row for row in OTHERS if not dry or row.changes.get("settings") is not COMPILED]  # a minute, on a CPU
+    for row in (LEAN, *others[part - 1 :: parts]):
+        answer: dict[str, Any] = {"problem": "the time was over"}
+        if time.monotonic() < deadline:
+            request = work.request(options.threads, bfloat16=not dry, **row.changes)
+            answer = answers[row.provider] = answer_of(row, request, tensors, options, extra_path)
+        if "problem" not in answer and (
+            wrong := disagreement(row, answer, answers.get(row.like or "", {}), tolerance=0.05)
+        ):
+            answer["problem"] = wrong  # more than bf16's rounding
+        found += _results(row, work, answer, gemm)
+        print(f"{row.provider}: {answer.get('problem') or 'done'}", flush=True)
+    summarise(found)
+    return found
+
+
+def _model(folder: Path, shape: dict[str, Any]) -> Path:
+    """Random weights on disk, in bf16, with a tokenizer that nobody reads."""
+    config = AutoConfig.for_model(**shape)
+    path = folder / f"model-{shape['hidden_size']}"
+    if not (path / "config.json").exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = scratch.byte_bpe(["a search session"])
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        with atomic_folder(path) as temporary:
+            lm.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    return path
+
+
+def _results(row: Row, work: Work, answer: dict[str, Any], gemm: float) -> list[Result]:
+    """Tokens per second, and each phase; the first iteration warmed up."""
+    tokens = work.prompts * work.samples * (work.prompt_tokens + work.new_tokens)
+    iterations = [] if "problem" in answer else answer["iterations"][1:]
+    needed = needed_flops(row, work)
+
+    def result(what: str, unit: str, values: list[float], peak: float | None = None) -> Result:
+        return Result(
+            case=f"PPO step, {work.name}, {what}", provider=row.provider, family="PPO step", sizes=work.sizes, unit=unit,
+            values=values, problem=answer.get("problem"), baseline=row.baseline,
+            device_peak_bytes=None if peak is None else int(peak * 2**30),
+        )  # fmt: skip
+
+    both = [tokens / (i["prepare_seconds"] + i["update_seconds"]) for i in iterations]
+    found = [result("tokens of both phases", "tokens/s", both)]
+    for phase in ("update", "prepare"):
+        seconds = [i[f"{phase}_seconds"] for i in iterations]
+        peak = max((i[f"{phase}_peak_gib"] for i in iterations), default=None)
+        found.append(result(phase, "s", seconds, peak))
+        if seconds:
+            found[-1].share_of_ceiling = needed[phase] / statistics.median(seconds) / gemm
+    return found
+
+
+def needed_flops(row: Row, work: Work) -> dict[str, float]:
+    """What the row's way of doing a step needs, phase by phase: ``tppo_fast.flops``, on a model without storage."""
+    model = row.changes.get("settings", ALL_OFF)["model"]  # TRL has a critic's body and shares nothing
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work.model))
+    policy = costs(lm.base_model, lm.get_output_embeddings())
+    critic = None if model["shared_body"] else costs(lm.base_model)
+    length, responses = work.prompt_tokens + work.new_tokens, work.prompts * work.samples
+    tokens, pairs = responses * length, responses * _causal(length)
+    if model.get("share_prompts", True):
+        spared = responses - work.prompts  # readings of a prompt
+        tokens, pairs = tokens - spared * work.prompt_tokens, pairs - spared * _causal(work.prompt_tokens)
+    size = tokens, pairs, responses * work.new_tokens
+    return {
+        "prepare": 2 * policy.forward(*size) + (critic.forward(*size) if critic else 0.0),
+        "update": policy.training(*size) + (critic.training(*size) if critic else 0.0),
+    }
+
+
+def _causal(length: int) -> int:
+    return length * (length + 1) // 2

@@ -1,0 +1,121 @@
+"""The step suites run at a tiny size: peers in their own processes, levers counted, and a gate that refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_step, gpu_step, peer_envs, step_ours
+from benchmarks.drivers.ruler import Stopwatch
+from benchmarks.results import Options
+from benchmarks.step_work import ALL_OFF, LEVERS, SHARED, UNSHARED_PROMPTS, WHOLE, inputs, works
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_step_suite_runs_at_a_tiny_size(tmp_path: Path) -> None:
+    """TRL's trainer and ours compute the same iterations; each lever saves what it is for, counted."""
+    pytest.importorskip("trl")
+    outcome = bench_step.run(Options(quick=True, scratch=tmp_path))
+    rows = {(row.case, row.provider): row for row in outcome.results}
+    assert not [
+        row for row in outcome.results if row.provider.split(":")[0] in ("tppo_fast", "padded PyTorch") and row.problem
+    ]
+    whole = "PPO iteration, small Llama"
+    for case in (whole, f"{whole}, rollout", f"{whole}, prepare", f"{whole}, update"):
+        assert rows[case, "TRL PPO"].problem is None
+        assert rows[case, "TRL PPO"].host_peak_bytes
+        assert rows[case, "tppo_fast: own critic"].ratio
+    metrics = outcome.settings[whole]["TRL PPO"]["metrics"]
+    assert len(metrics) == 2  # the second iteration starts from weights that two epochs moved
+    assert abs(metrics[1]["kl"]) > 0
+    levers = "PPO levers, small Llama, update FLOPs"
+    lean = rows[levers, "tppo_fast: shared body"]
+    assert lean.host_peak_bytes
+    for provider, at_least in {
+        "tppo_fast: own critic": 1.3,
+        "tppo_fast: shared body, prompts not shared": 2,
+        "tppo_fast: shared body, head at four units": 1.001,
+        "tppo_fast: all levers off": 3,
+    }.items():
+        assert rows[levers, provider].values[0] > at_least * lean.values[0], provider
+
+
+def test_a_provider_that_computes_something_else_has_no_time() -> None:
+    row = WHOLE[1]
+    fine = {"metrics": [{"reward": 0.5, "kl": 0.0, "policy_loss": 0.1, "value_loss": 0.2, "entropy": 3.0}]}
+    off = {"metrics": [{**fine["metrics"][0], "value_loss": 0.21}]}
+    assert bench_step.disagreement(row, fine, fine) is None
+    assert bench_step.disagreement(row, off, fine) == (
+        "it disagrees with TRL PPO: value_loss of iteration 0 is 0.21, not 0.2"
+    )
+    assert {row.like for row in LEVERS} - {None} <= {row.provider for row in LEVERS}
+
+
+def test_a_gpu_step_that_comes_too_late_is_a_row_that_says_so(tmp_path: Path) -> None:
+    """Each part has the lean loop and its share of the others; test_benchmarks.py runs them dry."""
+    parts = [
+        gpu_step.run(1e12, tmp_path, part=part, parts=3, deadline=time.monotonic() - 1, dry=True) for part in (1, 2, 3)
+    ]
+    assert {row.problem for rows in parts for row in rows} == {"the time was over"}
+    seen = [{row.provider for row in rows} for rows in parts]
+    assert set.intersection(*seen) == {"tppo_fast: shared body"}
+    assert len(set.union(*seen)) == len(gpu_step.OTHERS)  # all, the compiled one aside, and the lean loop
+
+
+def test_needed_flops_are_those_that_the_trainer_counts(tmp_path: Path) -> None:
+    """The formula of a whole step, which TRL's row is held to as well, against the trainer's own sums over microbatches."""
+    work = replace(works(Options(quick=True, scratch=tmp_path))[0], epochs=1, iterations=1)
+    for settings in (SHARED, ALL_OFF, UNSHARED_PROMPTS):
+        answer, _ = step_ours.run(work.request(1, settings=settings), inputs(work, 0, responses=True))
+        needed = gpu_step.needed_flops(replace(WHOLE[1], changes={"settings": settings}), work)
+        assert answer["metrics"][0]["prepare_tflop"] == pytest.approx(needed["prepare"] / 1e12)
+        assert answer["metrics"][0]["update_tflop"] == pytest.approx(needed["update"] / 1e12)
+
+
+def test_a_phase_ends_once() -> None:
+    watch = Stopwatch()
+    watch.begin()
+    watch.mark("rollout")
+    first = dict(watch._row)
+    watch.mark("rollout")
+    assert watch._row == first
+    watch.mark("prepare")
+    watch.end()
+    (row,) = watch.iterations
+    assert row["whole_seconds"] == sum(row[f"{phase}_seconds"] for phase in ("rollout", "prepare", "update"))
+    assert row["whole_peak_gib"] > 0
+
+
+def test_a_peer_says_why_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not installed, failed to install (the reason is kept), and made from other pins than today's."""
+    monkeypatch.setattr(peer_envs, "ROOT", tmp_path / "envs")
+    monkeypatch.setattr(peer_envs, "PINS", tmp_path)
+    pins = tmp_path / "nobody.txt"
+    pins.write_text("# peer: no-such-package==1.0\nno-such-package==1.0\n")
+    assert (
+        peer_envs.missing("nobody")
+        == "no-such-package==1.0 has no environment here: python -m benchmarks.peer_envs nobody"
+    )
+
+    def refuse(*_: object) -> None:
+        raise subprocess.CalledProcessError(1, ["pip"], stderr="noise\nERROR: No matching distribution\n")
+
+    monkeypatch.setattr(peer_envs, "_pip", refuse)
+    monkeypatch.setattr(peer_envs, "_venv", lambda folder: folder.mkdir(parents=True))
+    assert peer_envs.make("nobody") == "failed: No matching distribution"
+    assert peer_envs.missing("nobody") == "no-such-package==1.0 could not be installed: No matching distribution"
+    pins.write_text(pins.read_text() + "another==2.0\n")
+    assert "has no environment here" in (peer_envs.missing("nobody") or "")
+
+
+@pytest.mark.parametrize("name", peer_envs.names())
+def test_a_peer_runs_on_our_libraries(name: str) -> None:
+    """But for the peer itself, an environment holds the versions of constraints.txt."""
+    ours = (Path(__file__).parents[1] / "constraints.txt").read_text().lower().replace("_", "-").splitlines()
+    pins = peer_envs.pins(name)
+    assert peer_envs.peer(name) in pins
+    assert not [pin for pin in pins if pin != peer_envs.peer(name) and pin not in ours]
