@@ -17,7 +17,7 @@ from test_ppo import build
 from test_trainer import values
 from torch import nn
 
-from tppo_fast import checkpoint, model, offload, optimizers, packing, runs, seeding, trainer
+from tppo_fast import checkpoint, losses, model, offload, optimizers, packing, runs, seeding, trainer
 from tppo_fast import config as settings
 from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.ppo import PPO
@@ -147,6 +147,28 @@ def test_adapters_stay_in_full_precision() -> None:
     optimizers.store_in_half([layer])
     assert layer["base"].weight.dtype == torch.bfloat16
     assert layer["adapter"].weight.dtype == torch.float32
+
+
+def test_adapters_learn_beside_half_precision_weights(tiny_model: Path) -> None:
+    """Policy and reference share one set of frozen bfloat16 weights; what learns, its gradients and states are fp32."""
+    pytest.importorskip("peft")
+    section = {"path": str(tiny_model), "dtype": "bfloat16", "lora_rank": 4, "shared_body": True}
+    run = settings.build({"model": section, "ppo": {"lr": 1e-2, "weights": "bfloat16", "epochs": 2}})
+    ac, _ = model.build(run.model, "cpu")
+    optimizers.store_in_half([ac.actor])
+    rollouts = random_rollouts([(9, 5), (6, 4)], n=2, vocab=280)
+    batch = packing.pack(rollouts, [[1.0] * len(r.token_ids) for r in rollouts], share_prompts=True)
+    reference = ac.actor.frozen_copy()
+    ppo = PPO(run, ac, reference, losses.ppo, total_steps=4)
+    frozen = [p for p in ac.actor.parameters() if not p.requires_grad]
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    assert {id(p) for p in reference.parameters()} <= {id(p) for p in frozen}
+    before = [p.detach().clone() for p in frozen]
+    assert ppo.update(ppo.prepare(batch)[0])["ppo/grad_norm"] > 0.0
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen, strict=True))
+    learned = [p for p in ac.actor.parameters() if p.requires_grad]
+    assert {p.dtype for p in learned} == {torch.float32}
+    assert any(float(p.detach().abs().max()) > 0 for name, p in ac.actor.named_parameters() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(

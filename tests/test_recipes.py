@@ -13,7 +13,7 @@ from tppo_fast import config as settings
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-@pytest.mark.parametrize("name", ["cpu_train", "gpu80_1.7b", "gpu80_7b_lora", "paper_7b"])
+@pytest.mark.parametrize("name", ["cpu_train", "gpu40_1.7b", "gpu80_1.7b", "gpu80_7b_lora", "paper_7b"])
 def test_every_recipe_is_a_valid_config(name: str) -> None:
     settings.load(RECIPES / f"{name}.toml")
 

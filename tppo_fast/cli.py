@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -237,9 +238,11 @@ def quiet_libraries() -> None:
     """Our own progress is enough; and nothing is looked up on a hub for a local folder."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging
+    for name in ("torchao", "torch.utils._pytree"):  # torchao tells of GPU parts that do not fit, and torch of torchao
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
 
 
 def run(command: Callable[[], Any]) -> int:

@@ -13,7 +13,6 @@ would vanish; gradients are summed in fp32 all the same.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,9 +37,6 @@ def build(groups: Sequence[tuple[list[nn.Parameter], float]], config: PPOConfig)
     options: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(params, fused=True, **options)
-    logging.getLogger("torchao").setLevel(
-        logging.ERROR
-    )  # it tells of GPU parts that do not fit, which are not used here
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:

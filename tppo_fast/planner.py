@@ -92,8 +92,6 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
         waiting["critic weights"] = FULL * sizes.trained_body if frozen_shared else stored * sizes.body
     if config.ppo.kl_placement != "off" and not frozen_shared:
         waiting["reference weights"] = stored * sizes.parameters
-    if config.vllm.sleep not in ("discard", "stop") or config.rollout.engine != "vllm":
-        weights["engine weights"] = half * sizes.parameters
     learned = sizes.trained + (sizes.trained_body if own_body else 0)
     waiting["optimizer states"] = int(bytes_per_weight(config.ppo) * learned)
     kept = weights | waiting
@@ -104,13 +102,19 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
     cache = min(sampled, 256) * longest * sizes.cache_per_token * half
     if config.rollout.engine == "vllm" and config.vllm.kv_cache_gib is not None:
         cache = int(config.vllm.kv_cache_gib * GIB)
+    engine = {"engine weights": half * sizes.parameters, "key-value cache": cache}
+    if config.rollout.engine != "vllm":
+        beside = {"engine weights": engine["engine weights"]}  # its cache lives no longer than a call
+    else:
+        beside = engine if config.vllm.sleep == "off" else {}
     streams = 4 * tokens * sizes.hidden * FULL  # hidden states of a pass that keeps nothing for a backward pass
     return [
-        Phase(name="rollout", parts=(weights if config.ppo.offload else kept) | {"key-value cache": cache}),
-        Phase(name="prepare", parts=kept | {"hidden states": streams, "logits workspace": logits}),
+        Phase(name="rollout", parts=(weights if config.ppo.offload else kept) | engine),
+        Phase(name="prepare", parts=kept | beside | {"hidden states": streams, "logits workspace": logits}),
         Phase(
             name="update",
             parts=kept
+            | beside
             | {
                 "gradients": FULL * learned,
                 "activations": int(bodies * (sizes.saved_per_token * tokens + sizes.saved_once)),

@@ -131,14 +131,16 @@ def _loop(
         while ppo.step < steps:
             guard.check()
             step, clock = ppo.step, Clock()
-            with clock("offload"):
-                make_room(run)
+            if config.ppo.offload:
+                with clock("offload"):
+                    ppo.park()
             rollouts = run.source.take(step, clock)
             if config.vllm.sleep != "off":
                 with clock("sync"):
                     run.engine.sleep()
-            with clock("offload"):
-                ppo.unpark()
+            if config.ppo.offload:
+                with clock("offload"):
+                    ppo.unpark()
             guard.check()
             with clock("score"):
                 rewards, classes = run.reward.explain(rollouts)
@@ -275,17 +277,12 @@ def evaluate(run: Run) -> Metrics:
     """Metrics of one response to each held-out session, with the current policy."""
     began = time.perf_counter()
     run.source.settle()
-    make_room(run)
+    if run.config.ppo.offload:
+        run.ppo.park()
     run.engine.load_weights(run.ppo.model.actor.named_weights(), version=run.ppo.step)
     rollouts = run.engine.generate(run.eval_prompts, eval_sampling(run.config))
     found = held_out(rollouts, run.builder.parse, num_queries=run.config.data.num_queries, seed=run.config.seed)
     return {**found, "time/eval": time.perf_counter() - began}
-
-
-def make_room(run: Run) -> None:
-    """Before the engine works: what it does not need leaves the GPU, where ``ppo.offload`` says so."""
-    if run.config.ppo.offload:
-        run.ppo.park()
 
 
 def rollout_metrics(
