@@ -103,14 +103,14 @@ $(VENV)/.bench: $(VENV)/.test
 	done
 	@touch $@
 
-bench: smollm2 native $(VENV)/.bench ## measure ops, rollout, one step and learning on this CPU, then tables and plots (about 35 minutes)
+bench: smollm2 native peers $(VENV)/.bench ## measure ops, rollout, one step and learning on this CPU, then tables and plots (about 35 minutes)
 	@$(MAKE) --no-print-directory $(VENV)/.vllm || echo "vLLM's CPU build does not fit here (see above): its rows will say so"
 	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks
 
-peers:           ## make an environment for each peer of the step benchmark, with pinned versions, in .peers (1 GB each)
-	PYTHONPATH=. $(BIN)/python -m benchmarks.peer_envs
+peers: $(VENV)/.test ## make an environment for each peer of the step benchmark that needs one, with pinned versions, in .peers (1 GB each)
+	PYTHONPATH=. $(BIN)/python -m benchmarks.peer_envs || echo "going on without them: their rows will say so"
 
-bench-step: smollm2 native ## whole PPO iterations on this CPU against TRL (see make peers), and each lever off in turn: under 10 minutes
+bench-step: smollm2 native peers ## whole PPO iterations on this CPU against TRL, and each of our levers off in turn: under 10 minutes
 	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks --suite step --threads 2
 
 # On a GPU machine, which may be offline: uses its own python, torch and triton; missing peers come as wheels from .whl/.

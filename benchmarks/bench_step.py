@@ -90,9 +90,13 @@ def _compare(
 
 
 def answer_of(
-    row: Row, request: dict[str, Any], tensors: Mapping[str, Tensor], options: Options, extra_path: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The row's answer, its sequences among it; or {"problem": why there is none}. ``extra_path``: where its imports lie, too."""
+    row: Row, request: dict[str, Any], tensors: Mapping[str, Tensor], options: Options, *,
+    extra_path: Sequence[str] = (), timeout: float = 3600,
+) -> dict[str, Any]:  # fmt: skip
+    """The row's answer, its sequences among it; or {"problem": why there is none}.
+
+    ``extra_path``: where its imports lie, too. It is stopped after ``timeout`` seconds.
+    """
     folder = options.scratch / f"step-{row.provider.replace(': ', '-').replace(' ', '-')}"
     peer = named(row.provider)
     try:
@@ -101,19 +105,21 @@ def answer_of(
             if python is None:
                 return {"problem": peer.missing()}
             given = {n: tensors[n] for n in ("prompts", "value_head")}
-            answer = ask(python, peer.driver, folder, request, given, threads=options.threads, extra_path=extra_path)
+            answer = ask(
+                python, peer.driver, folder, request, given, threads=options.threads, timeout=timeout, extra_path=extra_path
+            )  # fmt: skip
         elif options.quick:
             answer, out = run_here(request, tensors)
             return answer | out
         else:
-            answer = _own_process(request, tensors, folder, extra_path)
+            answer = _own_process(request, tensors, folder, extra_path, timeout)
         return answer | load_file(folder / "outputs.safetensors")
     except RuntimeError as error:
         return {"problem": " ".join(str(error).split())[-300:]}
 
 
 def _own_process(
-    request: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path, extra_path: Sequence[str]
+    request: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path, extra_path: Sequence[str], timeout: float
 ) -> dict[str, Any]:
     """``step_ours`` in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +128,12 @@ def _own_process(
     path = [str(ROOT), str(ROOT / "kernels"), *extra_path]
     environment = os.environ | {"OMP_NUM_THREADS": str(request["threads"]), "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_ours", str(folder.resolve())]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"it was stopped after {timeout:.0f} s") from None
     if done.returncode:
         raise RuntimeError(f"it ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return json.loads((folder / "answer.json").read_text())

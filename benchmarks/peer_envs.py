@@ -1,6 +1,6 @@
 """One environment per peer under ``.peers``, with pinned versions: no clash between dependencies decides a result.
 
-    python -m benchmarks.peer_envs            (every peer that is not there yet; 1 GB each)
+    python -m benchmarks.peer_envs            (every peer that cannot run yet; 1 GB each)
     python -m benchmarks.peer_envs trl-ppo    (this one, made anew)
 
 ``peer_pins/NAME.txt`` names the peer and pins everything that its environment holds. A peer that cannot be installed keeps its
@@ -123,12 +123,12 @@ def _last_line(error: subprocess.CalledProcessError) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; none: all that are missing")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; none: all that cannot run")
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(names())):
         parser.error(f"{unknown[0]!r}: no peer is called that; there are {', '.join(names())}")
     failed = []
-    for name in options.names or [n for n in names() if _state(n) != "ready"]:
+    for name in options.names or [n for n in names() if python_of(n) is None]:
         print(f"{name}: installing ...", flush=True)
         state = make(name)
         print(f"{name}: {state}", flush=True)

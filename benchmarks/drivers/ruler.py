@@ -22,7 +22,6 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(the request, its tensors); also sets the threads it asks for, before torch does any work."""
     request = json.loads((folder / "request.json").read_text())
     torch.set_num_threads(request["threads"])
-    torch.set_float32_matmul_precision("high")  # fp32 matrices on a GPU: TF32, for everybody
     inputs = folder / "inputs.safetensors"
     return request, load_file(inputs) if inputs.exists() else {}
 
@@ -69,6 +68,7 @@ class Stopwatch:
 
     def begin(self) -> None:
         """An iteration begins."""
+        torch.set_float32_matmul_precision("high")  # what is fp32 on a GPU is TF32, for everybody
         self._row = {}
         self._synchronise()
         peak_gib()
