@@ -186,6 +186,22 @@ def measure(
         )
         for name, run in case.providers.items()
     }  # fmt: skip
+    gc.collect()
+    gc.freeze()  # what the peers' imports made is not looked through again before every turn
+    try:
+        _take_turns(case, rows, meter, rounds, seed)
+    finally:
+        gc.unfreeze()
+    results = list(rows.values())
+    summarise(results)
+    for row in results:
+        if case.ideal_seconds and row.median:
+            row.share_of_ceiling = case.ideal_seconds / row.median
+    return results
+
+
+def _take_turns(case: Case, rows: Mapping[str, Result], meter: Meter, rounds: int, seed: int) -> None:
+    """Warm up and time every provider without a problem; fills in its row."""
     calls: dict[str, int] = {}
     for name, run in case.runs.items():
         if rows[name].problem is None:
@@ -199,12 +215,6 @@ def measure(
         case.refresh(seed + 1 + k)
         for name in order[k % max(len(order), 1) :] + order[: k % max(len(order), 1)]:
             rows[name].values.append(meter.time(case.runs[name], calls[name]))
-    results = list(rows.values())
-    summarise(results)
-    for row in results:
-        if case.ideal_seconds and row.median:
-            row.share_of_ceiling = case.ideal_seconds / row.median
-    return results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
