@@ -52,7 +52,7 @@ def experiment(options: Options) -> Experiment:
                 "value_warmup_steps": 0 if quick else 2,
             },
             "train": {
-                "steps": 2 if quick else 60, "eval_every": 1 if quick else 5, "eval_prompts": 16 if quick else 300,
+                "steps": 2 if quick else 60, "eval_every": 1 if quick else 6, "eval_prompts": 16 if quick else 300,
                 "save_every": 30, "show_examples": 0, "tensorboard": False,
             },
         },

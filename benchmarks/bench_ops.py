@@ -32,14 +32,13 @@ def cases(place: Place, *, quick: bool) -> list[Callable[[], Case]]:
             partial(cross_entropy_case, place, 64, 16, 1000),
         ]  # fmt: skip
     d, v = SMOLLM2["hidden"], SMOLLM2["vocabulary"]
-    rows = [(512, v), (128, v), (2048, v), (512, 16_384), (512, 151_936)]
+    logits = [(256, v), (64, v), (1024, v), (256, 16_384), (256, 151_936)]
     gaes = [(64, 512), (64, 128), (64, 2048), (16, 512), (256, 512)]
-    heads = [(256, v), (64, v), (1024, v), (256, 16_384), (256, 151_936)]
     return [
-        *(partial(rows_case, place, *size, backward=True) for size in rows),
+        *(partial(rows_case, place, *size, backward=True) for size in logits),
         *(partial(gae_case, place, *size) for size in gaes),
         *(partial(ppo_case, place, tokens) for tokens in (100_000, 10_000, 1_000_000)),
-        *(partial(head_case, place, tokens, d, vocab, entropy=True) for tokens, vocab in heads),
+        *(partial(head_case, place, tokens, d, vocab, entropy=True) for tokens, vocab in logits),
         partial(head_case, place, 256, d, v, entropy=False),
         partial(cross_entropy_case, place, 256, d, v),
     ]

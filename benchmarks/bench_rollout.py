@@ -29,7 +29,7 @@ ROUNDS = 3
 NEW_TOKENS = 16
 ENGINES = {"tppo_fast: vLLM": "vllm", "tppo_fast: transformers": "hf"}
 BASELINE = "tppo_fast: transformers"
-SWEEP = [(4, 4, 64), (1, 4, 64), (16, 4, 64), (4, 1, 64), (4, 2, 64), (4, 4, 32), (4, 4, 128)]
+SWEEP = [(4, 4, 64), (1, 4, 64), (12, 4, 64), (4, 1, 64), (4, 2, 64), (4, 4, 32), (4, 4, 128)]
 """(prompts, samples per prompt, longest prompt)."""
 QUICK = [(2, 2, 8)]
 

@@ -53,8 +53,8 @@ class Case:
 class Meter(Protocol):
     """Clock and memory of one device."""
 
-    def calls(self, run: Run) -> int:
-        """Warm up; how often one timing calls ``run``."""
+    def calls(self, seconds: float) -> int:
+        """How often one timing calls what takes so many seconds."""
         ...
 
     def time(self, run: Run, calls: int = 1) -> float:
@@ -69,10 +69,8 @@ class Meter(Protocol):
 class CpuMeter:
     """Wall clock, and the process's peak resident memory (Linux; elsewhere how far its highest peak rose)."""
 
-    def calls(self, run: Run) -> int:
-        start = time.perf_counter()
-        run()
-        return min(max(int(0.05 / (time.perf_counter() - start)), 1), 1000)  # short calls are repeated
+    def calls(self, seconds: float) -> int:
+        return min(max(int(0.05 / seconds), 1), 1000)  # short calls are repeated
 
     def time(self, run: Run, calls: int = 1) -> float:
         gc.collect()
@@ -121,8 +119,8 @@ class GpuMeter:
     def __init__(self) -> None:
         self.flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
 
-    def calls(self, run: Run) -> int:
-        run()  # compiles and tunes
+    def calls(self, seconds: float) -> int:
+        del seconds
         return 1
 
     def time(self, run: Run, calls: int = 1) -> float:
@@ -136,7 +134,7 @@ class GpuMeter:
         return start.elapsed_time(end) / 1e3 / calls
 
     def peak(self, run: Run) -> tuple[int, int | None]:
-        run()
+        run()  # compiles and tunes
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -206,8 +204,10 @@ def _take_turns(case: Case, rows: Mapping[str, Result], meter: Meter, rounds: in
     for name, run in case.runs.items():
         if rows[name].problem is None:
             try:
-                rows[name].host_peak_bytes, rows[name].device_peak_bytes = meter.peak(run)
-                calls[name] = meter.calls(run)
+                began = time.perf_counter()
+                rows[name].host_peak_bytes, rows[name].device_peak_bytes = meter.peak(run)  # which also warms up
+                took = time.perf_counter() - began
+                calls[name] = meter.calls(took if took > 0.2 else meter.time(run))
             except Exception as error:  # out of memory, most likely: the others go on
                 rows[name].problem = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     order = list(calls)
@@ -240,5 +240,5 @@ def ceilings(device: str, dtype: torch.dtype, meter: Meter, *, size: int, side: 
 
 
 def _best(run: Run, meter: Meter, rounds: int = 5) -> float:
-    calls = meter.calls(run)
+    calls = meter.calls(meter.time(run))
     return min(meter.time(run, calls) for _ in range(rounds))

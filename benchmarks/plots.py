@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import results, tables
-from benchmarks.providers import PROVIDERS, SUITES
+from benchmarks.providers import SUITES
 from benchmarks.results import NOT_MEASURED, Result
 from tppo_fast.report import COLOURS, STYLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-ORDER = [provider.name for provider in PROVIDERS]
 
 
 def digest(paths: Sequence[Path]) -> str:
@@ -63,7 +61,7 @@ def planned() -> list[Plot]:
     found = [Plot(path=results.ROOT / "summary.svg", sources=whole, draw=summary)]
     for device in ("cpu", *tables.gpus()):
         for suite, report in tables.kept(device).items():
-            draw = partial(learning if suite == "learning" else sweeps, report)
+            draw = partial({"learning": learning, "step": bars}.get(suite, sweeps), report)
             files = results.files(results.ROOT / device, suite)
             found.append(Plot(path=results.ROOT / device / f"{suite}.svg", sources=files, draw=draw))
     return found
@@ -83,13 +81,15 @@ def _figure(columns: int, rows: int = 1, width: float = 4.2, height: float = 3.2
     return figure, panels
 
 
-def _colour(provider: str) -> str:
-    name = provider.split(":")[0]
-    return COLOURS[ORDER.index(name) % len(COLOURS)] if name in ORDER else "#888888"
+def _colours(providers: Sequence[str]) -> dict[str, str]:
+    """A colour for each in a panel, variants of one provider sharing theirs; tppo_fast has the first."""
+    names = dict.fromkeys(["tppo_fast", *(provider.split(":")[0] for provider in providers)])
+    of = {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
+    return {provider: of[provider.split(":")[0]] for provider in providers}
 
 
 def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=9, fontweight="bold", color="#1a1a1a")
+    axes.set_title(text, loc="left", fontsize=8, fontweight="bold", color="#1a1a1a")
 
 
 def sweeps(report: Mapping[str, Any]) -> Figure:
@@ -115,13 +115,14 @@ def sweeps(report: Mapping[str, Any]) -> Figure:
 
 def _sweep(axes: Axes, axis: str, members: Sequence[Result]) -> None:
     names = list(dict.fromkeys(row.provider for row in members))
+    colours = _colours(names)
     for name in names:
         points = sorted((row.sizes[axis], row.median, row.q20, row.q80) for row in members if row.provider == name)
         x, y, low, high = zip(*points, strict=True)
         same = [n for n in names if n.split(":")[0] == name.split(":")[0]]
         style = STYLES[same.index(name) % len(STYLES)]
-        axes.plot(x, y, style, color=_colour(name), marker="o", markersize=3, linewidth=1.4, label=name)
-        axes.fill_between(x, low, high, color=_colour(name), alpha=0.15, linewidth=0)
+        axes.plot(x, y, style, color=colours[name], marker="o", markersize=3, linewidth=1.4, label=name)
+        axes.fill_between(x, low, high, color=colours[name], alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel(axis, fontsize=8)
@@ -171,17 +172,33 @@ def summary() -> Figure:
     return figure
 
 
+def bars(report: Mapping[str, Any]) -> Figure:
+    """Seconds of everything that several rows were timed at, a panel each; the counter slows down what it counted."""
+    timed = [
+        rows for rows in tables.heads(results.rows_of(report)) if rows[0].unit == "s" and any(r.median for r in rows)
+    ]
+    columns = min(max(len(timed), 1), 3)
+    figure, panels = _figure(columns, max(-(-len(timed) // columns), 1), height=2.2)
+    for axes, rows in zip(panels, timed, strict=False):
+        _bars(axes, rows)
+        _title(axes, rows[0].family)
+    for axes in panels[len(timed) :]:
+        axes.set_axis_off()
+    return figure
+
+
 def _gains(axes: Axes, rows: Sequence[Result]) -> None:
     """For each op ours and the best of the others."""
-    labels, widths, colours = [], [], []
-    for members in tables.heads(rows):
+    labels, widths, found = [], [], []
+    for members in tables.whole(tables.heads(rows), "ops"):
         other = tables.best_other(members)
         for row in (members[0], other):
             if row is not None and row.ratio:
-                labels.append(f"{members[0].family.split(',')[0]}\n{row.provider}")
+                what = members[0].family.rpartition(", ")[0] if row is members[0] else ""
+                labels.append(f"{what.removesuffix(' of every term and its gradients')}  {row.provider.split(',')[0]}")
                 widths.append(row.ratio)
-                colours.append(_colour(row.provider))
-    axes.barh(range(len(widths)), widths, color=colours)
+                found.append(row.provider)
+    axes.barh(range(len(widths)), widths, color=[_colours(found)[name] for name in found])
     axes.set_yticks(range(len(widths)), labels, fontsize=6)
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -189,9 +206,13 @@ def _gains(axes: Axes, rows: Sequence[Result]) -> None:
 
 
 def _bars(axes: Axes, rows: Sequence[Result]) -> None:
+    """The medians, with whiskers from the 20 to the 80 % quantile."""
     measured = [row for row in rows if row.median is not None]
-    axes.barh(
-        range(len(measured)), [row.median or 0.0 for row in measured], color=[_colour(row.provider) for row in measured]
-    )
+    median = [row.median or 0.0 for row in measured]
+    spread = [[m - (row.q20 or m) for m, row in zip(median, measured, strict=True)],
+              [(row.q80 or m) - m for m, row in zip(median, measured, strict=True)]]  # fmt: skip
+    colours = list(_colours([row.provider for row in measured]).values())
+    axes.barh(range(len(measured)), median, xerr=spread, color=colours, ecolor="#444444")
     axes.set_yticks(range(len(measured)), [row.provider for row in measured], fontsize=7)
+    axes.set_xlabel("seconds", fontsize=8)
     axes.invert_yaxis()

@@ -171,7 +171,7 @@ def summary() -> str:
         if suite not in cpu:
             lines.append(f"| {suite} | {NOT_MEASURED} | {NOT_MEASURED} | | {NOT_MEASURED} |")
             continue
-        for rows in _whole(heads(results.rows_of(cpu[suite])), suite):
+        for rows in whole(heads(results.rows_of(cpu[suite])), suite):
             lines.append(_summary_line(rows, on_gpu.get(_kind(rows))))
     measured = [*cpu.values(), *(report for reports in gpu.values() for report in reports.values())]
     devices = dict.fromkeys(_device(report) for report in measured)
@@ -191,7 +191,7 @@ def summary() -> str:
     )  # fmt: skip
 
 
-def _whole(cases: Sequence[Sequence[Result]], suite: str) -> list[Sequence[Result]]:
+def whole(cases: Sequence[Sequence[Result]], suite: str) -> list[Sequence[Result]]:
     """Without the phases of another case, and without those where only our own variants are compared."""
     families = {rows[0].family for rows in cases}
     return [
@@ -208,7 +208,8 @@ def _summary_line(rows: Sequence[Result], on_gpu: tuple[str, Sequence[Result]] |
         better = ours.median / other.median if results.more_is_better(ours.unit) else other.median / ours.median
         ratio = f"{better:.2f}x"
     gpu = NOT_MEASURED if on_gpu is None else f"{on_gpu[0]}: {_cell(on_gpu[1][0], False)}"
-    return f"| {ours.case} | {_cell(ours, False)} | {_cell(other, True)} | {ratio} | {gpu} |"
+    beside = _cell(other, True) if other is not None else "none ran here"
+    return f"| {ours.case} | {_cell(ours, False)} | {beside} | {ratio} | {gpu} |"
 
 
 def kernels() -> str:
