@@ -68,7 +68,12 @@ def main() -> None:
     torch.set_num_threads(1)
     out: Path = options.out
     base = demo.DemoSettings(
-        run_dir=out, model=options.model, data=options.data, sft_steps=options.sft_steps, steps=options.steps
+        run_dir=out,
+        model=options.model,
+        data=options.data,
+        sft_steps=options.sft_steps,
+        steps=options.steps,
+        rollout=options.rollout,
     )
     demo.open_folder(base)
     sessions, held_out = demo.sessions(base)
@@ -115,6 +120,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="", help="a causal LM; empty: the demo's small one")
     parser.add_argument("--data", default="synthetic")
+    parser.add_argument("--rollout", default="hf", help="who samples: hf or vllm")
     parser.add_argument("--labels", choices=INDEPENDENT, default="planted")
     parser.add_argument("--backbone", default="policy", help="policy; encoder or decoder: a small new one; or a folder")
     parser.add_argument("--seeds", type=int, default=3, help="0: stop at the reward model")
@@ -126,6 +132,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--eval-sessions", type=int, default=10_000)
     parser.add_argument("--rm-lr", type=float, default=1e-3)
     parser.add_argument("--rm-epochs", type=int, default=1)
+    parser.add_argument("--rm-test", type=float, default=0.1, help="share of the labelled users who only measure it")
     parser.add_argument("--value", default="soft")
     parser.add_argument("--scale", default="centred")
     parser.add_argument(
@@ -194,7 +201,7 @@ def _reward_model(options: argparse.Namespace, labels: Path, start: Path) -> Pat
             "run_dir": str(run_dir),
             "threads": 1,
             "backbone": _backbone(options.backbone, start),
-            "data": {"labels": str(labels)},
+            "data": {"labels": str(labels), "test_fraction": options.rm_test},
             "train": {"lr": options.rm_lr, "epochs": options.rm_epochs},
         }
         config = build_section(values, RewardModelConfig)

@@ -27,7 +27,7 @@ from tppo_fast.reward_model.data import encode, split
 from tppo_fast.reward_model.losses import balanced, class_weights, global_loss, local_loss
 from tppo_fast.reward_model.run import RewardModelResult, score, train_reward_model
 from tppo_fast.reward_model.settings import LabelsConfig, RewardModelConfig
-from tppo_fast.rewards.token_model import Reader, TokenModel, load
+from tppo_fast.rewards.token_model import Encoded, Reader, TokenModel, batches, load
 from tppo_fast.sections import build_section
 
 TRUE = torch.ones(4, dtype=torch.bool)
@@ -238,6 +238,16 @@ def test_batching_and_packing_do_not_change_the_scores(trained: RewardModelResul
             assert torch.allclose(a, b, atol=1e-5)
             if alone is not None:
                 assert torch.allclose(alone.logits[0][one.response].softmax(-1), a, atol=1e-5)
+
+
+def test_padded_groups_hold_inputs_of_similar_length() -> None:
+    lengths = [30, 8, 29, 100, 7, 80, 31, 6]
+    inputs = [Encoded(input_ids=range(n), token_type_ids=None, response=[], spans=[]) for n in lengths]
+    grouped = [[lengths[i] for i in group] for group in batches(inputs, 100_000, padded=True)]
+    assert grouped == [[100, 80], [31, 30, 29], [8, 7, 6]]
+    assert [len(group) for group in batches(inputs, 200, padded=True)] == [2, 3, 3]
+    assert [len(group) for group in batches(inputs, 62, padded=True)] == [1, 1, 2, 1, 3]
+    assert [len(group) for group in batches(inputs, 100_000, padded=False)] == [8]
 
 
 def test_a_history_is_read_once_for_all_its_responses(
