@@ -52,7 +52,7 @@ def run(options: Options) -> Outcome:
     for work in reversed(asked):
         for title, rows in (("PPO iteration", WHOLE), ("GRPO iteration", GRPO)):
             fitting = [row for row in rows if work is asked[0] or not row.small_only]
-            results += _compare(title, work, fitting, names, options, record)
+            results += _compare(title, work, fitting, names, options, record) if fitting else []
     results += _compare("PPO levers", asked[-1], LEVERS, names, options, record, levers=True)
     summarise(results)
     return Outcome(results=results, settings=record)

@@ -72,7 +72,7 @@ class Row:
     baseline: bool = False
     """Ratios refer to it."""
     small_only: bool = False
-    """Left out with the real model, where TRL stands for its kind and minutes are dear."""
+    """Left out with the real model, where minutes are dear."""
 
     @property
     def name(self) -> str:
@@ -98,12 +98,13 @@ WHOLE = (
     ),
 )
 GRPO = (
-    Row(provider="TRL GRPO", baseline=True),
+    Row(provider="TRL GRPO", baseline=True, small_only=True),
     Row(
         provider="tppo_fast: GRPO",
         changes={"algorithm": "grpo", "settings": OWN, "rollout": True, "reference": False},
         like="TRL GRPO",
         metrics=("reward", "entropy"),
+        small_only=True,
     ),
 )
 ALIKE = ("kl", "policy_loss", "value_loss", "entropy")
