@@ -4,7 +4,10 @@ Every row is a process of its own with fp32 master weights and bf16 arithmetic (
 gets microbatches of 4 to 6 thousand tokens: TRL, and we where prompts are not shared, 8 responses, else 64. MFU is what the
 step needs (``tppo_fast.flops``: nothing recomputed, no padding, no logits of prompts, a prompt once where it is shared) over
 the time and the GEMM rate measured in the same run: the rows' share of the ceiling. Tokens per second count each prompt with
-each of its responses, for all alike.
+each of its responses, for all alike. Memory is the allocator's whole peak, weights and optimizer included.
+
+Our rows must agree with the first one to 5 %, which bf16 allows; TRL learns from what it samples itself, and its losses are
+held to ours in the step suite, in fp32.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def works(options: Options) -> list[Work]:
         if options.quick
         else {"prompts": 16, "samples": 8, "microbatch": 64}
     )
-    first = Work(name="small Llama", model=small, epochs=2, iterations=2 if options.quick else 3, **sizes, **few)
+    first = Work(name="small Llama", model=small, epochs=2, iterations=2, **sizes, **few)
     if options.quick:
         return [first]
     if not (options.model / "config.json").exists():
