@@ -221,7 +221,7 @@ def run(
             last = _loop(config, learner, objective, held, tokenizer, logger, guard, name)
         except Interrupted:
             saved = learner.save(config)
-            raise Interrupted(f"stopped after step {learner.step}; continue with --resume (saved in {saved})") from None
+            raise Interrupted.after(learner.step, saved) from None
         except TrainingDiverged as error:
             report = config.run_dir / f"diverged_step_{error.report['step']:06d}.json"
             write_atomic(report, json.dumps(error.report, indent=2).encode())

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 
 class Interrupted(Exception):
     """The person asked to stop; the message says where the run was saved. The shell exits with 130."""
+
+    @classmethod
+    def after(cls, step: int, saved: Path) -> Interrupted:
+        """A run of optimizer steps, stopped with a checkpoint."""
+        return cls(
+            f"stopped after step {step}, saved in {saved}; continue with --resume (compare, demo: the same command)"
+        )
 
 
 class InterruptGuard:

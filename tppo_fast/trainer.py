@@ -104,7 +104,7 @@ def _train(config: Config, start_from: Path | None, profile: int) -> TrainResult
                 evaluation = _loop(run, logger, guard, trace, evaluate_first=first == 0)
         except Interrupted:
             saved = checkpoint.save(config.run_dir, run.ppo, run.tokenizer, config, run.source.state(run.ppo.step))
-            raise Interrupted(f"stopped after step {run.ppo.step}; continue with --resume (saved in {saved})") from None
+            raise Interrupted.after(run.ppo.step, saved) from None
         except TrainingDiverged as error:
             report = config.run_dir / f"diverged_step_{error.report['step']:06d}.json"
             write_atomic(report, json.dumps(error.report, indent=2).encode())

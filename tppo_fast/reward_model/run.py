@@ -94,7 +94,7 @@ def _learn(learner: Learner, validation: Sequence[Example]) -> None:
             fit(learner, validation, logger, guard)
         except Interrupted:
             saved = learner.save()
-            raise Interrupted(f"stopped after step {learner.step}; continue with --resume (saved in {saved})") from None
+            raise Interrupted.after(learner.step, saved) from None
 
 
 def _finish(
