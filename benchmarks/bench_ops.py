@@ -32,7 +32,7 @@ def cases(place: Place, *, quick: bool) -> list[Callable[[], Case]]:
             partial(cross_entropy_case, place, 64, 16, 1000),
         ]  # fmt: skip
     d, v = SMOLLM2["hidden"], SMOLLM2["vocabulary"]
-    logits = [(256, v), (64, v), (1024, v), (256, 16_384), (256, 151_936)]
+    logits = [(256, v), (64, v), (512, v), (256, 16_384), (256, 98_304)]
     gaes = [(64, 512), (64, 128), (64, 2048), (16, 512), (256, 512)]
     return [
         *(partial(rows_case, place, *size, backward=True) for size in logits),

@@ -188,13 +188,17 @@ def _cce(targets: Tensor, reduction: str) -> dict[str, Scalar | str]:
 
 
 def _torch(targets: Tensor, reduction: str) -> dict[str, Scalar | str]:
-    """torch's own: as it is called by default, all logits at once, and on its chunked path."""
+    """torch's own: as it is called by default, all logits at once, and chunked; left to choose, it takes 3 rows a chunk here."""
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if options is None:
         return {"F.linear_cross_entropy": f"torch {torch.__version__} has none"}
+    chunks = {
+        "F.linear_cross_entropy": None,
+        "F.linear_cross_entropy: chunks of 128": options(batch_chunk_size=128, chunking_method=None),
+    }
     return {
         name: lambda h, w, chosen=chosen: F.linear_cross_entropy(h, w, targets, reduction=reduction, options=chosen)
-        for name, chosen in (("F.linear_cross_entropy", None), ("F.linear_cross_entropy: chunked", options()))
+        for name, chosen in chunks.items()
     }
 
 
