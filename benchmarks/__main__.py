@@ -60,7 +60,10 @@ def main(
     )  # fmt: skip
     try:
         for suite in suites:
-            providers.chosen(suite, names)
+            if not providers.chosen(suite, names):
+                raise UserError(
+                    f"--providers {','.join(names or ())!r}: none of them takes part in {suite}; leave that suite out"
+                )
         if {"rollout", "step"} & set(suites) and not (model / "config.json").exists():
             raise UserError(
                 f"--model {str(model)!r} holds no model: `make smollm2` writes SmolLM2-135M to .cache/smollm2"

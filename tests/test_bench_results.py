@@ -131,6 +131,7 @@ def test_a_provider_nobody_knows_is_refused() -> None:
     assert CliRunner().invoke(runner.main, ["--suite", "nonsense"]).exit_code == 2
     assert CliRunner().invoke(runner.main, ["--providers", "nonsense"]).exit_code == 2
     assert CliRunner().invoke(runner.main, ["--suite", "rollout", "--model", "nowhere"]).exit_code == 2
+    assert CliRunner().invoke(runner.main, ["--suite", "learning", "--providers", "verl"]).exit_code == 2
 
 
 def test_help_needs_no_torch() -> None:
