@@ -20,6 +20,8 @@ from benchmarks.results import Result, summarise
 
 Outputs = Sequence[Tensor]
 Run = Callable[[], Outputs]
+SLOW = 1.0
+"""Seconds of a call above which a provider takes at most 3 turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +203,7 @@ def measure(
 def _take_turns(case: Case, rows: Mapping[str, Result], meter: Meter, rounds: int, seed: int) -> None:
     """Warm up and time every provider without a problem; fills in its row."""
     calls: dict[str, int] = {}
+    turns: dict[str, int] = {}
     for name, run in case.runs.items():
         if rows[name].problem is None:
             try:
@@ -208,13 +211,15 @@ def _take_turns(case: Case, rows: Mapping[str, Result], meter: Meter, rounds: in
                 rows[name].host_peak_bytes, rows[name].device_peak_bytes = meter.peak(run)  # which also warms up
                 took = time.perf_counter() - began
                 calls[name] = meter.calls(took if took > 0.2 else meter.time(run))
+                turns[name] = min(rounds, 3) if took > SLOW else rounds
             except Exception as error:  # out of memory, most likely: the others go on
                 rows[name].problem = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     order = list(calls)
     for k in range(rounds):
         case.refresh(seed + 1 + k)
         for name in order[k % max(len(order), 1) :] + order[: k % max(len(order), 1)]:
-            rows[name].values.append(meter.time(case.runs[name], calls[name]))
+            if k < turns[name]:
+                rows[name].values.append(meter.time(case.runs[name], calls[name]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
