@@ -103,7 +103,7 @@ $(VENV)/.bench: $(VENV)/.test
 	done
 	@touch $@
 
-bench: smollm2 native peers $(VENV)/.bench ## measure ops, rollout, steps and learning on this CPU against the peers, then tables and plots (about 35 minutes)
+bench: smollm2 native peers $(VENV)/.bench ## measure ops, rollout, steps and learning on this CPU against the peers, then tables and plots (about 45 minutes)
 	@$(MAKE) --no-print-directory $(VENV)/.vllm || echo "vLLM's CPU build does not fit here (see above): its rows will say so"
 	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks
 
