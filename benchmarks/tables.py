@@ -44,8 +44,8 @@ def caption(report: Mapping[str, Any]) -> str:
 
 
 def _device(report: Mapping[str, Any]) -> str:
-    machine = report["machine"]
-    cpu = f"{machine['cpu']} ({machine['simd']}), {report['settings']['threads']} threads"
+    machine, threads = report["machine"], int(report["settings"]["threads"])
+    cpu = f"{machine['cpu']} ({machine['simd']}), {threads} thread{'s' if threads != 1 else ''}"
     return f"{cpu if machine['device'].startswith('CPU') else machine['device']}, torch {machine['torch']}"
 
 
@@ -186,7 +186,9 @@ def summary() -> str:
         [
             "![Ops, one PPO step and learning, against the peers](benchmarks/results/summary.svg)", "", *lines, "",
             f"<sub>`make bench` (GPU: `make gpu-check`): {note}. Best other: the best provider that passed the same run's "
-            "correctness gate; memory: the peak beyond the inputs. All rows: [RESULTS](benchmarks/RESULTS.md).</sub>",
+            "correctness gate; memory: an op's peak beyond its inputs, a step's whole process. Learning rows compare methods that "
+            "are all ours, on two seeds; TPPO discounts by 0.7 there, the others not, and without that no difference was "
+            "shown (dev/LOG.md). All rows: [RESULTS](benchmarks/RESULTS.md).</sub>",
         ]
     )  # fmt: skip
 

@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 from tppo_kernels import backend
 
-from tppo_fast import doctor
-from tppo_fast.doctor import PROBED, Check, diagnose, gather, render
+from tppo_fast import doctor, probing
+from tppo_fast.doctor import Check, diagnose, render
+from tppo_fast.probing import PROBED, gather
 
 HEALTHY: dict[str, dict[str, Any]] = {
     "torch": {"version": "2.13.0+cpu", "cuda_build": None, "threads": 1},
@@ -80,7 +81,7 @@ def test_a_module_that_kills_python_costs_only_its_own_check(tmp_path: Path, mon
 
 def test_a_module_that_hangs_is_broken_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "PROBED", ("triton", "transformers"))
-    monkeypatch.setattr(doctor, "TIMEOUT", 8.0)
+    monkeypatch.setattr(probing, "TIMEOUT", 8.0)
     fake_modules(tmp_path, monkeypatch, triton="import time\ntime.sleep(60)", transformers="__version__ = '5.13.0'")
     assert gather() == {
         "triton": {"error": "importing it did not end within 8 s"},
@@ -92,9 +93,9 @@ def test_the_name_of_a_missing_module_is_not_imported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(doctor, "find_spec", lambda _: None)
-    doctor.probe(["torch", "triton"])
+    probing.probe(["torch", "triton"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert [json.loads(line.removeprefix(doctor.MARK)) for line in lines] == [
+    assert [json.loads(line.removeprefix(probing.MARK)) for line in lines] == [
         {"torch": {"absent": True}},
         {"triton": {"absent": True}},
     ]
@@ -245,11 +246,11 @@ def test_vllm_without_its_files_is_broken(monkeypatch: pytest.MonkeyPatch):
 
 def test_native_ops_are_asked_from_the_kernels(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backend, "missing", lambda name: f"{name} was not built")
-    facts = doctor._probe_native()
+    facts = probing._probe_native()
     assert (doctor._native(facts).status, doctor._native(facts).detail) == ("missing", "native was not built")
     assert "make native" in doctor._native(facts).remedy
     monkeypatch.setattr(backend, "missing", lambda _: None)
-    assert doctor._native(doctor._probe_native()).status == "ok"
+    assert doctor._native(probing._probe_native()).status == "ok"
 
 
 def test_compiler_is_run_not_only_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
