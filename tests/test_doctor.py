@@ -80,7 +80,7 @@ def test_a_module_that_kills_python_costs_only_its_own_check(tmp_path: Path, mon
 
 
 def test_a_module_that_hangs_is_broken_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "PROBED", ("triton", "transformers"))
+    monkeypatch.setattr(probing, "PROBED", ("triton", "transformers"))
     monkeypatch.setattr(probing, "TIMEOUT", 8.0)
     fake_modules(tmp_path, monkeypatch, triton="import time\ntime.sleep(60)", transformers="__version__ = '5.13.0'")
     assert gather() == {
@@ -92,7 +92,7 @@ def test_a_module_that_hangs_is_broken_too(tmp_path: Path, monkeypatch: pytest.M
 def test_the_name_of_a_missing_module_is_not_imported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    monkeypatch.setattr(probing, "find_spec", lambda _: None)
     probing.probe(["torch", "triton"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert [json.loads(line.removeprefix(probing.MARK)) for line in lines] == [
