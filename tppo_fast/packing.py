@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -148,8 +148,8 @@ def microbatches(
         UserError: one sequence alone is over the budget.
     """
     lots = sorted(_lots(batch, sequences, token_budget, pair_cost), key=lambda lot: (-lot.cost, lot.sequences[0]))
-    first_fit = _fill(lots, 0, token_budget, lambda _: 0.0)
-    even = _fill(lots, len(first_fit), token_budget, lambda group: sum(lot.cost for lot in group))
+    first_fit = _fill(lots, 0, token_budget, even=False)
+    even = _fill(lots, len(first_fit), token_budget, even=True)
     groups = even if len(even) == len(first_fit) else first_fit
     return [[b for lot in group for b in lot.sequences] for group in groups]
 
@@ -191,17 +191,21 @@ def _lots(batch: RolloutBatch, sequences: Sequence[int], token_budget: int, pair
             yield _Lot(sequences=lot, tokens=before + held, cost=before + held + pair_cost * pairs)
 
 
-def _fill(
-    lots: Sequence[_Lot], groups: int, token_budget: int, load: Callable[[list[_Lot]], float]
-) -> list[list[_Lot]]:
-    """Each lot into the group of least ``load`` among those with room, the first of equals; a new group where none has."""
+def _fill(lots: Sequence[_Lot], groups: int, token_budget: int, *, even: bool) -> list[list[_Lot]]:
+    """Each lot into a group with room, the cheapest one (``even``) or the first; into a new one where none has."""
     filled: list[list[_Lot]] = [[] for _ in range(groups)]
+    tokens, costs = [0] * groups, [0.0] * groups
     for lot in lots:
-        with_room = [g for g in filled if sum(held.tokens for held in g) + lot.tokens <= token_budget]
+        with_room = [g for g, held in enumerate(tokens) if held + lot.tokens <= token_budget]
         if not with_room:
-            with_room = [[]]
-            filled += with_room
-        min(with_room, key=load).append(lot)
+            with_room = [len(filled)]
+            filled.append([])
+            tokens.append(0)
+            costs.append(0.0)
+        chosen = min(with_room, key=costs.__getitem__) if even else with_room[0]
+        filled[chosen].append(lot)
+        tokens[chosen] += lot.tokens
+        costs[chosen] += lot.cost
     return filled
 
 
