@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,17 +223,23 @@ class TestServer:
         monkeypatch.setenv("VLLM_API_KEY", KEY)
         options = {"steps": 3, "process": "server", "url": server.url, "kv_cache_gib": None, "timeout": 400.0}
         undisturbed = run(wide_model, tmp_path / "undisturbed", **options)
-        seen: list[str] = []
+        requests, counting = itertools.count(1), threading.Lock()
+        killed: list[str] = []
 
         def sent(_: ServerLive, what: str) -> None:
-            seen.append(what)
-            if sum(one.startswith("generate") for one in seen) == 6:  # 4 prompts a step
+            if not what.startswith("generate"):
+                return
+            with counting:  # requests are sent by many threads at once
+                number = next(requests)
+            if number == 10:  # 4 of the first evaluation, 4 of the first step
+                killed.append(what)
                 server.kill()
                 server.start()
 
         monkeypatch.setattr(ServerLive, "_sent", sent)
         disturbed = run(wide_model, tmp_path / "disturbed", **options)
-        assert len(seen) > 12 + 4
+        assert len(killed) == 1
+        assert next(requests) > 16 + 4  # what the undisturbed run sends, and the second step again
         for one, other in zip(undisturbed, disturbed, strict=True):
             assert one == pytest.approx(other, rel=1e-3, abs=1e-5)  # batches form as requests arrive
 

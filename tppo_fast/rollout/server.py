@@ -83,7 +83,8 @@ class ServerLive:
             base_url=settings.url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(settings.timeout, connect=min(settings.timeout, 10.0)),
-            limits=httpx2.Limits(max_connections=CONCURRENT + 8),
+            # vLLM's server ends a connection that was idle for 5 s: let go of it before that.
+            limits=httpx2.Limits(max_connections=CONCURRENT + 8, keepalive_expiry=2.0),
             transport=transport,
         )
         try:
@@ -226,9 +227,9 @@ class ServerLive:
     def start_update(self) -> None:
         self.wake()
         self._expected = None
-        if self._unfinished:
-            with contextlib.suppress(EngineError):  # there is none to finish, mostly
-                self._ask("POST", "/finish_weight_update", "finish a broken-off update", json={})
+        # Asked, not tried: after a request that fails within vLLM, its server ends the connection under the next one.
+        if self._unfinished and self._rpc("tppo_updating", "update check")["updating"]:
+            self._ask("POST", "/finish_weight_update", "finish a broken-off update", json={})
         self._unfinished = True
         self._ask("POST", "/start_weight_update", "start_update")
 

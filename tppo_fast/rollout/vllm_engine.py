@@ -160,6 +160,10 @@ class ServerExtension:
         self._tppo_version: str | None = getattr(self, "_tppo_version", None) if new is None else new
         return {"version": self._tppo_version}
 
+    def tppo_updating(self) -> dict[str, bool]:
+        """Whether an update was begun and not finished. (The route turns everything but dicts and lists into a string.)"""
+        return {"updating": bool(self._weight_update_active)}  # type: ignore[attr-defined]
+
     def tppo_fingerprint(self, shapes: str) -> dict[str, str]:
         """``publish.fingerprint`` by name as base64 of fp32; of split models only the vectors, the probe covers the rest."""
         wanted = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
