@@ -37,7 +37,7 @@ def experiment(options: Options) -> Experiment:
         "title": "Samples and seconds to a held-out relevance", "baseline": BASELINE, "target": TARGET,
         "run_dir": str(options.scratch / ("learning-quick" if quick else "learning")),
         "seeds": [options.seed] if quick else [options.seed, options.seed + 1],
-        "sessions": 20 if quick else 800, "responses": 1,
+        "sessions": 20 if quick else 300, "responses": 1,
         "start": {
             "sft": {"lr": 3e-3},
             "train": {"steps": 3 if quick else 700, "eval_every": 350, "save_every": 350, "eval_prompts": 100},
@@ -52,8 +52,8 @@ def experiment(options: Options) -> Experiment:
                 "value_warmup_steps": 0 if quick else 2,
             },
             "train": {
-                "steps": 2 if quick else 60, "eval_every": 1 if quick else 6, "eval_prompts": 16 if quick else 300,
-                "save_every": 30, "show_examples": 0, "tensorboard": False,
+                "steps": 2 if quick else 40, "eval_every": 1 if quick else 5, "eval_prompts": 16 if quick else 200,
+                "save_every": 20, "show_examples": 0, "tensorboard": False,
             },
         },
         "methods": [{"name": n, "algorithm": a, "settings": own} for n, (a, own) in METHODS.items()],

@@ -4,9 +4,9 @@
 
 Every provider is a process of its own, they take turns, and get the same prompts, number of samples, response length (the
 end-of-sequence token is forbidden), epochs, optimizer and fp32 weights. All sample by transformers' generate, so that the
-trainers are compared. The first to sample decides the responses: what the others sample is only timed, and they learn from the
-same ones. Hence the gate: reward, KL, losses and entropy of every iteration must agree (GRPO: reward and entropy), and no time
-is kept where they do not.
+trainers are compared; what vLLM changes stands in rows of its own, since TRL's PPO trainer cannot use it. The first to sample
+decides the responses: what the others sample is only timed, and they learn from the same ones. Hence the gate: reward, KL,
+losses and entropy of every iteration must agree (GRPO: reward and entropy), and no time is kept where they do not.
 
 What differs: TRL's critic is a body of its own, as in "own critic"; "shared body" is our switch for one body, which trains
 another function and is held to the reward and the KL. TRL computes the logits of prompts, too. We keep a second copy of the
@@ -36,6 +36,7 @@ from benchmarks.providers import ask, chosen, named
 from benchmarks.results import Options, Outcome, Result, summarise
 from benchmarks.step_ours import run as run_here
 from benchmarks.step_work import GRPO, LEVERS, WHOLE, Row, Work, inputs, works
+from tppo_fast.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,7 +115,7 @@ def answer_of(
         else:
             answer = _own_process(request, tensors, folder, extra_path, timeout)
         return answer | load_file(folder / "outputs.safetensors")
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         return {"problem": " ".join(str(error).split())[-300:]}
 
 

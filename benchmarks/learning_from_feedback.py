@@ -73,6 +73,7 @@ def main() -> None:
         data=options.data,
         sft_steps=options.sft_steps,
         steps=options.steps,
+        lr=options.lr,
         rollout=options.rollout,
     )
     demo.open_folder(base)
@@ -126,6 +127,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="0: stop at the reward model")
     parser.add_argument("--sft-steps", type=int)
     parser.add_argument("--steps", type=int, help="PPO steps")
+    parser.add_argument("--lr", type=float, help="of PPO")
+    parser.add_argument("--prompts-per-step", type=int)
+    parser.add_argument("--samples-per-prompt", type=int)
     parser.add_argument("--sessions", type=int, default=10_000, help="training sessions to label, drawn at random")
     parser.add_argument("--samples", type=int, default=2, help="responses sampled to each of them")
     parser.add_argument("--judge", default="", help="a sentence encoder's folder: judge the policies by it as well")
@@ -232,10 +236,15 @@ def _paid_by(options: argparse.Namespace, config: Config, reward_model: Path, se
         "scale": options.scale,
         "length_penalty": True,
     }
+    batch = {
+        "prompts_per_step": options.prompts_per_step,
+        "samples_per_prompt": options.samples_per_prompt,
+    }
     changed = {
         "run_dir": str(options.out / f"tppo-{options.labels}-{options.value}-{options.scale}-{seed}"),
         "seed": seed,
         "threads": 1,
+        "rollout": config.rollout.model_dump(mode="json") | {k: v for k, v in batch.items() if v is not None},
         "reward": config.reward.model_dump(mode="json") | reward,
         "ppo": config.ppo.model_dump(mode="json") | {"kl_coef": options.kl_coef},
         "train": config.train.model_dump(mode="json") | {"show_examples": 0, "tensorboard": False},

@@ -8,6 +8,7 @@ its own, where it samples any, are only timed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ from tppo_fast.config import Config
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.model import ActorCritic
 from tppo_fast.ppo import PPO
-from tppo_fast.rollout import SamplingParams
+from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.hf_engine import HFEngine
 
 Phases = tuple[Callable[[list[Rollout], list[Tensor]], Any], Callable[[Any], Mapping[str, float]]]
@@ -42,7 +43,10 @@ def config_of(request: Mapping[str, Any], prompt_tokens: int, prompts: int) -> C
     group = prompt_tokens + samples * new if shared else samples * (prompt_tokens + new)
     values: dict[str, Any] = {
         "model": {"path": request["model"], "dtype": "bfloat16" if request["bfloat16"] else "float32"},
-        "rollout": {"prompts_per_step": prompts, "samples_per_prompt": samples, "max_new_tokens": new},
+        "rollout": {
+            "engine": "vllm" if request.get("rollout") == "vllm" else "hf",
+            "prompts_per_step": prompts, "samples_per_prompt": samples, "max_new_tokens": new,
+        },
         "algorithm": request.get("algorithm", "tppo"),
         "ppo": {
             "lr": request["lr"], "adam_beta2": request["adam_beta2"], "max_grad_norm": request["max_grad_norm"],
@@ -106,30 +110,31 @@ def run(request: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
         with torch.no_grad():
             ac.critic.value_head.weight.copy_(tensors["value_head"][None])
     prepare, update = (padded if request.get("padded") else lean)(request, config, ac)
-    engine = _engine(request, tokenizer, device) if request.get("rollout") else None
+    engine = _engine(request, config, tokenizer, device) if request.get("rollout") else None
     watch, counts, metrics, sequences = ruler.Stopwatch(), {}, [], []
-    for i in range(request["iterations"]):
-        watch.begin()
-        rollouts: list[Rollout] = []
-        if engine:
-            engine.load_weights(ac.actor.named_weights(), version=i)
-            rollouts = engine.generate(
-                prompts, SamplingParams(n=request["samples"], max_new_tokens=request["new_tokens"], seed=i)
-            )
-            watch.mark("rollout")
-        if "sequences" in tensors:
-            rollouts = _replayed(tensors["sequences"][i], prompts)
-        ids = torch.tensor([[*r.prompt.token_ids, *r.token_ids] for r in rollouts])
-        paid = ruler.even_share(ids[:, len(prompts[0].token_ids) :])
-        rewards = [torch.zeros(request["new_tokens"]).index_fill(0, torch.tensor([-1]), float(p)) for p in paid]
-        train = _maybe_counted("prepare", lambda r=rollouts, p=rewards: prepare(r, p), counts, request)
-        watch.mark("prepare")
-        learned = _maybe_counted("update", lambda t=train: update(t), counts, request)
-        watch.end()
-        found = {key.split("/")[1]: learned[key] for key in (*METRICS, *NEEDED) if key in learned}
-        metrics.append({"reward": float(paid.mean()), **found})
-        sequences.append(ids)
-        del train
+    with contextlib.closing(engine) if engine else contextlib.nullcontext():
+        for i in range(request["iterations"]):
+            watch.begin()
+            rollouts: list[Rollout] = []
+            if engine:
+                engine.load_weights(ac.actor.named_weights(), version=i)
+                rollouts = engine.generate(
+                    prompts, SamplingParams(n=request["samples"], max_new_tokens=request["new_tokens"], seed=i)
+                )
+                watch.mark("rollout")
+            if "sequences" in tensors:
+                rollouts = _replayed(tensors["sequences"][i], prompts)
+            ids = torch.tensor([[*r.prompt.token_ids, *r.token_ids] for r in rollouts])
+            paid = ruler.even_share(ids[:, len(prompts[0].token_ids) :])
+            rewards = [torch.zeros(request["new_tokens"]).index_fill(0, torch.tensor([-1]), float(p)) for p in paid]
+            train = _maybe_counted("prepare", lambda r=rollouts, p=rewards: prepare(r, p), counts, request)
+            watch.mark("prepare")
+            learned = _maybe_counted("update", lambda t=train: update(t), counts, request)
+            watch.end()
+            found = {key.split("/")[1]: learned[key] for key in (*METRICS, *NEEDED) if key in learned}
+            metrics.append({"reward": float(paid.mean()), **found})
+            sequences.append(ids)
+            del train
     answer = {"iterations": watch.iterations, "metrics": metrics, "base_gib": base, **counts}
     return answer, {"sequences": torch.stack(sequences)}
 
@@ -138,8 +143,12 @@ def _maybe_counted(name: str, phase: Callable[[], Any], counts: dict[str, Any], 
     return counted(name, phase, counts) if request.get("count") else phase()
 
 
-def _engine(request: Mapping[str, Any], tokenizer: Any, device: str) -> HFEngine:
-    """transformers generate, as TRL samples, its end-of-sequence token forbidden."""
+def _engine(request: Mapping[str, Any], config: Config, tokenizer: Any, device: str) -> RolloutEngine:
+    """transformers generate, as TRL samples, or vLLM; every response has full length."""
+    if request["rollout"] == "vllm":
+        engine = build_engine(config, tokenizer, torch.device(device))
+        engine._stop.clear()  # type: ignore[attr-defined]
+        return engine
     lm = model.load_causal_lm(request["model"]).to(device)
     engine = HFEngine(lm, tokenizer)
     lm.generation_config.min_new_tokens = request["new_tokens"]

@@ -89,6 +89,13 @@ WHOLE = (
         like="TRL PPO",
         metrics=("reward",),
     ),
+    Row(provider="tppo_fast: own critic, vLLM", changes={"settings": OWN, "rollout": "vllm"}, like="TRL PPO"),
+    Row(
+        provider="tppo_fast: shared body, vLLM",
+        changes={"settings": SHARED, "rollout": "vllm"},
+        like="TRL PPO",
+        metrics=("reward",),
+    ),
     Row(
         provider="padded PyTorch",
         changes={"settings": OWN, "padded": True, "rollout": True},

@@ -122,3 +122,12 @@ def test_the_shipped_experiment_is_valid_and_separates_the_discount() -> None:
     assert discounts >= {("tppo", 1.0), ("tppo", 0.7), ("control", 1.0), ("control", 0.7)}
     assert {job.samples_per_step * job.config.train.steps for job in planned} == {7680}
     assert planned[0].config.ppo.value_clip is None  # type: ignore[attr-defined]
+
+
+def test_the_shipped_experiment_on_real_sessions_is_valid_and_samples_alike() -> None:
+    given = ["--base.data.train", "mine.jsonl"]
+    experiment = load_section(ROOT / "experiments" / "real_sessions.toml", given, Experiment)
+    planned = jobs.plan(experiment, Path("start"), {})
+    assert experiment.base["data"]["train"] == "mine.jsonl"
+    assert {job.samples_per_step * job.config.train.steps for job in planned} == {320}
+    assert {job.config.rollout.engine for job in planned} == {"vllm"}
