@@ -77,6 +77,14 @@ def test_an_experiment_survives_a_failure_continues_and_reports(
     changed["methods"][0]["settings"]["ppo"]["gamma"] = 1.0
     with pytest.raises(UserError, match="'TPPO': section 'ppo' differs"):
         compare.compare(build_section(changed, Experiment))
+    for section, name, other, message in (
+        ("start", "sft", {"lr": 2e-3}, "start: section 'sft' differs"),
+        ("base", "data", {"synthetic_sessions": 50, "max_prompt_tokens": 180}, "base.data.*: section 'data' differs"),
+    ):
+        changed = values(tiny_model, run_dir)
+        changed[section][name] = other
+        with pytest.raises(UserError, match=message):
+            compare.compare(build_section(changed, Experiment))
 
 
 def test_samples_to_target_by_hand(tmp_path: Path) -> None:

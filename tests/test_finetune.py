@@ -254,6 +254,40 @@ def test_dpo_trains_and_resumes_bit_for_bit(tiny_model: Path, tmp_path: Path) ->
     assert result.policy == whole / "policy"
 
 
+def test_dpo_does_not_learn_from_what_an_earlier_run_sampled(tiny_model: Path, tmp_path: Path) -> None:
+    """A run that died before its first checkpoint leaves its samples behind; the next one may have another policy."""
+    left = tmp_path / "own-output-train.json"
+    config = build_section(values(tiny_model, tmp_path, "dpo", max_pairs=4) | {"train": {"steps": 1}}, DPOConfig)
+    dpo.dpo(config)
+    sampled = left.read_text()
+    for folder in (tmp_path / "policy", tmp_path / "checkpoints"):
+        shutil.rmtree(folder)
+    left.write_text(sampled.replace("[[", "[[1, ", 1))
+    dpo.dpo(config)
+    assert left.read_text() == sampled
+
+
+def test_an_error_after_the_engine_started_ends_it(tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    closed: list[str] = []
+    for module, section, run, kind in ((dpo, "dpo", dpo.dpo, DPOConfig), (sft, "sft", sft.sft, SFTConfig)):
+        original = module.build_engine
+
+        def watched(*a: Any, original: Any = original, section: str = section) -> Any:
+            engine = original(*a)
+            close = engine.close
+            engine.close = lambda: (closed.append(section), close())
+            return engine
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise UserError("broken")
+
+        monkeypatch.setattr(module, "build_engine", watched)
+        monkeypatch.setattr("tppo_fast.finetune.MetricsLogger", broken)
+        with pytest.raises(UserError, match="broken"):
+            run(build_section(values(tiny_model, tmp_path / section, section), kind))
+    assert closed == ["dpo", "sft"]
+
+
 def test_a_pair_must_fit() -> None:
     with pytest.raises(UserError, match=r"dpo\.microbatch_tokens = 16: a pair needs 18"):
         moved_preference(False, microbatch_tokens=16).gradient(0)

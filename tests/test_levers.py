@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_quantised_states_continue_bit_for_bit(options: dict[str, Any]) -> None:
     second.load_state(state)
     seeding.set_global_state(rng)
     metrics = second.update(second.prepare(batch)[0])
-    assert metrics["ppo/lr"] == pytest.approx(float(first.optimizer.param_groups[0]["lr"]))
+    assert second.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"] < metrics["ppo/lr"]
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -177,6 +178,15 @@ def test_adapters_learn_beside_half_precision_weights(tiny_model: Path) -> None:
         ({"ppo": {"weights": "bfloat16", "optimizer": "adamw8bit"}}, "model.dtype"),
         ({"ppo": {"weights": "bfloat16"}, "model": {"dtype": "bfloat16"}}, "would vanish"),
         ({"ppo": {"offload": True}, "rollout": {"staleness": 1}}, "ppo.offload"),
+        (
+            {
+                "ppo": {"weights": "bfloat16", "optimizer": "adamw8bit"},
+                "model": {"dtype": "bfloat16"},
+                "rollout": {"staleness": 1},
+            },
+            "rounds by the generator",
+        ),
+        ({"ppo": {"minibatches": 17}}, "ppo.minibatches = 17.*at most"),
         ({"model": {"checkpoint_every": 2}}, "model.checkpoint_every"),
         ({"model": {"checkpoint_offload": True}}, "model.checkpoint_offload"),
     ],
@@ -303,6 +313,25 @@ def test_segments_grow_unless_somebody_decided_or_vllm_sleeps(monkeypatch: pytes
     assert os.environ[names[0]] == "backend:cudaMallocAsync"
 
 
-def test_the_loop_never_empties_the_allocators_cache() -> None:
+@pytest.mark.parametrize(
+    ("vllm", "device", "emptied"),
+    [
+        ({"sleep": "stop", "process": "worker"}, "cuda", 1),
+        ({"sleep": "discard", "process": "server", "url": "http://a"}, "cuda", 1),
+        ({"sleep": "discard"}, "cuda", 0),  # vLLM does so itself when it wakes up in this process
+        ({"process": "worker"}, "cuda", 0),
+        ({"sleep": "stop", "process": "worker"}, "cpu", 0),
+    ],
+)
+def test_the_allocators_cache_is_emptied_for_another_process_alone(
+    monkeypatch: pytest.MonkeyPatch, vllm: dict[str, Any], device: str, emptied: int
+) -> None:
     package = Path(trainer.__file__).parent
-    assert not [path for path in package.rglob("*.py") if "empty_cache" in path.read_text()]
+    assert [path.name for path in package.rglob("*.py") if "empty_cache" in path.read_text()] == ["trainer.py"]
+    calls: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(None))
+    run: Any = SimpleNamespace(
+        config=settings.build({"vllm": vllm}), ppo=SimpleNamespace(device=torch.device(device), park=lambda: None)
+    )
+    trainer._make_room(run)
+    assert len(calls) == emptied

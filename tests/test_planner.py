@@ -113,6 +113,14 @@ def test_what_each_lever_takes_away(folder: Path) -> None:
     )
     assert awake[0].parts == asleep[0].parts
     assert awake[-1].total - asleep[-1].total == 2 * planner.GIB + awake[-1].parts["engine weights"]
+    served = {"vllm": {"process": "server", "url": "http://a"}, "rollout": {"engine": "vllm"}}
+    assert not {"engine weights", "key-value cache"} & planner.plan(build(folder, **served))[0].parts.keys()
+    assert planner.plan(build(folder, rollout={"engine": "vllm"}))[0].parts["key-value cache"] == planner.GIB
+    adapters = planner.plan(build(folder, rollout={"engine": "vllm"}, model={"lora_rank": 2, "shared_body": True}))
+    assert adapters[0].parts["merged weights"] == 4 * planner.measure(build(folder), 16).parameters
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"vllm\.kv_cache_gib is not set"):
+            planner.plan(build(folder, rollout={"engine": "vllm"}, device="cuda"))
     kept, offloaded = (
         planner.plan(build(folder, model={"gradient_checkpointing": True, "checkpoint_offload": on}))[-1].parts
         for on in (False, True)

@@ -110,6 +110,14 @@ def test_update_raises_the_probability_of_what_was_rewarded() -> None:
     assert float((moved * train.advantages).mean()) > 0.0
 
 
+def test_without_a_reference_no_kl_is_logged() -> None:
+    for placement, logged in (("off", set()), ("reward", {"ppo/kl", "ppo/kl_loss"})):
+        ppo, batch = build(kl_placement=placement)
+        train, prepared = ppo.prepare(batch)
+        found = prepared.keys() | ppo.update(train).keys()
+        assert found & {"ppo/kl", "ppo/kl_loss"} == logged
+
+
 def test_minibatches_are_prompts_and_cover_every_sequence_each_epoch() -> None:
     ppo, batch = build(n=2, minibatches=4)
     for epoch in range(2):
@@ -146,6 +154,7 @@ def test_learning_rate_schedule_counts_optimizer_steps() -> None:
     assert ppo.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
     ppo.update(ppo.prepare(batch)[0])
     assert ppo.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 32 / 36)
+    assert ppo.update(ppo.prepare(batch)[0])["ppo/lr"] == pytest.approx(1e-3 * 29 / 36)  # what the last step took
 
 
 def test_critic_learning_rate_of_its_own() -> None:

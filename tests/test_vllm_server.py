@@ -278,8 +278,8 @@ def test_nccl_speaks_vllms_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
 
     served = {
         "/collective_rpc": {"results": [{"dtype": "float32", "logprobs_mode": "processed_logprobs", "transfer": "nccl",
-                                         "max_model_len": 64, "workers": 2}]},
-        "/v1/models": {"data": [{"id": "m"}]},
+                                         "max_model_len": 64, "workers": 2, "updating": False}]},
+        "/v1/models": {"data": [{"id": "m"}]}, "/is_sleeping": {"is_sleeping": True},
     }  # fmt: skip
     asked: list[tuple[str, Any]] = []
 
@@ -292,8 +292,10 @@ def test_nccl_speaks_vllms_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[torch.Tensor] = []
 
     class Group:
+        device = torch.device("meta")  # any that is not where the weights are
+
         def broadcast(self, tensor: torch.Tensor, src: int, stream: Any) -> None:
-            assert (src, stream) == (0, "stream")
+            assert (src, stream, tensor.device) == (0, "stream", self.device)
             sent.append(tensor)
 
     class Stream(str):
@@ -314,11 +316,14 @@ def test_nccl_speaks_vllms_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened == [(told.master_address, told.master_port, told.world_size)]
     assert (told.master_address, told.rank_offset, told.world_size) == ("10.0.0.1", 1, 3)
     tensors = [("a.weight", torch.ones(3, 2)), ("b.bias", torch.zeros(4, dtype=torch.bfloat16))]
+    live.start_update()
+    routes = [route for route, _ in asked]
+    assert routes.index("/wake_up") < routes.index("/start_weight_update")  # the trainer before left it asleep
     live.update(tensors)
     update = NCCLWeightTransferUpdateInfo(**dict(asked)["/update_weights"]["update_info"])
     assert (update.names, update.dtype_names) == (["a.weight", "b.bias"], ["float32", "bfloat16"])
     assert update.shapes == [[3, 2], [4]]
-    assert all(torch.equal(one, other) for one, (_, other) in zip(sent, tensors, strict=True))
+    assert [(t.shape, t.dtype) for t in sent] == [(t.shape, t.dtype) for _, t in tensors]
     live.close()
     assert asked[-1][0] == "/shutdown_weight_transfer_engine"
 

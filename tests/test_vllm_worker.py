@@ -17,7 +17,7 @@ from test_vllm import build, disturb, gap, load_actor, params
 from tppo_fast import config as settings
 from tppo_fast import trainer
 from tppo_fast.data_types import Prompt
-from tppo_fast.errors import EngineError, UserError
+from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.metrics import read_metrics
 from tppo_fast.rollout.remote import RemoteLive
 
@@ -116,6 +116,32 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path, wide_model: Path) -
         (tmp_path / name).write_bytes((wide_model / name).read_bytes())
     with pytest.raises(UserError, match="vLLM cannot start with it"):
         build(tmp_path, process="worker")
+
+
+def test_a_worker_that_takes_too_long_to_start_is_lost(wide_model: Path) -> None:
+    with pytest.raises(EngineLost, match=r"did not start within 0\.01 s"):
+        build(wide_model, process="worker", timeout=0.01)
+
+
+def test_sleeping_in_place_keeps_the_worker(
+    engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request alone: on a CPU vLLM has nothing to free. A worker that dies of it is replaced."""
+    engine.load_weights(actor.named_weights(), 1)
+    expected, pid = engine.generate(prompts, params()), engine.live.pid
+    monkeypatch.setattr(engine.live, "_in_place", True)
+    engine.sleep()
+    with pytest.raises(UserError, match="before load_weights"):
+        engine.generate(prompts, params())
+    engine.load_weights(actor.named_weights(), 1)
+    assert engine.generate(prompts, params()) == expected
+    assert engine.live.pid == pid
+    killed = kill_at(monkeypatch, ("sleep", 1))
+    engine.sleep()
+    assert killed == ["sleep"]
+    engine.load_weights(actor.named_weights(), 1)
+    assert engine.generate(prompts, params()) == expected
+    assert engine.live.pid != pid
 
 
 def test_stop_frees_everything_and_the_next_publication_starts_again(

@@ -101,7 +101,9 @@ def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
         if (folder / "adapter").is_dir():
             lora.load_adapter(ppo.model.actor.lm, folder / "adapter")
         else:
-            ppo.model.actor.lm.load_state_dict(load_causal_lm(str(folder / "policy")).state_dict())
+            trusted = ppo.config.model.trust_remote_code
+            policy = load_causal_lm(str(folder / "policy"), trust_remote_code=trusted)
+            ppo.model.actor.lm.load_state_dict(policy.state_dict())
         critic = ppo.model.critic
         critic.load_state_dict({**critic.state_dict(), **load_file(folder / "critic.safetensors")})
         optimizers.load(ppo.optimizer, unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))

@@ -91,11 +91,15 @@ def compare(experiment: Experiment) -> list[str]:
 def _sessions(experiment: Experiment) -> dict[str, str]:
     """The experiment's own copy of its sessions, the same for every job: generated or split with the first seed."""
     files = {name: experiment.run_dir / f"{name}.jsonl" for name in ("train", "eval")}
+    config = build_section({"seed": experiment.seeds[0], "data": experiment.base.get("data", {})}, RunConfig)
+    record = experiment.run_dir / "sessions.json"
+    jobs.check_record(record, config, "base.data, or the first of seeds")
     if not all(path.exists() for path in files.values()):
-        values = {"seed": experiment.seeds[0], "data": experiment.base.get("data", {})}
-        for name, sessions in zip(files, load_sessions(build_section(values, RunConfig)), strict=True):
-            experiment.run_dir.mkdir(parents=True, exist_ok=True)
-            write_sessions(files[name], sessions)
+        sessions = load_sessions(config)
+        experiment.run_dir.mkdir(parents=True, exist_ok=True)
+        jobs.keep_record(record, config)
+        for path, part in zip(files.values(), sessions, strict=True):
+            write_sessions(path, part)
     return {name: str(path) for name, path in files.items()}
 
 
@@ -109,7 +113,11 @@ def _start(experiment: Experiment, data: Mapping[str, str]) -> Path:
             small_model(folder, read_sessions(data["train"]), experiment.seeds[0])
         values = merged(values, {"model": {"path": str(folder)}})
     config = build_section(values, SFTConfig)
+    record = config.run_dir / "job.json"
+    jobs.check_record(record, config, "start")
     if not (config.run_dir / "policy").is_dir():
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        jobs.keep_record(record, config)
         Console(stderr=True).print(f"[bold]SFT[/]: {config.train.steps} steps, the start of every method")
         sft.sft(config, resume=bool(list_checkpoints(config.run_dir)))
     return config.run_dir / "policy"

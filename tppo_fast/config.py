@@ -119,7 +119,8 @@ class RolloutConfig(Section):
 
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1: sample each step's rollouts during the update of the step before (a policy that is one step old); the loss weighs
-    them by truncated importance weights, see ``ppo.importance_cap``. 0: wait for the update."""
+    them by truncated importance weights, see ``ppo.importance_cap``. 0: wait for the update. A reward of yours that draws
+    random numbers then needs a generator of its own, for the run to repeat."""
     parity_gate: bool = True
     """Stop when engine and trainer disagree about the log-probabilities of fresh rollouts; turn off for logged rollouts."""
     parity_mean_limit: Positive | None = None
@@ -211,8 +212,9 @@ class PPOConfig(Section):
     """"ppo" or module:function, called as the built-in one in ``tppo_fast.losses``."""
     value_coef: NonNegative = 0.5
     """Weight of the value loss."""
-    value_clip: Positive | None = 0.2
-    """Clip of the value's move from its old value; None is off."""
+    value_clip: Positive | None = None
+    """Clip of the value's move from its old value, in units of the return. None is off: a critic that starts far from its
+    returns would stop learning once it has moved that far, see dev/LOG.md."""
     value_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """First steps of the run in which only the critic learns."""
     entropy_coef: NonNegative = 0.0
@@ -242,7 +244,7 @@ class PPOConfig(Section):
     whiten_advantages: bool = True
     """Zero mean and unit variance over the step's actions."""
     old_logprobs: Literal["recompute", "engine"] = "recompute"
-    """The ratio's denominator: recomputed by the trainer, or as reported by the rollout engine (saves one forward pass)."""
+    """The ratio's denominator: recomputed by the trainer, or as reported by the rollout engine; ``parity`` says when which."""
 
     importance_cap: Positive = 2.0
     """With ``rollout.staleness = 1`` and recomputed old log-probs, each token's policy loss is weighted by
@@ -329,6 +331,15 @@ class Config(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _fits_batch(self) -> Config:
+        if self.ppo.minibatches > self.rollout.prompts_per_step:
+            raise ValueError(
+                f"ppo.minibatches = {self.ppo.minibatches}: the responses to one prompt stay together, and "
+                f"rollout.prompts_per_step = {self.rollout.prompts_per_step}; give at most that"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stored(self) -> Config:
         if self.ppo.weights == "float32":
             return self
@@ -340,6 +351,13 @@ class Config(RunConfig):
             raise ValueError(
                 f'ppo.weights = "bfloat16" with ppo.optimizer = "{self.ppo.optimizer}": steps smaller than bfloat16 can '
                 'hold would vanish; set optimizer = "adamw8bit" (it rounds stochastically) or model.lora_rank'
+            )
+        elsewhere = self.rollout.engine == "vllm" and self.vllm.process != "colocated"
+        if self.rollout.staleness and not self.model.lora_rank and not elsewhere:
+            raise ValueError(
+                f'rollout.staleness = {self.rollout.staleness} with ppo.weights = "bfloat16": the update rounds by the '
+                "generator that an engine in this process samples with at the same time, and no run would repeat; set "
+                'vllm.process = "worker" or "server", or staleness 0'
             )
         return self
 

@@ -5,6 +5,7 @@ The chosen response of a pair is the session's true next queries, the rejected o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -63,24 +64,24 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> finetune.FinetuneResult:
     train_sessions = train_sessions[: config.dpo.max_pairs]
     held_sessions = held_sessions[: config.train.eval_prompts]
     actor, tokenizer, builder = finetune.build(config)
-    engine = build_engine(config, tokenizer, actor.device)
-    engine.load_weights(actor.named_weights(), version=0)  # the sampled side comes from the policy before any step
-    pairs = own_output(config, engine, builder, train_sessions, "train")
-    held_pairs = own_output(config, engine, builder, held_sessions, "held-out")
-    examples = [(p.prompt, ids) for p in [*pairs, *held_pairs] for ids in (p.chosen, p.rejected)]
-    check_lengths(config, config.dpo, actor, examples)
-    objective = Preference(
-        actor=actor,
-        reference=actor.frozen_copy(),
-        pairs=pairs,
-        held_out=held_pairs,
-        settings=config.dpo,
-        seed=config.seed,
-        share_prompts=config.model.share_prompts,
-    )
-    learner = finetune.Learner(actor, config.dpo, config.train.steps, "dpo.lr")
-    held = finetune.Held(engine=engine, prompts=builder.prompts(held_sessions), builder=builder)
-    return finetune.run(config, config.dpo, learner, objective, held, tokenizer, start_from=start_from, name="dpo")
+    with contextlib.closing(build_engine(config, tokenizer, actor.device)) as engine:
+        engine.load_weights(actor.named_weights(), version=0)  # the sampled side comes from the policy before any step
+        pairs = own_output(config, engine, builder, train_sessions, "train")
+        held_pairs = own_output(config, engine, builder, held_sessions, "held-out")
+        examples = [(p.prompt, ids) for p in [*pairs, *held_pairs] for ids in (p.chosen, p.rejected)]
+        check_lengths(config, config.dpo, actor, examples)
+        objective = Preference(
+            actor=actor,
+            reference=actor.frozen_copy(),
+            pairs=pairs,
+            held_out=held_pairs,
+            settings=config.dpo,
+            seed=config.seed,
+            share_prompts=config.model.share_prompts,
+        )
+        learner = finetune.Learner(actor, config.dpo, config.train.steps, "dpo.lr")
+        held = finetune.Held(engine=engine, prompts=builder.prompts(held_sessions), builder=builder)
+        return finetune.run(config, config.dpo, learner, objective, held, tokenizer, start_from=start_from, name="dpo")
 
 
 def own_output(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
@@ -174,6 +173,8 @@ class Held:
         """Metrics of one response to each held-out session, and the responses."""
         self.engine.load_weights(actor.named_weights(), version=version)
         rollouts = self.engine.generate(self.prompts, eval_sampling(config))
+        if config.vllm.sleep != "off":
+            self.engine.sleep()
         found = held_out(rollouts, self.builder.parse, num_queries=config.data.num_queries, seed=config.seed)
         return found, rollouts
 
@@ -201,7 +202,7 @@ def run(
     start_from: Path | None,
     name: str,
 ) -> FinetuneResult:
-    """The loop, from a checkpoint or the start, to ``run_dir/policy``.
+    """The loop, from a checkpoint or the start, to ``run_dir/policy``. Who built the engine closes it.
 
     Raises:
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
@@ -216,7 +217,7 @@ def run(
         wandb_project=config.train.wandb_project,
         config=config.model_dump(mode="json"),
     )
-    with contextlib.closing(held.engine), logger, InterruptGuard() as guard:
+    with logger, InterruptGuard() as guard:
         try:
             last = _loop(config, learner, objective, held, tokenizer, logger, guard, name)
         except Interrupted:

@@ -73,7 +73,7 @@ def plan(experiment: Experiment, start: Path, data: Mapping[str, str]) -> list[J
             "two methods have names that differ in punctuation alone: their folders would be one, rename one"
         )
     for job in jobs:
-        _check_record(job)
+        check_record(_record(job), job.config, f"method {job.method.name!r}")
     return jobs
 
 
@@ -90,7 +90,7 @@ def run(jobs: list[Job]) -> dict[str, str]:
         console.print(f"[bold]{number}/{len(jobs)} {job.method.name}[/], seed {job.seed}")
         began = time.monotonic()
         job.config.run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(_record(job), json.dumps(_settings(job), indent=1).encode())
+        keep_record(_record(job), job.config)
         train: Callable[..., Any] = dpo.dpo if isinstance(job.config, DPOConfig) else trainer.train
         try:
             train(job.config, resume=bool(checkpoint.list_checkpoints(job.config.run_dir)))
@@ -123,19 +123,22 @@ def _record(job: Job) -> Path:
     return job.config.run_dir / "job.json"
 
 
-def _settings(job: Job) -> dict[str, Any]:
-    return job.config.model_dump(mode="json")
+def keep_record(path: Path, config: Section) -> None:
+    """Write what a run's settings are, for ``check_record``."""
+    write_atomic(path, json.dumps(config.model_dump(mode="json"), indent=1).encode())
 
 
-def _check_record(job: Job) -> None:
-    """Refuse to take a finished job for one with other settings."""
-    path = _record(job)
+def check_record(path: Path, config: Section, who: str) -> None:
+    """Refuse to take a finished run for one with other settings.
+
+    Raises:
+        UserError: naming the section that differs from the record, if there is one.
+    """
     if not path.exists():
         return
-    saved, now = json.loads(path.read_text()), _settings(job)
-    for section, value in now.items():
+    saved = json.loads(path.read_text())
+    for section, value in config.model_dump(mode="json").items():
         if saved.get(section) != value:
             raise UserError(
-                f"method {job.method.name!r}: section {section!r} differs from what {str(path)!r} ran with; "
-                "use another name or run_dir"
+                f"{who}: section {section!r} differs from what {str(path)!r} ran with; use another name or run_dir"
             )

@@ -82,7 +82,7 @@ GLOSSARY: dict[str, str] = {
     "eval/truncated": "Share of responses to held-out sessions cut at rollout.max_new_tokens, from 0 to 1.",
     "time/rollout": "Sampling the step's responses, in seconds.",
     "time/sync": "Publishing the policy's weights to the rollout engine, in seconds.",
-    "time/offload": "Moving optimizer states, reference and critic off the GPU and back (ppo.offload), in seconds.",
+    "time/offload": "Moving what rollouts can do without off the GPU and back (ppo.offload, vllm.sleep), in seconds.",
     "time/score": "Rewarding and packing the step's responses, in seconds.",
     "time/prepare": "Log-probabilities, values and advantages before the update, in seconds.",
     "time/update": "All optimizer steps of the step, in seconds.",

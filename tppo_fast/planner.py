@@ -77,7 +77,7 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
         sequence: tokens of a typical sequence. None: the longest one that the config allows.
 
     Raises:
-        UserError: the folder holds no model configuration.
+        UserError: the folder holds no model configuration, or what vLLM takes of a GPU cannot be known here.
     """
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     sizes = measure(config, min(sequence or longest, config.ppo.microbatch_tokens))
@@ -99,14 +99,17 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
     bodies = 1 + own_body
     logits = _logits_bytes(config, sizes)
     sampled = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    cache = min(sampled, 256) * longest * sizes.cache_per_token * half
-    if config.rollout.engine == "vllm" and config.vllm.kv_cache_gib is not None:
-        cache = int(config.vllm.kv_cache_gib * GIB)
-    engine = {"engine weights": half * sizes.parameters, "key-value cache": cache}
-    if config.rollout.engine != "vllm":
-        beside = {"engine weights": engine["engine weights"]}  # its cache lives no longer than a call
-    else:
+    engine = {"engine weights": half * sizes.parameters}
+    if config.rollout.engine == "vllm":
+        engine["key-value cache"] = _vllm_cache(config, engine["engine weights"])
+        if config.vllm.process == "server":
+            engine = {}  # planned for where it runs
         beside = engine if config.vllm.sleep == "off" else {}
+        if frozen_shared:
+            engine = engine | {"merged weights": stored * sizes.parameters}  # while they are published
+    else:
+        beside = dict(engine)  # its cache lives no longer than a call
+        engine["key-value cache"] = min(sampled, 256) * longest * sizes.cache_per_token * half
     streams = 4 * tokens * sizes.hidden * FULL  # hidden states of a pass that keeps nothing for a backward pass
     return [
         Phase(name="rollout", parts=(weights if config.ppo.offload else kept) | engine),
@@ -233,11 +236,29 @@ def _saved_bytes(body: Any, sequence: int, half: bool) -> int:
 def _logits_bytes(config: Config, sizes: Sizes) -> int:
     """The one reused buffer of the chunked head."""
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-    device = torch.device("cuda" if config.device == "cuda" else "cpu")
+    device = torch.device("cuda" if _on_gpu(config) else "cpu")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     actions = -(-config.ppo.microbatch_tokens * config.rollout.max_new_tokens // longest)
     rows = min(chunk_rows(None, sizes.vocabulary, dtype, device), actions)
     return rows * sizes.vocabulary * dtype.itemsize
+
+
+def _vllm_cache(config: Config, engine_weights: int) -> int:
+    """Bytes of vLLM's key-value cache."""
+    own = config.vllm
+    if own.kv_cache_gib is not None or not _on_gpu(config):
+        return int((own.kv_cache_gib or 1.0) * GIB)
+    if not torch.cuda.is_available():
+        raise UserError(
+            "vllm.kv_cache_gib is not set: vLLM then takes what vllm.gpu_memory_share leaves of the GPU, and there is no GPU "
+            "here to ask for its size; set vllm.kv_cache_gib"
+        )
+    total = torch.cuda.get_device_properties(0).total_memory
+    return max(int(own.gpu_memory_share * total) - engine_weights, 0)
+
+
+def _on_gpu(config: Config) -> bool:
+    return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
 
 
 def describe(phases: list[Phase]) -> str:

@@ -89,7 +89,7 @@ class PPO:
         group = self.config.rollout.samples_per_prompt
         advantages, returns = self.algorithm.estimate(rewards, values, final_values, on_device, group, ppo)
         metrics = {
-            "ppo/kl": (old - ref).mean(),
+            **({} if self.reference is None else {"ppo/kl": (old - ref).mean()}),
             "ppo/advantage_mean": advantages.mean(),
             "ppo/advantage_std": advantages.std(correction=0),
             **(_critic_metrics(values, returns) if self.algorithm.needs_critic else {}),
@@ -155,10 +155,11 @@ class PPO:
         found: list[dict[str, Tensor]] = []
         self._bad.zero_()
         self._counter.reset()
-        epochs_done = 0
+        epochs_done, lr = 0, 0.0
         for epoch in range(ppo.epochs):
             first = len(steps)
             for sequences in self._minibatches(batch.rollouts.num_sequences, epoch):
+                lr = float(self.optimizer.param_groups[0]["lr"])
                 sums, microbatches = self._accumulate_gradient(batch, sequences, train_policy)
                 found.append({**sums, **self._optimizer_step(sums["loss"], train_policy)})
                 steps.append((sequences, microbatches))
@@ -176,7 +177,7 @@ class PPO:
         metrics["perf/padding_waste"] = 1.0 - epochs_done * batch.rollouts.num_tokens / metrics["perf/update_tokens"]
         metrics["ppo/microbatches"] = sum(count for _, count in steps)
         metrics["ppo/epochs_done"] = epochs_done
-        metrics["ppo/lr"] = float(self.optimizer.param_groups[0]["lr"])
+        metrics["ppo/lr"] = lr
         metrics["ppo/kl_coef"] = self.kl.coefficient
         self.kl.observe(last["kl"], batch.rollouts.num_sequences)
         return metrics
@@ -187,7 +188,7 @@ class PPO:
         n = n if num_sequences % n == 0 else 1
         shuffle = seeding.generator(self.config.seed, "minibatches", self.step, epoch)
         order = torch.randperm(num_sequences // n, generator=shuffle)
-        for part in order.tensor_split(min(self.config.ppo.minibatches, len(order))):
+        for part in order.tensor_split(min(self.config.ppo.minibatches, len(order))):  # logged rollouts may be fewer
             yield [p * n + i for p in part.tolist() for i in range(n)]
 
     def _microbatches(self, batch: RolloutBatch, sequences: list[int]) -> list[list[int]]:
@@ -275,6 +276,8 @@ class PPO:
                 totals[name] += value
         actions = totals["actions"]
         skip = {"actions", "ratio_sq", "loss", "bad", "grad_norm", "critic_grad_norm"}
+        if self.reference is None:
+            skip.add("kl_loss")  # its other side was the old policy
         means = {name: value / actions for name, value in totals.items() if name not in skip}
         metrics = {name if (name := f"ppo/{key}") in GLOSSARY else f"custom/{key}": mean for key, mean in means.items()}
         metrics["ppo/ess"] = totals["ratio"] ** 2 / (actions * totals["ratio_sq"]) if totals.get("ratio_sq") else 1.0

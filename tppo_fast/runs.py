@@ -35,7 +35,12 @@ def open_run_dir(config: RunConfig, resume: bool) -> Path | None:
         raise UserError(
             f"run_dir = {str(config.run_dir)!r} cannot be made ({error.strerror}): choose another"
         ) from None
-    for left in (config.run_dir / "tensorboard", config.run_dir / METRICS_FILE):  # of a run that saved nothing
+    sampled = config.run_dir.glob("own-output-*.json")
+    for left in (
+        config.run_dir / "tensorboard",
+        config.run_dir / METRICS_FILE,
+        *sampled,
+    ):  # of a run that saved nothing
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return None
 

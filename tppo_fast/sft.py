@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,10 +46,10 @@ def sft(config: SFTConfig, *, resume: bool = False) -> finetune.FinetuneResult:
     held_out = list(zip(held_prompts, builder.responses(held_sessions), strict=True))
     check_lengths(config, config.sft, actor, [*examples, *held_out])
     learner = finetune.Learner(actor, config.sft, config.train.steps)
-    engine = build_engine(config, tokenizer, actor.device)
-    held = finetune.Held(engine=engine, prompts=held_prompts, builder=builder)
     objective = Supervision(actor, examples, held_out, config.sft, config.seed)
-    return finetune.run(config, config.sft, learner, objective, held, tokenizer, start_from=start_from, name="sft")
+    with contextlib.closing(build_engine(config, tokenizer, actor.device)) as engine:
+        held = finetune.Held(engine=engine, prompts=held_prompts, builder=builder)
+        return finetune.run(config, config.sft, learner, objective, held, tokenizer, start_from=start_from, name="sft")
 
 
 def supervise(

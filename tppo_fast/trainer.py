@@ -86,10 +86,21 @@ def train(config: Config, *, resume: bool = False, profile: int = 0, memory_snap
 
 def _train(config: Config, start_from: Path | None, profile: int) -> TrainResult:
     run = setup(config)
-    if config.reward.source == "model":
-        write_atomic(config.run_dir / "reward_model.json", (Path(config.reward.model) / RECORD).read_bytes())
-    if start_from is not None:
-        run.source.load_state(checkpoint.load(start_from, run.ppo))
+    with contextlib.closing(run.engine), contextlib.closing(run.source):
+        if config.reward.source == "model":
+            write_atomic(config.run_dir / "reward_model.json", (Path(config.reward.model) / RECORD).read_bytes())
+        if start_from is not None:
+            run.source.load_state(checkpoint.load(start_from, run.ppo))
+        evaluation = _logged(run, profile)
+    policy = config.run_dir / "policy"
+    with atomic_folder(policy) as temporary:
+        run.ppo.model.actor.save(temporary, run.tokenizer)
+    return TrainResult(run_dir=config.run_dir, policy=policy, evaluation=evaluation)
+
+
+def _logged(run: Run, profile: int) -> Metrics:
+    """The PPO loop with its log; what stops it leaves a checkpoint or a report behind."""
+    config = run.config
     first = run.ppo.step
     logger = MetricsLogger(
         config.run_dir,
@@ -98,10 +109,10 @@ def _train(config: Config, start_from: Path | None, profile: int) -> TrainResult
         wandb_project=config.train.wandb_project,
         config=config.model_dump(mode="json"),
     )
-    with contextlib.closing(run.engine), contextlib.closing(run.source), logger, InterruptGuard() as guard:
+    with logger, InterruptGuard() as guard:
         try:
             with profiling.StepTrace(config.run_dir, profile) as trace:
-                evaluation = _loop(run, logger, guard, trace, evaluate_first=first == 0)
+                return _loop(run, logger, guard, trace, evaluate_first=first == 0)
         except Interrupted:
             saved = checkpoint.save(config.run_dir, run.ppo, run.tokenizer, config, run.source.state(run.ppo.step))
             raise Interrupted.after(run.ppo.step, saved) from None
@@ -109,10 +120,6 @@ def _train(config: Config, start_from: Path | None, profile: int) -> TrainResult
             report = config.run_dir / f"diverged_step_{error.report['step']:06d}.json"
             write_atomic(report, json.dumps(error.report, indent=2).encode())
             raise
-    policy = config.run_dir / "policy"
-    with atomic_folder(policy) as temporary:
-        run.ppo.model.actor.save(temporary, run.tokenizer)
-    return TrainResult(run_dir=config.run_dir, policy=policy, evaluation=evaluation)
 
 
 def _loop(
@@ -131,9 +138,9 @@ def _loop(
         while ppo.step < steps:
             guard.check()
             step, clock = ppo.step, Clock()
-            if config.ppo.offload:
+            if config.ppo.offload or config.vllm.sleep != "off":
                 with clock("offload"):
-                    ppo.park()
+                    _make_room(run)
             rollouts = run.source.take(step, clock)
             if config.vllm.sleep != "off":
                 with clock("sync"):
@@ -166,7 +173,9 @@ def _loop(
                 Console(stderr=True).print(f"[yellow]step {ppo.step}: {warning}[/]")
             if _due(ppo.step, config.train.save_every, steps):
                 checkpoint.save(config.run_dir, ppo, run.tokenizer, config, run.source.state(ppo.step))
-            shown = {"reward": metrics["rollout/reward_per_token"], "kl": metrics["ppo/kl"]}
+            shown = {"reward": metrics["rollout/reward_per_token"]}
+            if "ppo/kl" in metrics:
+                shown["kl"] = metrics["ppo/kl"]
             if evaluation:
                 shown["relevance"] = evaluation["eval/relevance"]
             progress.update(1, **shown)
@@ -273,12 +282,20 @@ def sampling(config: Config, step: int) -> SamplingParams:
     )
 
 
+def _make_room(run: Run) -> None:
+    """Leave the device's memory to the engine, as far as ``ppo.offload`` and ``vllm.sleep`` say."""
+    vllm = run.config.vllm
+    if run.config.ppo.offload:
+        run.ppo.park()
+    if run.ppo.device.type == "cuda" and vllm.sleep != "off" and vllm.process != "colocated":
+        torch.cuda.empty_cache()  # another process sees what torch keeps for itself as taken
+
+
 def evaluate(run: Run) -> Metrics:
     """Metrics of one response to each held-out session, with the current policy."""
     began = time.perf_counter()
     run.source.settle()
-    if run.config.ppo.offload:
-        run.ppo.park()
+    _make_room(run)
     run.engine.load_weights(run.ppo.model.actor.named_weights(), version=run.ppo.step)
     rollouts = run.engine.generate(run.eval_prompts, eval_sampling(run.config))
     found = held_out(rollouts, run.builder.parse, num_queries=run.config.data.num_queries, seed=run.config.seed)

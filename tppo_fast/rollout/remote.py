@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ class RemoteLive:
 
     def __init__(self, settings: LiveSettings, *, timeout: float) -> None:
         self._timeout = timeout
+        self._in_place = settings.sleep_level > 0
         self._count = 0
         self._connection: Connection | None = None
         environment = dict(os.environ)
@@ -67,6 +69,8 @@ class RemoteLive:
         with contextlib.suppress(BrokenPipeError):  # it died at once; the empty answer says so
             self._process.stdin.write(told.encode() + b"\n")
             self._process.stdin.close()
+        if not select.select([self._process.stdout], [], [], self._timeout)[0]:
+            raise EngineLost(f"the rollout worker did not start within {self._timeout:g} s")
         line = self._process.stdout.readline()
         answer = json.loads(line) if line.strip() else {}
         if "user_error" in answer:
@@ -131,7 +135,10 @@ class RemoteLive:
         return self._ask("fingerprint", shapes=shapes)
 
     def sleep(self) -> None:
-        self.close()
+        if self._in_place:
+            self._ask("sleep")
+        else:
+            self.close()
 
     def close(self) -> None:
         """End the process, whatever state it is in."""
@@ -173,7 +180,7 @@ class RecoveringEngine(PublishedEngine):
         named = self._policy.checked(weights)
         self._version = None
         self._kept = self._copy(named)
-        self._persist(lambda: self._publish(self._kept, version), version=None)
+        self._persist(lambda: self._publish(named, version), version=None)
         self._version = version
 
     def _copy(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,6 +196,12 @@ class RecoveringEngine(PublishedEngine):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> list[tuple[list[int], list[float]]]:
         return self._persist(lambda: self.live.generate(prompts, sampling, self._stop), version=self._version)
+
+    def sleep(self) -> None:
+        try:
+            super().sleep()
+        except EngineLost:
+            self.live.close()  # it is replaced when weights come
 
     def _persist(self, action: Callable[[], T], *, version: int | None) -> T:
         """``action`` on a live engine, which has the weights of ``version`` unless the action brings them."""

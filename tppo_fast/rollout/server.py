@@ -148,6 +148,7 @@ class ServerLive:
             )
         self._model = self._ask("GET", "/v1/models", "model name")["data"][0]["id"]
         self._ask("POST", "/abort_requests", "abort", json={})  # what a lost connection left under way
+        self._asleep = self._ask("GET", "/is_sleeping", "sleep check")["is_sleeping"]  # or left asleep
         if own.transfer == "nccl":
             self._open_group(served["workers"])
         else:
@@ -276,7 +277,7 @@ class ServerLive:
 
         def send() -> None:
             stream = torch.cuda.current_stream()
-            kept = [t.detach().contiguous() for _, t in bucket]  # alive until all is sent
+            kept = [t.detach().to(self._group.device).contiguous() for _, t in bucket]  # alive until all is sent
             for tensor in kept:
                 self._group.broadcast(tensor, src=0, stream=stream)
             stream.synchronize()

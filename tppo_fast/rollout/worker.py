@@ -39,6 +39,7 @@ def operations(live: LiveEngine) -> dict[str, Callable[[dict[str, Any], dict[str
         "finish_update": lambda a, _: done(live.finish_update(a["version"])),
         "generate": lambda a, _: (live.generate(a["prompts"], SamplingParams(**a["sampling"]), a["stop"]), None),
         "probe": lambda a, _: (None, {"logprobs": live.probe(a["token_ids"])}),
+        "sleep": lambda *_: done(live.sleep()),
         "fingerprint": lambda a, _: (None, live.fingerprint({k: tuple(v) for k, v in a["shapes"].items()})),
     }
 
