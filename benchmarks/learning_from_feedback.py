@@ -132,6 +132,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples-per-prompt", type=int)
     parser.add_argument("--sessions", type=int, default=10_000, help="training sessions to label, drawn at random")
     parser.add_argument("--samples", type=int, default=2, help="responses sampled to each of them")
+    parser.add_argument("--copies", action="store_true", help="label the end of each history as a response, too")
     parser.add_argument("--judge", default="", help="a sentence encoder's folder: judge the policies by it as well")
     parser.add_argument("--eval-sessions", type=int, default=10_000)
     parser.add_argument("--rm-lr", type=float, default=1e-3)
@@ -146,7 +147,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _labels(options: argparse.Namespace, config: Config, sessions: Sequence[Session]) -> Path:
-    """Sampled responses and a spoiled copy of each, labelled word by word."""
+    """Sampled responses, a spoiled copy of each and with --copies the end of its history, labelled word by word."""
     path = options.out / f"labels-{options.labels}.jsonl"
     if path.exists():
         return path
@@ -156,8 +157,9 @@ def _labels(options: argparse.Namespace, config: Config, sessions: Sequence[Sess
     for session, text in _sampled(options, config, _drawn(sessions, options.sessions)):
         queries = [query.strip() for query in text.split(config.data.separator.strip()) if query.strip()]
         spoiled = perturb(queries, searches(session.history), pool, rng) if queries else []
+        copied = searches(session.history)[-rng.randint(1, 3) :] if options.copies else []
         truth = session.relevant_queries if options.labels == "planted" else session.next_queries
-        for response in (text, " " + config.data.separator.join(spoiled)):
+        for response in (text, *(" " + config.data.separator.join(wrong) for wrong in (spoiled, copied))):
             found = labeller(searches(session.history), truth, response)
             if found.spans:
                 rows.append(_row(session, response, found, f"lexical-{options.labels}"))

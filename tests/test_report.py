@@ -205,14 +205,31 @@ def test_curves_count_samples_and_show_the_confidence_band():
     assert {(0.0, 0.2), (0.0, 0.3), (384.0, 0.35), (384.0, 0.45)} <= corners
 
 
-def test_seeds_of_one_method_share_a_colour_and_a_legend_entry():
-    runs = [Run(name=name, rows=rows(), samples_per_step=1) for name in ("a", "b", "a")]
-    axes = draw(Curve("reward", "rollout/reward_per_token"), runs).axes[0]
+def test_seeds_of_one_method_are_one_line_with_a_band():
+    def run(name: str, *values: float | None) -> Run:
+        return Run(name=name, rows=[{"step": i, "ppo/kl": v} for i, v in enumerate(values)], samples_per_step=2)
+
+    runs = [run("a", 1.0, 2.0, None), run("b", 5.0, 6.0), run("a", 3.0, 6.0, 7.0), run("a", 2.0)]
+    axes = draw(Curve("kl", "ppo/kl"), runs).axes[0]
     legend = axes.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
-    colours = [line.get_color() for line in axes.lines]
-    assert colours[0] == colours[2] != colours[1]
+    a, b = (next(line for line in axes.lines if line.get_label() == name) for name in "ab")
+    assert a.get_color() != b.get_color()
+    assert list(a.get_xdata()) == [0.0, 2.0, 4.0]  # type: ignore[arg-type]
+    assert list(a.get_ydata())[:2] == [2.0, 4.0]  # type: ignore[arg-type]
+    assert math.isnan(list(a.get_ydata())[2])  # type: ignore[arg-type]
+    corners = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}  # type: ignore[union-attr]
+    assert {(0.0, 1.0), (0.0, 3.0), (2.0, 2.0), (2.0, 6.0)} <= corners
+    assert "3 seeds" in axes.get_xlabel()
+
+
+def test_many_methods_have_their_legend_beside_the_curves():
+    figure = draw(
+        Curve("kl", "ppo/kl"), [Run(name=n, rows=[{"step": 0, "ppo/kl": 1.0}], samples_per_step=1) for n in "abcde"]
+    )
+    assert figure.axes[0].get_legend() is None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list("abcde")
 
 
 def test_a_value_that_was_not_finite_leaves_a_gap_and_long_curves_keep_their_raw_line():

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tppo_fast.atomic import write_atomic
@@ -295,38 +296,65 @@ def _points(metric: str, run: Run, axis: Axis = "samples") -> list[tuple[float, 
 
 
 def draw(curve: Curve, runs: Sequence[Run], axis: Axis = "samples") -> Figure:
-    """One metric of every run against the number of responses sampled, or the seconds trained."""
+    """One metric of every run against the number of responses sampled, or the seconds trained.
+
+    Runs of one name are seeds of one method: their mean is drawn, and a band from the lowest to the highest. The band of a
+    single run is ``curve.band``.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.9), dpi=150, layout="constrained")
+    seeds: dict[str, list[Run]] = {}
+    for run in runs:
+        seeds.setdefault(run.name, []).append(run)
+    many = len(seeds) > 4
+    figure = Figure(figsize=(6.4, 4.9 if many else 3.9), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    names = list(dict.fromkeys(run.name for run in runs))
-    for run in runs:
-        order = names.index(run.name)
-        _draw_run(axes, curve, run, axis, COLOURS[order % len(COLOURS)], STYLES[order % len(STYLES)])
-    _decorate(axes, label(curve.metric), AXIS_LABELS[axis])
+    for order, (name, group) in enumerate(seeds.items()):
+        colour, style = COLOURS[order % len(COLOURS)], STYLES[order % len(STYLES)]
+        points = _band(curve, group[0], axis) if len(group) == 1 else _spread(curve.metric, group, axis)
+        if points:
+            _draw_points(axes, points, name, colour, style)
+    most = max(map(len, seeds.values()), default=1)
+    note = f"\nline: mean of up to {most} seeds, band: lowest to highest" if most > 1 else ""
+    _decorate(axes, label(curve.metric), AXIS_LABELS[axis] + note)
+    if axes.lines:
+        where: dict[str, Any] = {"loc": "outside lower center", "ncols": 2} if many else {}
+        (figure if many else axes).legend(frameon=False, fontsize=9, **where)
     return figure
 
 
-def _draw_run(axes: Axes, curve: Curve, run: Run, axis: Axis, colour: str, style: str) -> None:
-    points = _points(curve.metric, run, axis)
-    if not points:
-        return
-    x, y = zip(*points, strict=True)
+Point = tuple[float, float, float, float]
+"""x, y, and the ends of its band, NaN where there is none."""
+GAP = (math.nan, math.nan)
+
+
+def _band(curve: Curve, run: Run, axis: Axis) -> list[Point]:
+    low, high = (dict(_points(name, run, axis)) for name in curve.band or ("", ""))
+    return [(x, y, low.get(x, math.nan), high.get(x, math.nan)) for x, y in _points(curve.metric, run, axis)]
+
+
+def _spread(metric: str, runs: Sequence[Run], axis: Axis) -> list[Point]:
+    """Over the seeds that recorded the metric in a step; x is their mean, too."""
+    steps: dict[float, list[tuple[float, float]]] = {}
+    for run in runs:
+        at = [row["step"] or 0.0 for row in run.rows if metric in row]
+        for step, point in zip(at, _points(metric, run, axis), strict=True):
+            steps.setdefault(step, []).append(point)
+    columns = [zip(*steps[step], strict=True) for step in sorted(steps)]
+    return [(fmean(x), fmean(y), *((min(y), max(y)) if all(map(math.isfinite, y)) else GAP)) for x, y in columns]
+
+
+def _draw_points(axes: Axes, points: Sequence[Point], name: str, colour: str, style: str) -> None:
+    x, y, low, high = zip(*points, strict=True)
     smooth = _moving_mean(y)
     if len(smooth) != len(y) or smooth != list(y):  # the raw curve stays visible behind its moving mean
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
     marker = "o" if len(points) <= 25 else ""
-    shown = run.name if run.name not in axes.get_legend_handles_labels()[1] else f"_{run.name}"
-    axes.plot(x, smooth, style, color=colour, linewidth=2.0, marker=marker, markersize=4, label=shown)
-    if curve.band is not None:
-        low, high = (dict(_points(name, run, axis)) for name in curve.band)
-        ends = [(at, low[at], high[at]) for at in x if at in low and at in high]
-        if ends:
-            at, bottom, top = zip(*ends, strict=True)
-            axes.fill_between(at, bottom, top, color=colour, alpha=0.16, linewidth=0)
+    axes.plot(x, smooth, style, color=colour, linewidth=2.0, marker=marker, markersize=4, label=name)
+    if any(map(math.isfinite, low)):
+        axes.fill_between(x, _moving_mean(low), _moving_mean(high), color=colour, alpha=0.16, linewidth=0)
 
 
 def _moving_mean(values: Sequence[float], points: int = 25) -> list[float]:
@@ -348,7 +376,6 @@ def _decorate(axes: Axes, title: str, x_label: str) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors="#444444", labelsize=9)
     axes.margins(x=0.02)
-    axes.legend(frameon=False, fontsize=9)
 
 
 def _image(figure: Figure, kind: str) -> bytes:
