@@ -187,8 +187,8 @@ def summary() -> str:
             "![Ops, one PPO step and learning, against the peers](benchmarks/results/summary.svg)", "", *lines, "",
             f"<sub>`make bench` (GPU: `make gpu-check`): {note}. Best other: the best provider that passed the same run's "
             "correctness gate; memory: an op's peak beyond its inputs, a step's whole process. Learning rows compare methods "
-            "that are all ours, on two seeds; TPPO discounts by 0.7 there, the others not, and without that no difference was "
-            "shown (dev/LOG.md). All rows: [RESULTS](benchmarks/RESULTS.md).</sub>",
+            "that are all ours, on two seeds; TPPO discounts by 0.7 there, the others not; five seeds and both discounts are "
+            "below. All rows: [RESULTS](benchmarks/RESULTS.md).</sub>",
         ]
     )  # fmt: skip
 
