@@ -61,15 +61,15 @@ def gpu_cases(place: Place, *, dry: bool) -> list[Builder]:
     def head(case: Callable[..., Case], d: int, v: int, **options: Any) -> Builder:
         return lambda small: case(place, 4 * rows(True) if small else full_rows, d, v, **options)
 
-    plan: list[Builder] = [head(head_case, *size, entropy=entropy) for size in heads for entropy in (True, False)]
-    plan += [head(live_rows_case, d, v, live=share) for share in (1.0, 0.5, 0.1)]
-    plan += [head(cross_entropy_case, d, v)]
-    plan += [lambda small, b=b: rows_case(place, rows(small), v, backward=b) for b in (False, True)]
+    plan: list[Builder] = [lambda small, b=b: rows_case(place, rows(small), v, backward=b) for b in (False, True)]
     plan += [
         lambda small, n=n, t=t: gae_case(place, min(n, 2) if small else n, min(t, 3000) if small else t)
         for n, t in segments
     ]
-    return [*plan, lambda small: ppo_case(place, 5000 if small else tokens)]
+    plan += [lambda small: ppo_case(place, 5000 if small else tokens)]
+    plan += [head(head_case, d, v, entropy=entropy) for entropy in (True, False)]
+    plan += [head(cross_entropy_case, d, v), *(head(live_rows_case, d, v, live=share) for share in (0.1, 0.5, 1.0))]
+    return [*plan, *(head(head_case, *size, entropy=True) for size in heads[1:])]
 
 
 def run(options: Options) -> Outcome:

@@ -24,9 +24,13 @@ def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str
         return problems
 
     def expect(what: str, runs: Callable[[str | None, torch.dtype | None], Outputs]) -> None:
-        results = [runs(backend, None), runs("reference", None), runs("reference", torch.float64)]
-        found = [close(*three) for three in zip(*results, strict=True)]
-        again = zip(results[0], runs(backend, None), strict=True)
+        try:
+            results = [runs(backend, None), runs("reference", None), runs("reference", torch.float64)]
+            found = [close(*three) for three in zip(*results, strict=True)]
+            again = zip(results[0], runs(backend, None), strict=True)
+        except Exception as error:  # the others may still say more
+            problems.append(f"{what} does not run: {type(error).__name__}: {str(error)[-300:]}")
+            return
         found += [
             None if torch.equal(a.nan_to_num(), b.nan_to_num()) else "other bits the second time" for a, b in again
         ]
@@ -37,7 +41,7 @@ def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str
             for options in ({}, {"softcap": 20.0, "temperature": 0.7}):
                 logits, targets = random_logits(rows, vocab, dtype, device=device)
                 expect(f"logprobs {rows} x {vocab} {dtype} {options}", _logprobs(logits, targets, options))
-    for lengths in ([1], [0, 3, 0], [1] * 5000, [300, 1, 2500, 70], [20_000 if not dry else 1500]):
+    for lengths in ([1], [0, 3, 0], [1] * 5000, [300, 1, 2500, 70], [8000 if not dry else 1500]):
         for names in ((), ("mask", "bootstrap", "lam")):
             expect(f"gae {lengths[:4]} {names}", _gae(random_rollouts(lengths, device=device), names))
     for actions in (1, 1025, 100_000):
@@ -87,6 +91,8 @@ def _logprobs(logits: Tensor, targets: Tensor, options: dict[str, Any]) -> Calla
 def _gae(x: dict[str, Tensor], names: tuple[str, ...]) -> Callable[..., Outputs]:
     def run(backend: str | None, dtype: torch.dtype | None) -> Outputs:
         y: dict[str, Any] = leaves(x, (), dtype)
+        if backend == "reference":  # a Python loop of thousands of steps, which a CPU takes sooner
+            y = {name: tensor.cpu() for name, tensor in y.items()}
         extra = {k: y[k] for k in names}
         return tk.gae(
             y["rewards"], y["values"], y["cu_seqlens"], gamma=0.99, return_stats=True, backend=backend, **extra

@@ -29,7 +29,7 @@ from benchmarks.measure import CpuMeter, GpuMeter, ceilings, gate, measure
 from benchmarks.op_cases import Place
 from benchmarks.results import Options, Outcome, Result
 
-OPS_SHARE = 0.6
+OPS_SHARE = 0.42
 """Of the minutes: the ops start no case after it, so that the step has its time."""
 
 

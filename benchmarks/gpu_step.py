@@ -45,13 +45,13 @@ LIKE: dict[str, Any] = {"like": "tppo_fast: shared body", "metrics": ("value_los
 LEAN = Row(provider="tppo_fast: shared body", changes={"settings": SHARED, "microbatch": 64})
 OTHERS = (
     replace(TRL, changes={"microbatch": 8}),
-    Row(provider="tppo_fast: prompts not shared", changes={"settings": UNSHARED_PROMPTS, "microbatch": 8}, **LIKE),
+    Row(provider="tppo_fast: compiled", changes={"settings": COMPILED, "microbatch": 64}, **LIKE),
     Row(provider="tppo_fast: own critic", changes={"settings": OWN, "microbatch": 64}, **LIKE),
+    Row(provider="tppo_fast: all levers off", changes={"settings": ALL_OFF, "microbatch": 8, "row_local": False}, **LIKE),
+    Row(provider="tppo_fast: prompts not shared", changes={"settings": UNSHARED_PROMPTS, "microbatch": 8}, **LIKE),
     Row(provider="tppo_fast: activations recomputed", changes={"settings": RECOMPUTED, "microbatch": 64}, **LIKE),
     Row(provider="tppo_fast: attention by SDPA", changes={"settings": SDPA, "microbatch": 64}, **LIKE),
-    Row(provider="tppo_fast: compiled", changes={"settings": COMPILED, "microbatch": 64}, **LIKE),
     Row(provider="tppo_fast: head at four units", changes={"settings": SHARED, "microbatch": 64, "row_local": False}, **LIKE),
-    Row(provider="tppo_fast: all levers off", changes={"settings": ALL_OFF, "microbatch": 8, "row_local": False}, **LIKE),
 )  # fmt: skip
 
 
@@ -77,7 +77,8 @@ def run(
     """
     work = Work(
         name="Qwen3-1.7B shape", model=_model(folder, TINY if dry else QWEN3), prompts=2 if dry else 16,
-        prompt_tokens=24 if dry else 512, samples=8, new_tokens=4 if dry else 32, epochs=1, iterations=3, microbatch=8,
+        prompt_tokens=24 if dry else 512, samples=8, new_tokens=4 if dry else 32, epochs=1, iterations=2 if dry else 4,
+        microbatch=8,
     )  # fmt: skip
     if torch.cuda.is_available():  # the rows' processes need what this one has kept
         gc.collect()

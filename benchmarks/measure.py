@@ -116,7 +116,11 @@ def _status(key: str) -> int:
 
 
 class GpuMeter:
-    """CUDA events with a flushed L2, and the allocator's peak."""
+    """CUDA events with a flushed L2, and the allocator's peak.
+
+    The device first sleeps some milliseconds, in which the host queues what is timed: short ops are not charged for Python's
+    launches, as they are not in a loop that never waits for the device. Who launches for longer, or waits, still pays.
+    """
 
     def __init__(self) -> None:
         self.flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
@@ -128,6 +132,7 @@ class GpuMeter:
     def time(self, run: Run, calls: int = 1) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
+        torch.cuda._sleep(8_000_000)  # cycles
         start.record()
         kept = [run() for _ in range(calls)]
         end.record()

@@ -30,7 +30,13 @@ Scalar = Callable[[Tensor, Tensor], Tensor]
 """(hidden, weight) -> one number a row, or a loss."""
 NO_ENTROPY = "it has no gradient of the entropy"
 GPU_ONLY = "its kernel needs a GPU"
-_OPENRLHF = {"alone": True, "stand_ins": ("deepspeed", "pylatexenc", "openrlhf.trainer.ray.launcher")}
+_OPENRLHF = {"alone": 9, "stand_ins": ("deepspeed", "pylatexenc", "openrlhf.trainer.ray.launcher")}
+_VERL: dict[str, Any] = {}
+if importlib.util.find_spec("ray") is None:  # an offline GPU machine has verl's wheel without what it depends on
+    _VERL = {
+        "alone": 1,
+        "stand_ins": ("omegaconf", "tensordict", "tensordict.tensorclass", "codetiming", "orjson", "ray"),
+    }
 
 
 def install(folder: Path | None) -> list[str]:
@@ -46,11 +52,11 @@ def install(folder: Path | None) -> list[str]:
 
 
 @functools.cache
-def find(module: str, name: str, *, alone: bool = False, stand_ins: Sequence[str] = ()) -> Any:
+def find(module: str, name: str, *, alone: int = 0, stand_ins: Sequence[str] = ()) -> Any:
     """The peer's function, or one sentence (a ``str``) that says why there is none.
 
     Args:
-        alone: import the module without running its packages' ``__init__``: verl's needs ray, its head torch and triton alone.
+        alone: import the module without running the ``__init__`` of so many of its packages, which need what it does not.
         stand_ins: modules that it imports and that nothing called here needs: an empty one of that name stands there meanwhile.
     """
     try:
@@ -58,7 +64,7 @@ def find(module: str, name: str, *, alone: bool = False, stand_ins: Sequence[str
             warnings.simplefilter("ignore")
             if module.startswith("trl."):
                 _hide_vllm_from_trl()
-            return getattr((_import_alone if alone else importlib.import_module)(module), name)
+            return getattr(_import_alone(module, alone), name)
     except Exception as error:
         return f"{module}.{name} cannot be imported ({type(error).__name__}: {str(error)[:120]})"
 
@@ -70,8 +76,10 @@ def _hide_vllm_from_trl() -> None:
     import_utils.is_vllm_available = lambda *_, **__: False
 
 
-def _import_alone(module: str) -> Any:
-    parents = module.split(".")[:-1]
+def _import_alone(module: str, number: int) -> Any:
+    if not number:
+        return importlib.import_module(module)
+    parents = module.split(".")[:-1][:number]
     found = importlib.util.find_spec(parents[0])
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError(f"No module named {parents[0]!r}")
@@ -110,7 +118,7 @@ def row_logprobs() -> dict[str, Pair | str]:
     found: dict[str, Pair | str] = {}
     for name, module, logp, entropy, options in (
         ("TRL", "trl.trainer.utils", "selective_log_softmax", "entropy_from_logits", {}),
-        ("verl", "verl.utils.torch_functional", "logprobs_from_logits", "entropy_from_logits", {}),
+        ("verl", "verl.utils.torch_functional", "logprobs_from_logits", "entropy_from_logits", _VERL),
         ("OpenRLHF", "openrlhf.models.utils", "log_probs_from_logits", "compute_entropy", _OPENRLHF),
     ):
         parts = find(module, logp, **options), find(module, entropy, **options)
@@ -132,7 +140,7 @@ def heads(targets: Tensor) -> dict[str, Pair | str]:
         return nll * -1.0, entropy * 1.0
 
     where = "verl.utils.kernel.linear_cross_entropy"
-    verl: Any = find(where, "linear_cross_entropy", alone=True) if targets.is_cuda else GPU_ONLY
+    verl: Any = find(where, "linear_cross_entropy", **_VERL) if targets.is_cuda else GPU_ONLY
 
     def verl_pair(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         logp, entropy = verl(h, w, targets, 1.0, "none")
@@ -226,7 +234,7 @@ Gae = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 
 def gaes() -> dict[str, Gae | str]:
     """Loops over padded [B, T]. verl's whitens the advantages too: the plain ones are its returns less the values."""
-    verl = find("verl.trainer.ppo.core_algos", "compute_gae_advantage_return")
+    verl = find("verl.trainer.ppo.core_algos", "compute_gae_advantage_return", **_VERL)
     maker = find("openrlhf.trainer.ppo_utils.experience_maker", "RemoteExperienceMaker", **_OPENRLHF)
 
     def verl_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -246,7 +254,7 @@ PPOLoss = Callable[[dict[str, Tensor]], Tensor]
 def ppo_losses() -> dict[str, PPOLoss | str]:
     """Their own policy, value and KL functions on one row of tokens, summed."""
     algos = "verl.trainer.ppo.core_algos"
-    policy, value, kl = (find(algos, n) for n in ("compute_policy_loss", "compute_value_loss", "kl_penalty"))
+    policy, value, kl = (find(algos, n, **_VERL) for n in ("compute_policy_loss", "compute_value_loss", "kl_penalty"))
 
     def verl(x: dict[str, Tensor]) -> Tensor:
         x = {name: tensor[None] for name, tensor in x.items()}

@@ -204,5 +204,5 @@ def inputs(work: Work, seed: int, *, responses: bool = False) -> dict[str, Tenso
     if responses:
         repeated = prompts.repeat_interleave(work.samples, 0)
         sequences = torch.cat([repeated, ids(len(repeated), work.new_tokens)], 1)
-        found["sequences"] = sequences.expand(work.iterations, *sequences.shape)
+        found["sequences"] = sequences.repeat(work.iterations, 1, 1)
     return found

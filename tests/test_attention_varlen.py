@@ -241,8 +241,9 @@ def test_the_gpus_kernels_equal_plain_torch(share: bool, window: int | None) -> 
         out.float().square().sum().backward()
         found.append((out, q.grad, k.grad, v.grad))
     for expected, *both in zip(*found, strict=True):
-        for got in both:
-            torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=2e-2)
+        for got in both:  # outputs and gradients are rounded to 8 bits, and the weights between them
+            assert (got.float() - expected).norm() < 1e-2 * expected.norm()
+            assert (got.float() - expected).abs().max() < 2e-2 * expected.abs().max()
 
 
 def test_what_is_chosen_is_what_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,7 @@ def test_one_graph_for_every_number_of_tokens() -> None:
         return graph.forward
 
     plain, compiled = actor_critic(), actor_critic()
-    assert (
-        compile_layers([compiled.actor.lm, None], backend=counting) == 2 * 3
-    )  # two norms and a feed-forward network each
+    assert compile_layers([compiled.actor.lm, None], backend=counting) == 2
     made = []
     for length in (9, 30, 14, 21, 3, 44):
         expected, found = (m(batch_of(length), temperature=1.0) for m in (plain, compiled))
@@ -46,7 +44,7 @@ def test_one_graph_for_every_number_of_tokens() -> None:
         with torch.no_grad():
             compiled(batch_of(length), temperature=1.0)
         made.append(len(graphs))
-    assert made[0] == made[-1] <= 6
+    assert made[0] == made[-1] <= 8  # before, in, and twice after attention, each with gradients and without
     for a, b in zip(plain.actor.parameters(), compiled.actor.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     assert plain.actor.lm.state_dict().keys() == compiled.actor.lm.state_dict().keys()

@@ -276,9 +276,12 @@ def test_what_is_parked_leaves_the_device_and_what_rollouts_need_stays() -> None
 def test_parking_frees_gpu_memory() -> None:
     ppo, batch = build(model=actor_critic(wide_llama).cuda(), n=2, share=True, epochs=1)
     ppo.update(ppo.prepare(batch)[0])
+    states = [v for s in ppo.optimizer.state.values() for v in s.values() if v.dim()]
+    size = sum(v.nbytes for v in [*states, *ppo.model.critic.parameters()])
     before = torch.cuda.memory_allocated()
+    del states
     ppo.park()
-    assert torch.cuda.memory_allocated() < 0.5 * before
+    assert torch.cuda.memory_allocated() <= before - size
     ppo.unpark()
     assert torch.cuda.memory_allocated() >= before
 

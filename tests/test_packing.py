@@ -69,8 +69,16 @@ def test_select_equals_packing_the_chosen(group: list, share: bool, random: obje
     chosen = [b for b in range(len(rollouts)) if random.random() < 0.6]  # type: ignore[attr-defined]
     sub, rows = packing.select(batch, chosen)
     direct = packing.pack([rollouts[b] for b in chosen], [rewards[b] for b in chosen], share_prompts=share)
-    for name in batch.__dataclass_fields__:
+    for name in ("cu_actions", "behaviour_logprobs", "rewards", "truncated"):
         assert torch.equal(getattr(sub, name), getattr(direct, name)), name
+    for name in ("action_index", "state_index", "final_index"):  # the same tokens at the same positions ...
+        for held in ("token_ids", "position_ids"):
+            mine, theirs = (getattr(x, held)[getattr(x, name)] for x in (sub, direct))
+            assert torch.equal(mine, theirs), (name, held)
+    assert sub.num_tokens == direct.num_tokens
+    assert packing.prompts(sub) == packing.prompts(direct)  # ... behind the same ones
+    parents = sub.prefix[sub.prefix >= 0].unique()
+    assert parents.tolist() == list(range(len(parents)))  # shared prompts come first
     assert torch.equal(batch.rewards[rows], sub.rewards)
 
 

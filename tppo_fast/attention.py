@@ -139,6 +139,7 @@ def _padded(index: range | list[int], width: int) -> list[int]:
     return [*index, *[index[0]] * (width - len(index))]
 
 
+@torch.compiler.disable  # it follows each batch's own structure: compiled layers end before it and begin again behind it
 def packed_attention(
     module: nn.Module,
     query: Tensor,

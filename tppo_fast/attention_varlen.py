@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 class Part(NamedTuple):
     """One varlen call: sequences of queries, each looking at one sequence of keys."""
 
-    queries: Int[Tensor, "Q"] | None
-    """Which tokens ask, sequence after sequence; None is all N in their order."""
-    keys: Int[Tensor, "K"] | None
+    queries: Int[Tensor, "Q"] | slice
+    """Which tokens ask, sequence after sequence."""
+    keys: Int[Tensor, "K"] | slice
     """Which tokens are looked at, likewise."""
     cu_queries: Int[Tensor, "P+1"]
     """Where each sequence of queries starts, int32."""
@@ -150,24 +150,31 @@ def parts(cu_seqlens: Sequence[int], prefix: Sequence[int], device: torch.device
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
     bounds = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), device)
     longest = max(lengths, default=0)
-    found = [Part(None, None, bounds, bounds, longest, longest, True)]
+    found = [Part(slice(None), slice(None), bounds, bounds, longest, longest, True)]
     families: dict[int, list[int]] = {}
     for segment, parent in enumerate(prefix):
         if parent >= 0:
             families.setdefault(parent, []).append(segment)
     if families:
-        asking = [[i for s in family for i in range(cu_seqlens[s], cu_seqlens[s + 1])] for family in families.values()]
-        looked_at = [range(cu_seqlens[p], cu_seqlens[p + 1]) for p in families]
-        (queries, cu_queries), (keys, cu_keys) = _joined(asking, device), _joined(looked_at, device)
-        longest_q, longest_k = max(map(len, asking)), max(map(len, looked_at))
+        (queries, cu_queries), (keys, cu_keys) = (
+            _joined([[range(*cu_seqlens[s : s + 2]) for s in group] for group in groups], device)
+            for groups in (families.values(), [[p] for p in families])
+        )
+        longest_q, longest_k = (
+            max(sum(lengths[s] for s in family) for family in families.values()),
+            max(lengths[p] for p in families),
+        )
         found.append(Part(queries, keys, cu_queries, cu_keys, longest_q, longest_k, False))
     return found
 
 
-def _joined(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(token indices end to end int64, where each sequence starts int32)."""
-    index = torch.tensor([i for sequence in sequences for i in sequence])
-    bounds = torch.tensor([0, *map(len, sequences)]).cumsum(0).to(torch.int32)
+def _joined(sequences: Sequence[Sequence[range]], device: torch.device) -> tuple[Tensor | slice, Tensor]:
+    """(the tokens of all ranges end to end, where each sequence of them starts int32)."""
+    ranges = [r for sequence in sequences for r in sequence]
+    bounds = torch.tensor([0, *(sum(map(len, sequence)) for sequence in sequences)]).cumsum(0).to(torch.int32)
+    if all(a.stop == b.start for a, b in pairwise(ranges)):
+        return slice(ranges[0].start, ranges[-1].stop), to_device(bounds, device)
+    index = torch.cat([torch.arange(r.start, r.stop) for r in ranges])
     return to_device(index, device), to_device(bounds, device)
 
 
@@ -220,7 +227,10 @@ class _Attend(torch.autograd.Function):
                 part, scale, None,
             )  # fmt: skip
             for total, index, extra in zip((dq, dk, dv), (asking, looked_at, looked_at), more, strict=True):
-                total[index] += extra
+                if isinstance(index, slice):
+                    total[index].add_(extra)
+                else:
+                    total[index] += extra
         return dq, dk, dv, None, None, None, None
 
 

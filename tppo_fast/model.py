@@ -124,15 +124,17 @@ class Actor(nn.Module):
     ) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
         """Log-probability of each action and entropy of its distribution, fp32."""
         weight, options = self.head(temperature)
-        with autocast(self.config, states.device):
-            return tk.linear_logprobs(states, weight, actions, **options)
+        return tk.linear_logprobs(self.operand(states), weight, actions, **options)
 
     def head(self, temperature: float) -> tuple[Float[Tensor, "V D"], dict[str, Any]]:
         """The head's weight, and what else the head ops need to know of it."""
         head = self.lm.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        scale = {"softcap": self.softcap, "logit_scale": self.logit_scale}
-        return head.weight, {"bias": bias, "temperature": temperature, **scale}
+        options = {"bias": getattr(head, "bias", None), "softcap": self.softcap, "logit_scale": self.logit_scale}
+        return head.weight, {**options, "temperature": temperature, "logits_dtype": torch.float32}
+
+    def operand(self, states: Float[Tensor, "A D"]) -> Float[Tensor, "A D"]:
+        """``states`` in the precision of the head's GEMMs; their sums, and the logits, are fp32 either way."""
+        return states.bfloat16() if self.config.dtype == "bfloat16" else states
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The causal LM's weights under transformers' names, adapters merged one weight at a time, for a rollout engine."""
@@ -247,10 +249,9 @@ class ActorCritic(nn.Module):
             return out.loss, out.metrics
 
         rows = [values, *(getattr(batch, name) for name in names)]
-        with autocast(self.actor.config, states.device):
-            return tk.linear_token_loss(
-                states, weight, batch.rollouts.actions, on_chunk, rows, normalizer=normalizer, **options
-            )
+        return tk.linear_token_loss(
+            self.actor.operand(states), weight, batch.rollouts.actions, on_chunk, rows, normalizer=normalizer, **options
+        )
 
 
 def layout_of(batch: RolloutBatch, config: ModelConfig) -> attention.Layout:

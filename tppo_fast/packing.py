@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from torch import Tensor
 from tppo_fast.data_types import Rollout, RolloutBatch, TrainBatch, TrainRows, to_device
 from tppo_fast.errors import UserError
 
+S = TypeVar("S")
+T = TypeVar("T")
 _PER_ACTION = tuple(f.name for f in fields(TrainRows))
 
 
@@ -92,11 +96,11 @@ def select(batch: RolloutBatch, sequences: Sequence[int]) -> tuple[RolloutBatch,
     """The batch of some sequences, in the order given, and where their actions stood: ``(sub-batch, [A'] int64)``."""
     cu_seqlens, cu_actions, prefix = batch.cu_seqlens.tolist(), batch.cu_actions.tolist(), batch.prefix.tolist()
     own = _segment_of(batch, batch.final_index).tolist()
+    shared = (prefix[own[b]] for b in sequences)
+    # Shared prompts first: then they, and all responses, are slices of the batch for attention.
     renumbered: dict[int, int] = {}
-    for b in sequences:
-        for s in (prefix[own[b]], own[b]):
-            if s >= 0:
-                renumbered.setdefault(s, len(renumbered))
+    for s in (*(p for p in shared if p >= 0), *(own[b] for b in sequences)):
+        renumbered.setdefault(s, len(renumbered))
     ranges = [torch.arange(cu_seqlens[s], cu_seqlens[s + 1]) for s in renumbered]
     kept = torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)  # [N']
     new_place = torch.full((batch.num_tokens,), -1, dtype=torch.int64)
@@ -207,6 +211,18 @@ def _fill(lots: Sequence[_Lot], groups: int, token_budget: int, *, even: bool) -
         tokens[chosen] += lot.tokens
         costs[chosen] += lot.cost
     return filled
+
+
+def prefetched(make: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """``make(item)`` of each item, the next one in another thread while the caller works on the last."""
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        pending: Future[T] | None = None
+        for item in items:
+            done, pending = pending, pool.submit(make, item)
+            if done is not None:
+                yield done.result()
+        if pending is not None:
+            yield pending.result()
 
 
 def responses(batch: RolloutBatch) -> list[list[int]]:

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 from tppo_fast import flops, offload, optimizers, packing, parity, seeding
 from tppo_fast.advantages import penalised_rewards
 from tppo_fast.algorithms import ALGORITHMS
+from tppo_fast.attention import Layout
 from tppo_fast.config import Config, PPOConfig
 from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch, TrainRows, to_device
 from tppo_fast.errors import TrainingDiverged, UserError
@@ -123,18 +124,22 @@ class PPO:
         logprobs, values = (torch.zeros(batch.num_actions, device=self.device) for _ in range(2))
         reference = None if self.reference is None else torch.zeros_like(logprobs)
         final_values = torch.zeros(batch.num_sequences, device=self.device)
-        for minibatch in self._minibatches(batch.num_sequences, 0):
-            for group in self._microbatches(batch, minibatch):
-                part, rows = packing.select(batch, group)
-                part, rows, sequences = part.to(self.device), to_device(rows, self.device), torch.tensor(group)
-                self._counter.prepared(part)
-                layout = layout_of(part, self.model.actor.config)
-                states, values[rows], final = self.model.states(part, layout=layout)
-                logprobs[rows] = self.model.actor.logprobs(states, part.actions, temperature)[0]
-                final_values[to_device(sequences, self.device)] = final
-                if self.reference is not None and reference is not None:
-                    states = self.reference.hidden(part, layout)[part.state_index]
-                    reference[rows] = self.reference.logprobs(states, part.actions, temperature)[0]
+        minibatches = self._minibatches(batch.num_sequences, 0)
+        groups = (group for minibatch in minibatches for group in self._microbatches(batch, minibatch))
+
+        def fetched(group: list[int]) -> tuple[RolloutBatch, Layout, Tensor, Tensor]:
+            part, rows = packing.select(batch, group)
+            part = part.to(self.device)
+            rows, sequences = (to_device(x, self.device) for x in (rows, torch.tensor(group)))
+            return part, layout_of(part, self.model.actor.config), rows, sequences
+
+        for part, layout, rows, sequences in packing.prefetched(fetched, groups):
+            self._counter.prepared(part)
+            states, values[rows], final_values[sequences] = self.model.states(part, layout=layout)
+            logprobs[rows] = self.model.actor.logprobs(states, part.actions, temperature)[0]
+            if self.reference is not None and reference is not None:
+                states = self.reference.hidden(part, layout)[part.state_index]
+                reference[rows] = self.reference.logprobs(states, part.actions, temperature)[0]
         return logprobs, values, reference, final_values
 
     # ---------------------------------------------------------------- update
@@ -205,8 +210,7 @@ class PPO:
         count = sum(cu_actions[b + 1] - cu_actions[b] for b in sequences)
         sums = {"actions": torch.tensor(float(count), dtype=torch.float64)}
         groups = self._microbatches(batch.rollouts, sequences)
-        for group in groups:
-            part = packing.select_train(batch, group)
+        for part in packing.prefetched(lambda group: packing.select_train(batch, group), groups):
             self._counter.updated(part.rollouts, train_policy)
             loss, metrics = self._loss(part, count, train_policy)
             loss.backward()

@@ -327,7 +327,6 @@ def draw(curve: Curve, runs: Sequence[Run], axis: Axis = "samples") -> Figure:
 
 Point = tuple[float, float, float, float]
 """x, y, and the ends of its band, NaN where there is none."""
-GAP = (math.nan, math.nan)
 
 
 def _band(curve: Curve, run: Run, axis: Axis) -> list[Point]:
@@ -343,7 +342,11 @@ def _spread(metric: str, runs: Sequence[Run], axis: Axis) -> list[Point]:
         for step, point in zip(at, _points(metric, run, axis), strict=True):
             steps.setdefault(step, []).append(point)
     columns = [zip(*steps[step], strict=True) for step in sorted(steps)]
-    return [(fmean(x), fmean(y), *((min(y), max(y)) if all(map(math.isfinite, y)) else GAP)) for x, y in columns]
+    found: list[Point] = []
+    for x, y in columns:
+        low, high = (min(y), max(y)) if all(map(math.isfinite, y)) else (math.nan, math.nan)
+        found.append((fmean(x), fmean(y), low, high))
+    return found
 
 
 def _draw_points(axes: Axes, points: Sequence[Point], name: str, colour: str, style: str) -> None:

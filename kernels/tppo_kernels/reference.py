@@ -60,6 +60,20 @@ def logprobs_from_logits(
     return logp, entropy
 
 
+class _Rounded(torch.autograd.Function):
+    """The values of a narrower dtype in the tensor's own, with the gradient as it comes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        del ctx
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        del ctx
+        return grads[0], None
+
+
 def chunk_rows(chunk_size: int | None, vocab: int, logits_dtype: torch.dtype, device: torch.device) -> int:
     """Rows per chunk: as asked, else the power of two whose logits fit 64 MiB on a CPU and 1.25 GiB elsewhere.
 
@@ -93,9 +107,14 @@ def linear_logprobs(
     ``chunk_size`` None: see ``chunk_rows``. ``logits_dtype`` None is hidden's own; bf16 logits of size 16 to 32
     quantise log-probabilities by up to 0.0625, ``torch.float32`` does not. ``compact_rows``: whether a fused backend
     leaves rows without a gradient out of the GEMMs of dX and dW (see ``head``); here it changes nothing.
+
+    A ``weight`` that is wider than a 16-bit ``hidden`` (fp32 master weights) is rounded to hidden's precision, and its
+    gradient is not.
     """
     del compact_rows
     dtype = logits_dtype or hidden.dtype
+    if hidden.dtype.itemsize == 2:
+        weight = _Rounded.apply(weight, hidden.dtype)  # type: ignore[assignment]
     size = chunk_rows(chunk_size, len(weight), dtype, hidden.device)
 
     def chunk(h: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:

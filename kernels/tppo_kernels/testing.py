@@ -26,7 +26,7 @@ def close(actual: Tensor, eager: Tensor, truth: Tensor) -> str | None:
     """None when ``actual`` obeys the rule, else one sentence; ``eager`` and ``truth`` are the reference's."""
     if actual.shape != truth.shape:
         return f"shape {tuple(actual.shape)} instead of {tuple(truth.shape)}"
-    actual, eager, truth = actual.detach().cpu(), eager.detach().cpu(), truth.detach().double().cpu()
+    actual, eager, truth = actual.detach(), eager.detach().to(actual.device), truth.detach().double().to(actual.device)
     odd = ~truth.isfinite()
     if not torch.equal(actual.double()[odd].nan_to_num(nan=7.0), truth[odd].nan_to_num(nan=7.0)):
         return f"{actual[odd][:4].tolist()} where the truth is {truth[odd][:4].tolist()}"

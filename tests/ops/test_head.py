@@ -181,6 +181,20 @@ def test_gemm_of_bf16_operands_on_a_gpu(has_mixed, beta, monkeypatch):
         assert (name, args) == ("aten::addmm.out", [wide] * 3)
 
 
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=["bf16-logits", "fp32-logits"])
+def test_fp32_masters_of_a_bf16_head(logits_dtype, backend):
+    """Values of the rounded weight; a gradient in the master's precision."""
+    x = inputs(40, torch.bfloat16) | {"weight": inputs(40, torch.float32)["weight"]}
+    options = {"chunk_size": 16, "logits_dtype": logits_dtype}
+    got, eager = (run_loss(x, name, **options) for name in (backend, "reference"))
+    assert got[-3].dtype == eager[-3].dtype == torch.float32
+    truth = run_loss(wide(x | {"weight": x["weight"].bfloat16()}), "reference", chunk_size=16)
+    for mine, theirs, exact in zip(got, eager, truth, strict=True):
+        size, allowed = exact.norm().clamp_min(1e-3), 2.0**-8 if logits_dtype is None else 1e-5
+        allowed = 2.0**-8 if mine.dtype == torch.bfloat16 else allowed
+        assert (mine.double() - exact).norm() / size <= 2 * (theirs.double() - exact).norm() / size + allowed
+
+
 def test_tied_and_low_rank_heads(backend, exact):
     """The weight is a function of parameters: an embedding used twice, and W + B A."""
     tokens = torch.randint(130, (12,))

@@ -30,7 +30,7 @@ SHAPES = [
 ]
 OPTIONS = [
     pytest.param({}, id="plain"),
-    pytest.param({"temperature": 0.7, "logit_scale": 0.5}, id="temperature-scale"),
+    pytest.param({"temperature": 0.7, "logit_scale": -0.5}, id="temperature-scale"),
     pytest.param({"softcap": 5.0, "temperature": 1.3}, id="softcap"),
 ]
 FLOATS = (torch.float32, torch.float64)

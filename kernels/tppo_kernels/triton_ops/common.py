@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCKS: dict[str, tuple[int, int]] = {
-    "row_forward": (4096, 8),
-    "row_backward": (4096, 8),
+    "row_forward": (8192, 8),
+    "row_backward": (2048, 4),
     "live_rows": (1024, 4),
-    "gae": (1024, 8),
+    "gae": (1024, 4),
     "stats": (4096, 8),
-    "ppo": (1024, 8),
+    "ppo": (2048, 8),
     "carry": (128, 0),
 }
 """Entries and warps of a program, per kernel, and how many tiles of a long sequence are composed at once (carry)."""

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from .common import block, counter, is_last_program, on_device
 
+MERGED = tl.constexpr(1024)
+"""Programs whose statistics are merged at once."""
+
 
 @triton.jit
 def _times(x, y):
@@ -58,14 +61,24 @@ def _sequence_of(t, starts_ptr, low, high):
 
 
 @triton.jit
-def _sequence_of_one(t, starts_ptr, low, high):
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(starts_ptr + middle) <= t:
-            low = middle
-        else:
-            high = middle
-    return low
+def _narrowed(t, starts_ptr, low, high, PROBES: tl.constexpr):
+    """``_sequence_of`` one action, by a round of probes: to a PROBES-th of [low, high)."""
+    step = (high - low + PROBES - 1) // PROBES
+    at = low + step * tl.arange(0, PROBES)
+    before = tl.load(starts_ptr + at, mask=at < high, other=2147483647) <= t  # true up to a probe, then false
+    low += (tl.sum(before.to(tl.int32), 0) - 1) * step
+    return low, tl.minimum(low + step, high)
+
+
+@triton.jit
+def _sequences_of_ends(first_t, last_t, starts_ptr, sequences, PROBES: tl.constexpr):
+    """The sequences of a tile's first and last action: two searches at once, in few rounds of loads."""
+    low0, high0 = sequences * 0, sequences
+    low1, high1 = sequences * 0, sequences
+    while (high0 - low0 > 1) | (high1 - low1 > 1):
+        low0, high0 = _narrowed(first_t, starts_ptr, low0, high0, PROBES)
+        low1, high1 = _narrowed(last_t, starts_ptr, low1, high1, PROBES)
+    return low0, low1
 
 
 @triton.jit
@@ -78,8 +91,9 @@ def _tile(
     t = tile * TILE + index
     inside = t < actions
     at = tl.minimum(t, actions - 1)
-    first = _sequence_of_one(tile * TILE, starts_ptr, tile * 0, sequences)
-    final = _sequence_of_one(tl.minimum(tile * TILE + TILE, actions) - 1, starts_ptr, first, sequences)
+    first, final = _sequences_of_ends(
+        tile * TILE, tl.minimum(tile * TILE + TILE, actions) - 1, starts_ptr, sequences, 128
+    )
     b = _sequence_of(at, starts_ptr, tl.zeros([TILE], tl.int32) + first, tl.zeros([TILE], tl.int32) + final + 1)
     last = t + 1 == tl.load(starts_ptr + b + 1)
     v = tl.load(values_ptr + at)
@@ -178,20 +192,20 @@ def _store_stats(partial_ptr, program, x, kept):
 
 
 @triton.jit
-def _merge_stats(partial_ptr, stats_ptr, programs, CARRY: tl.constexpr):
+def _merge_stats(partial_ptr, stats_ptr, programs, WIDTH: tl.constexpr):
     """The statistics of all programs, in order: the mean first, then the deviations from it."""
-    index = tl.arange(0, CARRY)
-    count = tl.zeros([CARRY], tl.float32)
-    total = tl.zeros([CARRY], tl.float32)
-    for start in range(0, programs, CARRY):
+    index = tl.arange(0, WIDTH)
+    count = tl.zeros([WIDTH], tl.float32)
+    total = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, programs, WIDTH):
         k = start + index
         n = tl.load(partial_ptr + 3 * k, mask=k < programs, other=0.0, cache_modifier=".cg")
         count += n
         total += n * tl.load(partial_ptr + 3 * k + 1, mask=k < programs, other=0.0, cache_modifier=".cg")
     count_all = tl.sum(count, 0)
     mean = tl.sum(total, 0) / tl.maximum(count_all, 1.0)
-    squares = tl.zeros([CARRY], tl.float32)
-    for start in range(0, programs, CARRY):
+    squares = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, programs, WIDTH):
         k = start + index
         n = tl.load(partial_ptr + 3 * k, mask=k < programs, other=0.0, cache_modifier=".cg")
         d = tl.load(partial_ptr + 3 * k + 1, mask=k < programs, other=0.0, cache_modifier=".cg") - mean
@@ -230,13 +244,11 @@ def gae_apply(
     if stats_ptr is not None:
         _store_stats(partial_ptr, tile, advantage, kept)
         if is_last_program(counter_ptr, tiles):
-            _merge_stats(partial_ptr, stats_ptr, tiles, CARRY)
+            _merge_stats(partial_ptr, stats_ptr, tiles, MERGED)
 
 
 @triton.jit(do_not_specialize=["count", "programs"])
-def stats_kernel(
-    x_ptr, mask_ptr, count, partial_ptr, stats_ptr, counter_ptr, programs, BLOCK: tl.constexpr, CARRY: tl.constexpr
-):
+def stats_kernel(x_ptr, mask_ptr, count, partial_ptr, stats_ptr, counter_ptr, programs, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     i = program * BLOCK + tl.arange(0, BLOCK)
     kept = i < count
@@ -244,7 +256,7 @@ def stats_kernel(
         kept = kept & (tl.load(mask_ptr + i, mask=kept, other=0) != 0)
     _store_stats(partial_ptr, program, tl.load(x_ptr + i, mask=kept, other=0.0), kept)
     if is_last_program(counter_ptr, programs):
-        _merge_stats(partial_ptr, stats_ptr, programs, CARRY)
+        _merge_stats(partial_ptr, stats_ptr, programs, MERGED)
 
 
 def gae(
@@ -280,6 +292,6 @@ def stats(x: Tensor, mask: Tensor | None) -> Tensor:
     with on_device(x):
         stats_kernel[(programs,)](
             x, None if mask is None else mask.contiguous().view(torch.uint8), x.numel(), partial, out, counter(x),
-            programs, BLOCK=size, CARRY=block("carry")[0], num_warps=warps,
+            programs, BLOCK=size, num_warps=warps,
         )  # fmt: skip
     return out

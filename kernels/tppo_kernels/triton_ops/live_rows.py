@@ -35,16 +35,26 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    "half": Tiles(128, 128, 64, 8, 3),
+    "d_hidden": Tiles(128, 128, 64, 8, 3),
+    "d_hidden, Hopper": Tiles(128, 256, 64, 8, 3),
+    "d_weight": Tiles(128, 128, 64, 8, 3),
     "float": Tiles(64, 64, 32, 4, 2),
 }
-"""By operand dtype: 16-bit operands go to the tensor cores; fp32 ones are multiplied in full fp32 (no TF32)."""
+"""16-bit operands go to the tensor cores; fp32 ones ("float") are multiplied in full fp32 (no TF32)."""
 
 
-def _tiles(operand: torch.dtype, other: torch.dtype) -> Tiles:
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU has Hopper's shared memory and asynchronous tensor cores, or newer ones."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _tiles(gemm: str, operand: Tensor, other: torch.dtype) -> Tiles:
     """Operands that are rounded while they are loaded arrive twice as wide: half the step holds as many bytes."""
-    tiles = TILES["float" if operand == torch.float32 else "half"]
-    return tiles if operand == other or operand == torch.float32 else tiles._replace(step=tiles.step // 2)
+    if operand.dtype == torch.float32:
+        return TILES["float"]
+    hopper = f"{gemm}, Hopper"
+    tiles = TILES[hopper if hopper in TILES and is_hopper(operand.device) else gemm]
+    return tiles if operand.dtype == other else tiles._replace(step=tiles.step // 2)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -141,7 +151,7 @@ def find(c: Tensor | None, e: Tensor | None) -> LiveRows:
 def d_hidden(dz: Tensor, weight: Tensor, live: LiveRows, out: Tensor) -> None:
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     vocab, size = weight.shape
-    tiles = _tiles(weight.dtype, dz.dtype)
+    tiles = _tiles("d_hidden", weight, dz.dtype)
     grid = (triton.cdiv(len(dz), tiles.rows) * triton.cdiv(size, tiles.columns),)
     with on_device(dz):
         d_hidden_kernel[grid](
@@ -153,7 +163,7 @@ def d_hidden(dz: Tensor, weight: Tensor, live: LiveRows, out: Tensor) -> None:
 def d_weight(dz: Tensor, hidden: Tensor, live: LiveRows, out: Tensor, accumulate: bool) -> None:
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     vocab, size = out.shape
-    tiles = _tiles(hidden.dtype, dz.dtype)
+    tiles = _tiles("d_weight", hidden, dz.dtype)
     grid = (triton.cdiv(vocab, tiles.rows) * triton.cdiv(size, tiles.columns),)
     with on_device(dz):
         d_weight_kernel[grid](

@@ -19,52 +19,66 @@ from .live_rows import products
 
 
 @triton.jit
-def _transform(x, inner, outer, CAPPED: tl.constexpr):
-    """z log2(e), where outer carries log2(e); without a cap inner is 1 and z = outer x."""
-    return outer * tanh(inner * x) if CAPPED else outer * x
+def _bounded(x, inner, CAPPED: tl.constexpr, FLIPPED: tl.constexpr):
+    """u, where z log2(e) = outer u and outer > 0."""
+    if CAPPED:
+        u = tanh(inner * x)
+    elif FLIPPED:  # a negative logit_scale
+        u = -x
+    else:
+        u = x
+    return u
 
 
 @triton.jit
-def _add_block(z, m, s, w):
-    """Add a block to the running maximum m (a scalar) and to the sums s of 2^(z-m) and w of 2^(z-m) (z-m), per lane."""
-    top = tl.maximum(m, tl.max(z, 0))
-    if top > m:  # rare after the first blocks
-        old = tl.where(m > NEG_INF, m, top)
-        scale = tl.exp2(old - top)
-        w = (w + s * (old - top)) * scale
-        s = s * scale
-    d = z - tl.where(top > NEG_INF, top, 0.0)
+def _add_block(u, m, s, w, outer):
+    """Add a block [R, K] to each of R lanes: to the maximum m of u and the sums s of 2^d and w of 2^d d, d = outer (u - m).
+
+    A lane's K entries lie in one thread, so that nothing is exchanged. u - m before the product: the target's d is exactly
+    0 where it is the maximum.
+    """
+    top = tl.maximum(m, tl.max(u, 1))
+    base = tl.where(top > NEG_INF, top, 0.0)
+    moved = outer * (m - base)
+    scale = tl.exp2(moved)
+    d = outer * (u - base[:, None])
     e = tl.exp2(d)
-    return top, s + e, w + e * tl.where(d < -1e30, -1e30, d)  # 0 * -inf is 0 here, NaN stays NaN
+    w = (w + s * tl.maximum(moved, -1e30)) * scale + tl.sum(e * tl.maximum(d, -1e30), 1)  # 0 * -inf is 0 here
+    return top, s * scale + tl.sum(e, 1), w
 
 
 @triton.jit
 def row_forward(
     x_ptr, target_ptr, logp_ptr, entropy_ptr, lse_ptr, vocab, row_stride, inner, outer,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, FLIPPED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     x_ptr += row.to(tl.int64) * row_stride  # A * V passes 2^31
-    columns = tl.arange(0, BLOCK)
-    m = NEG_INF
-    s = tl.zeros([BLOCK], tl.float32)
-    w = tl.zeros([BLOCK], tl.float32)
+    BLOCK: tl.constexpr = LANES * EACH
+    columns = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    m = tl.full([LANES], NEG_INF, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    w = tl.zeros([LANES], tl.float32)
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        z = _transform(tl.load(x_ptr + start + columns).to(tl.float32), inner, outer, CAPPED)
-        m, s, w = _add_block(z, m, s, w)
+        u = _bounded(tl.load(x_ptr + start + columns).to(tl.float32), inner, CAPPED, FLIPPED)
+        m, s, w = _add_block(u, m, s, w, outer)
     if whole < vocab:
         inside = whole + columns < vocab
         x = tl.load(x_ptr + whole + columns, mask=inside, other=0.0).to(tl.float32)
-        z = tl.where(inside, _transform(x, inner, outer, CAPPED), NEG_INF)
-        m, s, w = _add_block(z, m, s, w)
-    total = tl.sum(s, 0)
+        u = tl.where(inside, _bounded(x, inner, CAPPED, FLIPPED), NEG_INF)
+        m, s, w = _add_block(u, m, s, w, outer)
+    top = tl.max(m, 0)
+    moved = outer * (m - tl.where(top > NEG_INF, top, 0.0))
+    scale = tl.exp2(moved)
+    total = tl.sum(s * scale, 0)
+    weighted = tl.sum((w + s * tl.maximum(moved, -1e30)) * scale, 0)
     log_total = tl.log2(total)
     y = tl.load(target_ptr + row).to(tl.int64)
     xy = tl.load(x_ptr + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(tl.float32)
-    tl.store(logp_ptr + row, (_transform(xy, inner, outer, CAPPED) - m - log_total) * LN2)
-    tl.store(entropy_ptr + row, (log_total - tl.sum(w, 0) / total) * LN2)
-    tl.store(lse_ptr + row, (m + log_total) * LN2)
+    tl.store(logp_ptr + row, (outer * (_bounded(xy, inner, CAPPED, FLIPPED) - top) - log_total) * LN2)
+    tl.store(entropy_ptr + row, (log_total - weighted / total) * LN2)
+    tl.store(lse_ptr + row, (outer * top + log_total) * LN2)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -107,7 +121,7 @@ def row_backward(
 
 
 def _folded(options: LogitOptions) -> tuple[bool, float, float]:
-    """(capped, inner, outer) of ``_transform``."""
+    """(capped, inner, outer): z log2(e) is outer tanh(inner x), or without a cap outer x."""
     if options.softcap:
         scale = options.softcap / options.temperature
         return True, options.logit_scale / options.softcap, scale * LOG2E.value
@@ -125,12 +139,13 @@ def forward(logits: Tensor, targets: Tensor, options: LogitOptions) -> tuple[Ten
     rows, vocab = logits.shape
     logp, entropy, lse = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
     size, warps = block("row_forward")
+    each = 16 // logits.element_size()  # a vector load
     capped, inner, outer = _folded(options)
     if rows:
         with on_device(logits):
             row_forward[(rows,)](
-                logits, targets, logp, entropy, lse, vocab, logits.stride(0), inner, outer,
-                CAPPED=capped, BLOCK=size, num_warps=warps,
+                logits, targets, logp, entropy, lse, vocab, logits.stride(0), inner, abs(outer),
+                CAPPED=capped, FLIPPED=outer < 0.0, LANES=size // each, EACH=each, num_warps=warps,
             )  # fmt: skip
     return logp, entropy, lse
 

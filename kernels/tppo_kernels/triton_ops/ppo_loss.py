@@ -147,5 +147,5 @@ def ppo(
     with on_device(grad_logp):
         ppo_kernel[(programs,)](
             *inputs, normalizer, count, *options[:-1], len(grad_logp), partial, sums, grad_logp, grad_values,
-            counter(grad_logp), programs, KL=options.kl_estimator, BLOCK=size, SUMS=SUMS, MERGE=64, num_warps=warps,
+            counter(grad_logp), programs, KL=options.kl_estimator, BLOCK=size, SUMS=SUMS, MERGE=256, num_warps=warps,
         )  # fmt: skip
