@@ -65,12 +65,12 @@ def run(
     extra_path: Sequence[str] = (),
     dry: bool = False,
 ) -> list[Result]:
-    """The suite's rows.
+    """The suite's rows; those that the time is over for are left out, and named on the terminal.
 
     Args:
         gemm: measured FLOP/s of a bf16 GEMM.
         folder: where the model and the processes' files go.
-        part, parts: the lean loop and every ``parts``-th of the other rows.
+        part, parts: see ``rows_of``.
         deadline: of ``time.monotonic()``; no row starts after it.
         extra_path: where peers were installed.
         dry: a tiny shape on the CPU, in this process where it is ours.
@@ -85,14 +85,14 @@ def run(
         torch.cuda.empty_cache()
     options = Options(scratch=folder, quick=dry, threads=1 if dry else 8)
     tensors, answers, found = inputs(work, 0, responses=True), {}, []
-    others = [row for row in OTHERS if not dry or row.changes.get("settings") is not COMPILED]  # a minute, on a CPU
-    for row in (LEAN, *others[part - 1 :: parts]):
-        answer: dict[str, Any] = {"problem": "the time was over"}
-        if time.monotonic() < deadline:
-            request = work.request(options.threads, bfloat16=not dry, **row.changes)
-            answer = answers[row.provider] = answer_of(
-                row, request, tensors, options, extra_path=extra_path, timeout=deadline - time.monotonic() + GRACE
-            )  # fmt: skip
+    for row in rows_of(part, parts, dry=dry):
+        if time.monotonic() > deadline:
+            print(f"{row.provider}: left out, the time was over", flush=True)
+            continue
+        request = work.request(options.threads, bfloat16=not dry, **row.changes)
+        answer = answers[row.provider] = answer_of(
+            row, request, tensors, options, extra_path=extra_path, timeout=deadline - time.monotonic() + GRACE
+        )  # fmt: skip
         if "problem" not in answer and (
             wrong := disagreement(row, answer, answers.get(row.like or "", {}), tolerance=0.05)
         ):
@@ -101,6 +101,12 @@ def run(
         print(f"{row.provider}: {answer.get('problem') or 'done'}", flush=True)
     summarise(found)
     return found
+
+
+def rows_of(part: int, parts: int, *, dry: bool) -> list[Row]:
+    """The lean loop and every ``parts``-th of the others."""
+    others = [row for row in OTHERS if not dry or row.changes.get("settings") is not COMPILED]  # a minute, on a CPU
+    return [LEAN, *others[part - 1 :: parts]]
 
 
 def _model(folder: Path, shape: dict[str, Any]) -> Path:

@@ -128,7 +128,13 @@ def row_logprobs() -> dict[str, Pair | str]:
 
 
 def _both(logp: Any, entropy: Any) -> Pair:
-    return lambda logits, targets: (logp(logits.float(), targets), entropy(logits.float()))
+    """As one sequence, [1, A, V]: some loop over the first axis, which is the batch's in their trainers."""
+
+    def pair(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        wide = logits.float()[None]
+        return logp(wide, targets[None])[0], entropy(wide)[0]
+
+    return pair
 
 
 def heads(targets: Tensor) -> dict[str, Pair | str]:

@@ -93,7 +93,7 @@ def _title(axes: Axes, text: str) -> None:
 
 
 def sweeps(report: Mapping[str, Any]) -> Figure:
-    """Every size that was swept against the median, both logarithmic; bands from the 20 to the 80 % quantile."""
+    """Every size that was swept against the median, both logarithmic, 20 to 80 % quantiles as bands; without any, bars."""
     rows = [row for row in results.rows_of(report) if row.median is not None]
     groups: dict[tuple[str, str, tuple[tuple[str, int], ...]], list[Result]] = {}
     for row in rows:
@@ -101,15 +101,15 @@ def sweeps(report: Mapping[str, Any]) -> Figure:
             fixed = tuple(sorted((k, v) for k, v in row.sizes.items() if k != axis))
             groups.setdefault((row.family, axis, fixed), []).append(row)
     swept = {key: members for key, members in groups.items() if len({row.sizes[key[1]] for row in members}) >= 3}
-    columns = 3 if len(swept) > 2 else max(len(swept), 1)
+    if not swept:
+        return bars(report)
+    columns = 3 if len(swept) > 2 else len(swept)
     figure, panels = _figure(columns, max(-(-len(swept) // columns), 1))
     for axes, ((family, axis, fixed), members) in zip(panels, swept.items(), strict=False):
         _sweep(axes, axis, members)
         _title(axes, f"{family}\n{', '.join(f'{v:,} {k}' for k, v in fixed)}")
     for axes in panels[len(swept) :]:
         axes.set_axis_off()
-    if not swept:
-        panels[0].text(0.5, 0.5, "no size was swept", ha="center")
     return figure
 
 
@@ -174,14 +174,13 @@ def summary() -> Figure:
 
 def bars(report: Mapping[str, Any]) -> Figure:
     """Seconds of everything that several rows were timed at, a panel each; the counter slows down what it counted."""
-    timed = [
-        rows for rows in tables.heads(results.rows_of(report)) if rows[0].unit == "s" and any(r.median for r in rows)
-    ]
+    cases = tables.by_case(results.rows_of(report)).values()
+    timed = [rows for rows in cases if rows[0].unit == "s" and sum(r.median is not None for r in rows) > 1]
     columns = min(max(len(timed), 1), 3)
     figure, panels = _figure(columns, max(-(-len(timed) // columns), 1), height=2.2)
     for axes, rows in zip(panels, timed, strict=False):
         _bars(axes, rows)
-        _title(axes, rows[0].family)
+        _title(axes, rows[0].case.replace(": ", "\n"))
     for axes in panels[len(timed) :]:
         axes.set_axis_off()
     return figure
@@ -214,5 +213,7 @@ def _bars(axes: Axes, rows: Sequence[Result]) -> None:
     colours = list(_colours([row.provider for row in measured]).values())
     axes.barh(range(len(measured)), median, xerr=spread, color=colours, ecolor="#444444")
     axes.set_yticks(range(len(measured)), [row.provider for row in measured], fontsize=7)
+    if max(median) > 100 * min(median):
+        axes.set_xscale("log")
     axes.set_xlabel("seconds", fontsize=8)
     axes.invert_yaxis()

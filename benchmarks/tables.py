@@ -151,29 +151,21 @@ def _cell(row: Result | None, named: bool) -> str:
     return f"{name}{value(row.median, row.unit)}{f', {size(memory)}' if memory and row.unit == 's' else ''}"
 
 
-def _kind(rows: Sequence[Result]) -> str:
-    """The family without its precision: what a CPU and a GPU row share."""
-    family = rows[0].family or rows[0].case
-    return family.removesuffix(", fp32").removesuffix(", bf16")
-
-
 def summary() -> str:
-    """The table of the README's first screen."""
-    cpu, gpu = kept("cpu"), {device: kept(device) for device in gpus()}
-    on_gpu = {
-        _kind(rows): (device, rows)
-        for device, reports in gpu.items()
-        for report in reports.values()
-        for rows in heads(results.rows_of(report))
-    }
-    lines = ["| what | tppo_fast, CPU | best other, CPU | ratio | tppo_fast, GPU |", "|---|---|---|---|---|"]
-    for suite in SUITES:
-        if suite not in cpu:
-            lines.append(f"| {suite} | {NOT_MEASURED} | {NOT_MEASURED} | | {NOT_MEASURED} |")
-            continue
-        for rows in whole(heads(results.rows_of(cpu[suite])), suite):
-            lines.append(_summary_line(rows, on_gpu.get(_kind(rows))))
-    measured = [*cpu.values(), *(report for reports in gpu.values() for report in reports.values())]
+    """The tables of the README's first screen."""
+    parts, measured = ["![Ops, one PPO step and learning, against the peers](benchmarks/results/summary.svg)"], []
+    for device in ("cpu", *gpus()):
+        reports = kept(device)
+        measured += reports.values()
+        lines = [f"| {device.upper()} | tppo_fast | best other | ratio |", "|---|---|---|---|"]
+        for suite in SUITES:
+            if suite in reports:
+                lines += [_summary_line(rows) for rows in whole(heads(results.rows_of(reports[suite])), suite)]
+            elif device == "cpu":
+                lines.append(f"| {suite} | {NOT_MEASURED} | {NOT_MEASURED} | |")
+        parts.append("\n".join(lines))
+    if not gpus():
+        parts.append(f"GPU: {NOT_MEASURED}.")
     devices = dict.fromkeys(_device(report) for report in measured)
     commits = dict.fromkeys(report["machine"]["commit"] for report in measured)
     models = dict.fromkeys(report["settings"]["model"] for report in measured if "model" in report["settings"])
@@ -182,15 +174,13 @@ def summary() -> str:
         if measured
         else NOT_MEASURED
     )
-    return "\n".join(
-        [
-            "![Ops, one PPO step and learning, against the peers](benchmarks/results/summary.svg)", "", *lines, "",
-            f"<sub>`make bench` (GPU: `make gpu-check`): {note}. Best other: the best provider that passed the same run's "
-            "correctness gate; memory: an op's peak beyond its inputs, a step's whole process. Learning rows compare methods "
-            "that are all ours, on two seeds; TPPO discounts by 0.7 there, the others not; five seeds and both discounts are "
-            "below. All rows: [RESULTS](benchmarks/RESULTS.md).</sub>",
-        ]
-    )  # fmt: skip
+    parts.append(
+        f"<sub>`make bench` (GPU: `make gpu-check`): {note}. Best other: the best provider that passed the same run's "
+        "correctness gate; memory: an op's peak beyond its inputs, a step's whole process. Learning rows compare methods "
+        "that are all ours, on two seeds; TPPO discounts by 0.7 there, the others not; five seeds and both discounts are "
+        "below. All rows: [RESULTS](benchmarks/RESULTS.md).</sub>"
+    )
+    return "\n\n".join(parts)
 
 
 def whole(cases: Sequence[Sequence[Result]], suite: str) -> list[Sequence[Result]]:
@@ -203,15 +193,14 @@ def whole(cases: Sequence[Sequence[Result]], suite: str) -> list[Sequence[Result
     ]  # fmt: skip
 
 
-def _summary_line(rows: Sequence[Result], on_gpu: tuple[str, Sequence[Result]] | None) -> str:
+def _summary_line(rows: Sequence[Result]) -> str:
     ours, other = rows[0], best_other(rows)
     ratio = ""
     if other is not None and ours.median and other.median:
         better = ours.median / other.median if results.more_is_better(ours.unit) else other.median / ours.median
         ratio = f"{better:.2f}x"
-    gpu = NOT_MEASURED if on_gpu is None else f"{on_gpu[0]}: {_cell(on_gpu[1][0], False)}"
     beside = _cell(other, True) if other is not None else "none ran here"
-    return f"| {ours.case} | {_cell(ours, False)} | {beside} | {ratio} | {gpu} |"
+    return f"| {ours.case} | {_cell(ours, False)} | {beside} | {ratio} |"
 
 
 def kernels() -> str:

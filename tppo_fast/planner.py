@@ -97,7 +97,7 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
     kept = weights | waiting
     tokens = config.ppo.microbatch_tokens
     bodies = 1 + own_body
-    logits = _logits_bytes(config, sizes)
+    head = _head_bytes(config, sizes)
     sampled = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     engine = {"engine weights": half * sizes.parameters}
     if config.rollout.engine == "vllm":
@@ -113,7 +113,7 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
     streams = 4 * tokens * sizes.hidden * FULL  # hidden states of a pass that keeps nothing for a backward pass
     return [
         Phase(name="rollout", parts=(weights if config.ppo.offload else kept) | engine),
-        Phase(name="prepare", parts=kept | beside | {"hidden states": streams, "logits workspace": logits}),
+        Phase(name="prepare", parts=kept | beside | {"hidden states": streams, "head workspace": head}),
         Phase(
             name="update",
             parts=kept
@@ -122,7 +122,7 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
                 "gradients": FULL * learned,
                 "activations": int(bodies * (sizes.saved_per_token * tokens + sizes.saved_once)),
                 "gradients of activations": int(sizes.largest_layer * tokens),
-                "logits workspace": logits,
+                "head workspace": head,
             },
         ),
     ]
@@ -233,14 +233,15 @@ def _saved_bytes(body: Any, sequence: int, half: bool) -> int:
     return sum(storage.nbytes() for storage in seen.values())
 
 
-def _logits_bytes(config: Config, sizes: Sizes) -> int:
-    """The one reused buffer of the chunked head."""
-    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+def _head_bytes(config: Config, sizes: Sizes) -> int:
+    """The chunked head's one reused buffer of fp32 logits; in bf16 also a chunk and the weight as the GEMMs read them."""
+    half = config.model.dtype == "bfloat16"
     device = torch.device("cuda" if _on_gpu(config) else "cpu")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     actions = -(-config.ppo.microbatch_tokens * config.rollout.max_new_tokens // longest)
-    rows = min(chunk_rows(None, sizes.vocabulary, dtype, device), actions)
-    return rows * sizes.vocabulary * dtype.itemsize
+    logits = min(chunk_rows(None, sizes.vocabulary, torch.float32, device), actions) * sizes.vocabulary
+    rounded = sizes.hidden * sizes.vocabulary if config.ppo.weights == "float32" else 0
+    return FULL * logits + 2 * half * (logits + rounded)
 
 
 def _vllm_cache(config: Config, engine_weights: int) -> int:
