@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tppo_kernels.testing import close, random_head, random_logits, random_ppo, 
 
 from benchmarks.measure import Outputs
 from benchmarks.op_cases import LEARNED, leaves
+from tppo_fast import attention
 
 FAR_ROWS, FAR_VOCAB = 14_200, 151_936
 """A * V passes 2^31."""
@@ -53,7 +55,7 @@ def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str
             hidden, weight, targets = random_head(300, 200, 5003, dtype, device=device)
             live = torch.arange(300, device=device) < share * 300
             expect(f"compacted rows, {share:.0%} live, {dtype}", _compacted(hidden, weight, targets, live.roll(7)))
-    problems += _first_ratio(device, backend) + ([] if dry else _far_rows(device))
+    problems += _first_ratio(device, backend) + _packed_attention(device) + ([] if dry else _far_rows(device))
     return problems
 
 
@@ -156,6 +158,27 @@ def _first_ratio(device: str, backend: str | None) -> list[str]:
             hidden.requires_grad_(), weight, targets, loss_fn, chunk_size=128, compact_rows=compact, backend=backend
         )
     return [] if torch.equal(torch.cat(seen), torch.cat([old, old])) else ["the first PPO ratio is not exactly 1"]
+
+
+def _packed_attention(device: str) -> list[str]:
+    """Attention with shared prompts in bf16, by flash kernels where there are any, against SDPA in fp64."""
+    lengths, heads = [70, 130, 20, 1, 33, 64], (4, 2, 2)
+    cu_seqlens, prefix = torch.tensor([0, *lengths]).cumsum(0).int(), torch.tensor([-1, -1, 0, 0, 1, 1])
+    tokens = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
+    batch: Any = SimpleNamespace(token_ids=tokens, cu_seqlens=cu_seqlens, prefix=prefix)
+    drawn = [torch.randn(1, h, sum(lengths), 64, device=device).bfloat16() for h in heads]
+    upstream = torch.randn(1, sum(lengths), heads[0], 64, device=device).bfloat16()
+    attend: Any = attention.packed_attention
+
+    def run(dtype: torch.dtype, flash: bool) -> Outputs:
+        inputs = [x.to(dtype).requires_grad_() for x in drawn]
+        out, _ = attend(None, *inputs, None, layout=attention.build_layout(batch, flash=flash))
+        return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
+
+    flash = attention.can_use_flash(torch.device(device), True) is None
+    pairs = zip(run(torch.bfloat16, flash), run(torch.float64, False), strict=True)
+    off = [float((got.double() - truth).norm() / truth.norm()) for got, truth in pairs]
+    return [f"packed attention, tensor {i}: off by {e:.1e} of the norm" for i, e in enumerate(off) if not e < 1e-2]
 
 
 def _far_rows(device: str) -> list[str]:
