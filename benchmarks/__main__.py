@@ -74,6 +74,9 @@ def main(
     if len(suites) == 1:
         fallen = run(suites[0], options, folder, check)
         sys.exit("\n".join(["fell behind the kept results:", *fallen]) if fallen else 0)
+    from benchmarks import machine
+
+    os.environ.setdefault(machine.COMMIT, machine.commit())  # before the first suite's results change the checkout
     failed = [suite for suite in suites if _spawn(suite)]
     if folder == results.ROOT:
         subprocess.run([sys.executable, "-m", "benchmarks.tables"], check=True)

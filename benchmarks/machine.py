@@ -13,15 +13,18 @@ from tppo_kernels import native
 
 from tppo_fast.report import machine_record
 
+COMMIT = "BENCH_COMMIT"
+"""Names the commit that is measured, where git here cannot: a copy of a working tree, say."""
+
 
 def record() -> dict[str, str]:
     """Versions and commit as every report has them, and what the CPU is."""
-    return {**machine_record(), **cpu(), "date": datetime.now(UTC).date().isoformat()}
+    return {**machine_record(), "commit": commit(), **cpu(), "date": datetime.now(UTC).date().isoformat()}
 
 
 def commit() -> str:
-    """Of this checkout, with ``-dirty`` after local changes."""
-    return machine_record()["commit"]
+    """Of this checkout, with ``-dirty`` after local changes; or what the environment says."""
+    return os.environ.get(COMMIT) or machine_record()["commit"]
 
 
 def cpu() -> dict[str, str]:
