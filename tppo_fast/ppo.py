@@ -14,7 +14,6 @@ from transformers import get_scheduler
 from tppo_fast import flops, offload, optimizers, packing, parity, seeding
 from tppo_fast.advantages import penalised_rewards
 from tppo_fast.algorithms import ALGORITHMS
-from tppo_fast.attention import Layout
 from tppo_fast.config import Config, PPOConfig
 from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch, TrainRows, to_device
 from tppo_fast.errors import TrainingDiverged, UserError
@@ -127,7 +126,7 @@ class PPO:
         minibatches = self._minibatches(batch.num_sequences, 0)
         groups = (group for minibatch in minibatches for group in self._microbatches(batch, minibatch))
 
-        def fetched(group: list[int]) -> tuple[RolloutBatch, Layout, Tensor, Tensor]:
+        def fetched(group: list[int]) -> tuple[RolloutBatch, Any, Tensor, Tensor]:
             part, rows = packing.select(batch, group)
             part = part.to(self.device)
             rows, sequences = (to_device(x, self.device) for x in (rows, torch.tensor(group)))
