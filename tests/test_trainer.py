@@ -105,41 +105,6 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     assert rows[1]["ppo/ratio"] == pytest.approx(1.0, abs=0.2)
 
 
-OWN_CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-
-
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
-
-
-def test_a_run_of_a_model_with_its_own_code_resumes(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = tmp_path / "own"
-    shutil.copytree(tiny_model, folder)
-    (folder / "own_code.py").write_text(OWN_CODE)
-    described = json.loads((folder / "config.json").read_text())
-    described |= {
-        "model_type": "own", "architectures": ["OwnModel"],
-        "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"},
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match=r"model\.path"):
-        trainer.train(config(folder, tmp_path / "r", train__steps=1))
-    trusted = {"path": str(folder), "trust_remote_code": True}
-    trainer.train(config(folder, tmp_path / "r", train__steps=1, model=trusted))
-    shutil.rmtree(tmp_path / "r" / "policy")
-    trainer.train(config(folder, tmp_path / "r", train__steps=2, model=trusted), resume=True)
-    assert [row["step"] for row in read_metrics(tmp_path / "r")] == [0, 1, 2]
-
-
 def test_an_error_after_the_engine_started_ends_it(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import LiveRows, LogitOptions, RowProducts, Rows, compute_dtype
+from .custom_ops import LiveRows, LogitOptions, RowProducts, Rows, compute_dtype
 from .reference import chunk_rows
 
 MIXED_GEMM = getattr(torch.ops.aten.addmm, "dtype_out", None)

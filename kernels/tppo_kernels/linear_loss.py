@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .custom_ops import Rows, compute_dtype, define
 from .head import Head, HeadOptions, RowVectors
-from .library import Rows, compute_dtype, define
 from .reference import TokenLoss
 
 

@@ -1,4 +1,4 @@
-"""The compiled CPU backend: ``csrc`` loaded with ctypes, made torch ops by ``library``.
+"""The compiled CPU backend: ``csrc`` loaded with ctypes, made torch ops by ``custom_ops``.
 
 A package without the compiled library works; ``missing()`` says what is lost. Results do not depend on the thread
 count.
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import library
-from .library import PPO_INPUTS, LogitOptions, PpoOptions, Rows
+from . import custom_ops
+from .custom_ops import PPO_INPUTS, LogitOptions, PpoOptions, Rows
 from .linear_loss import linear_logprobs_op, linear_token_loss_op
 
 ABI_VERSION = 1
@@ -103,7 +103,7 @@ def _described(x: Tensor) -> _Logits:
 def _rows_forward(logits: Tensor, targets: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     targets = targets.long().contiguous()
-    dtype = library.compute_dtype(logits.dtype)
+    dtype = custom_ops.compute_dtype(logits.dtype)
     logp, entropy, lse = (torch.empty(len(logits), dtype=dtype) for _ in range(3))
     bad = _lib().tppo_row_forward(
         byref(_described(logits)), targets.data_ptr(), logp.data_ptr(), entropy.data_ptr(), lse.data_ptr(),
@@ -161,17 +161,17 @@ def _ppo(
 
 
 def _stats(x: Tensor, mask: Tensor | None) -> Tensor:
-    x, mask = x.to(library.compute_dtype(x.dtype)).contiguous(), None if mask is None else mask.contiguous()
+    x, mask = x.to(custom_ops.compute_dtype(x.dtype)).contiguous(), None if mask is None else mask.contiguous()
     out = x.new_empty(3)
     _lib().tppo_stats(DTYPES[x.dtype], x.data_ptr(), _pointer(mask), len(x), out.data_ptr(), torch.get_num_threads())
     return out
 
 
 rows = Rows(_rows_forward, _rows_backward)
-logprobs_from_logits = library.logprobs_op("native", rows)
-gae = library.gae_op("native", _gae)
-ppo_loss = library.ppo_op("native", _ppo)
-whitening_stats = library.stats_op("native", _stats)
-whiten = library.whiten_of(whitening_stats)
+logprobs_from_logits = custom_ops.logprobs_op("native", rows)
+gae = custom_ops.gae_op("native", _gae)
+ppo_loss = custom_ops.ppo_op("native", _ppo)
+whitening_stats = custom_ops.stats_op("native", _stats)
+whiten = custom_ops.whiten_of(whitening_stats)
 linear_logprobs = linear_logprobs_op("native", rows)
 linear_token_loss = linear_token_loss_op(rows, linear_logprobs)

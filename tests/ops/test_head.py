@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import tppo_kernels as tk
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tppo_kernels import head
@@ -349,5 +350,5 @@ def test_opcheck(backend):
     x = inputs(5, torch.float32)
     args = [x[k].requires_grad_() for k in ("hidden", "weight", "bias")]
     op = getattr(getattr(torch.ops, tk.__name__), f"{backend}_linear_logprobs").default
-    torch.library.opcheck(op, (*args, x["targets"], 0.7, 0.0, 1.0, 2, None, None))
-    torch.library.opcheck(op, (*args[:2], None, x["targets"], 1.0, 5.0, 1.0, None, torch.float32, False))
+    library.opcheck(op, (*args, x["targets"], 0.7, 0.0, 1.0, 2, None, None))
+    library.opcheck(op, (*args[:2], None, x["targets"], 1.0, 5.0, 1.0, None, torch.float32, False))

@@ -12,6 +12,7 @@ import torch
 import tppo_kernels as tk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 from tppo_kernels.testing import assert_close, poisoned, poisoned_memory, random_head
 
@@ -160,7 +161,7 @@ def test_opcheck_and_compile(backend):
     hidden, weight, bias, targets = inputs(9, 33, 8)
     args = [t.requires_grad_() for t in (hidden, weight, bias)]
     op = getattr(getattr(torch.ops, tk.__name__), f"{backend}_linear_logprobs").default
-    torch.library.opcheck(op, (*args, targets, 0.7, 0.0, 1.0, 4, None, True))
+    library.opcheck(op, (*args, targets, 0.7, 0.0, 1.0, 4, None, True))
     mask = torch.arange(9) % 2 == 0
 
     def step(h, w):

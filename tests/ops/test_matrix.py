@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 import tppo_kernels as tk
+from torch import library
 from tppo_kernels.testing import (
     assert_close,
     poisoned,
@@ -320,7 +321,7 @@ def test_opcheck(backend):
         "stats": (x["old_logp"], None),
     }
     for name, args in cases.items():
-        torch.library.opcheck(getattr(ops, f"{backend}_{name}").default, args)
+        library.opcheck(getattr(ops, f"{backend}_{name}").default, args)
 
 
 def test_same_inputs_same_bits(backend):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..library import gae_op, logprobs_op, ppo_op, stats_op, whiten_of
+from ..custom_ops import gae_op, logprobs_op, ppo_op, stats_op, whiten_of
 from ..linear_loss import linear_logprobs_op, linear_token_loss_op
 from .gae import gae as _gae
 from .gae import stats as _stats

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import LiveRows, RowProducts
+from ..custom_ops import LiveRows, RowProducts
 from .common import block, on_device
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import LogitOptions, Rows
+from ..custom_ops import LogitOptions, Rows
 from .common import LN2, LOG2E, NEG_INF, block, exp_minus_1, on_device, tanh
 from .live_rows import products
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import PpoOptions
+from ..custom_ops import PpoOptions
 from .common import block, counter, exp_minus_line, is_last_program, on_device
 
 SUMS = 16

@@ -1,4 +1,4 @@
-"""torch.library glue, once for every fused backend: schemas, shapes for tracing, autograd, and the public op on top.
+"""Custom ops of torch, once for every fused backend: schemas, shapes for tracing, autograd, and the public op on top.
 
 A backend gives plain launchers that write into tensors they are handed; this file makes custom ops of them, so that
 they trace under ``torch.compile(fullgraph=True)`` and differentiate. The namespace is the package's own name: two
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import reference
 
@@ -56,7 +56,7 @@ def define(
     name: str, schema: str, launch: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
 ) -> Any:
     """The custom op ``<namespace>::<name>``: ``launch`` runs it, ``fake`` gives its results' shapes."""
-    made = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=mutates, schema=schema)
+    made = library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=mutates, schema=schema)
     made.register_fake(fake)
     return made
 
