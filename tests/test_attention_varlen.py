@@ -6,7 +6,6 @@ torch's flash kernels need a GPU; here their documented contract, written out in
 from __future__ import annotations
 
 import sys
-from functools import partial
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -21,6 +20,7 @@ from tppo_fast.attention_varlen import FlashAttn, Part, TorchFlash
 from tppo_fast.data_types import RolloutBatch
 
 SHAPES = [(9, 5), (1, 1), (4, 7), (13, 2)]
+ALL = slice(None)
 
 
 class Plain:
@@ -88,15 +88,27 @@ def pack(share: bool, n: int = 3) -> RolloutBatch:
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Plain:
     """The flash path, on a CPU."""
-    kernel = Plain()
-    monkeypatch.setattr(attention_varlen, "attend", partial(attention_varlen.attend, kernel=kernel))
+    return use(Plain(), monkeypatch)
+
+
+def use(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(attention_varlen, "best_kernel", lambda: kernel)
     return kernel
 
 
+ORDERS = {"in order": range(12), "interleaved": [3 * i + j for j in range(3) for i in range(4)]}
+
+
 @pytest.mark.parametrize("window", [None, 4, 64], ids=["full", "window-4", "window-64"])
-@pytest.mark.parametrize("share", [False, True], ids=["separate", "shared-prompts"])
-def test_the_merge_equals_exact_blocks_forward_and_backward(plain: Plain, share: bool, window: int | None) -> None:
-    batch = pack(share)
+@pytest.mark.parametrize("order", ["packed", *ORDERS])
+@pytest.mark.parametrize("prompts", ["separate", "shared"])
+def test_the_merge_equals_exact_blocks_forward_and_backward(
+    plain: Plain, prompts: str, order: str, window: int | None
+) -> None:
+    """Also where a prompt lies before its own responses, and where the responses of different prompts alternate."""
+    batch = pack(share=prompts == "shared")
+    if order in ORDERS:
+        batch, _ = packing.select(batch, ORDERS[order])
     g = torch.Generator().manual_seed(0)
     given = [torch.randn(1, h, batch.num_tokens, 8, generator=g, dtype=torch.float64) for h in (4, 2, 2)]
     weight = torch.randn(1, batch.num_tokens, 4, 8, generator=g, dtype=torch.float64)
@@ -111,14 +123,15 @@ def test_the_merge_equals_exact_blocks_forward_and_backward(plain: Plain, share:
         found.append((out, q.grad, k.grad, v.grad))
     for exact, merged in zip(*found, strict=True):
         torch.testing.assert_close(merged, exact, atol=1e-9, rtol=1e-9)
-    if share and window == 4:
+    if prompts == "shared" and window == 4:
         assert not plain.calls  # a window that cuts into the prompt is left to the blocks
     else:
-        assert len(plain.calls) == (2 if share else 1)
+        expected = {"packed": 5, "in order": 2, "interleaved": 4}[order] if prompts == "shared" else 1
+        assert len(plain.calls) == expected
 
 
 def test_a_shared_prompt_is_read_once(plain: Plain) -> None:
-    batch = pack(share=True)
+    batch, _ = packing.select(pack(share=True), range(12))
     actor_critic().actor.hidden(batch, attention.build_layout(batch, flash=True))
     own, prompts = plain.calls[0], plain.calls[1]
     assert len(plain.calls) == 2 * 2  # layers
@@ -176,7 +189,7 @@ def test_flash_attn_gets_what_its_functions_are_called_by(monkeypatch: pytest.Mo
     plain = Plain()
 
     def read(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool) -> Part:
-        return Part(None, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+        return Part(ALL, ALL, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
 
     def forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
@@ -204,12 +217,13 @@ def test_flash_attn_gets_what_its_functions_are_called_by(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
     batch = pack(share=True)
-    parts = attention_varlen.parts(batch.cu_seqlens.tolist(), batch.prefix.tolist(), torch.device("cpu"))
+    calls = attention_varlen.calls(batch.cu_seqlens.tolist(), batch.prefix.tolist(), torch.device("cpu"))
     given = [torch.randn(batch.num_tokens, h, 8) for h in (4, 2, 2)]
     found = []
     for kernel in (FlashAttn(), Plain()):
         q, k, v = (x.clone().requires_grad_() for x in given)
-        out = attention_varlen.attend(q, k, v, parts, window=64, kernel=kernel)
+        use(kernel, monkeypatch)
+        out = attention_varlen.attend(q, k, v, calls, window=64)
         out.square().sum().backward()
         found.append((out, q.grad, k.grad, v.grad))
     for mine, exact in zip(*found, strict=True):
@@ -223,13 +237,14 @@ def _window(left: int) -> int | None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("share", [False, True], ids=["separate", "shared-prompts"])
-def test_the_gpus_kernels_equal_plain_torch(share: bool, window: int | None) -> None:
+def test_the_gpus_kernels_equal_plain_torch(share: bool, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = pack(share)
-    parts = attention_varlen.parts(batch.cu_seqlens.tolist(), batch.prefix.tolist(), torch.device("cuda"))
+    best = attention_varlen.best_kernel()
+    calls = attention_varlen.calls(batch.cu_seqlens.tolist(), batch.prefix.tolist(), torch.device("cuda"))
     found = []
     for kernel, dtype in (
         (Plain(), torch.float32),
-        (attention_varlen.best_kernel(), torch.bfloat16),
+        (best, torch.bfloat16),
         (TorchFlash(), torch.bfloat16),
     ):
         g = torch.Generator(device="cuda").manual_seed(0)
@@ -237,7 +252,8 @@ def test_the_gpus_kernels_equal_plain_torch(share: bool, window: int | None) -> 
             torch.randn(batch.num_tokens, h, 64, device="cuda", generator=g).bfloat16().to(dtype).requires_grad_()
             for h in (4, 2, 2)
         )
-        out = attention_varlen.attend(q, k, v, parts, window=window, kernel=kernel)
+        use(kernel, monkeypatch)
+        out = attention_varlen.attend(q, k, v, calls, window=window)
         out.float().square().sum().backward()
         found.append((out, q.grad, k.grad, v.grad))
     for expected, *both in zip(*found, strict=True):
@@ -249,7 +265,7 @@ def test_the_gpus_kernels_equal_plain_torch(share: bool, window: int | None) -> 
 def test_what_is_chosen_is_what_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = pack(share=True)
     m = actor_critic()
-    assert not model.layout_of(batch, m.actor.config).parts
+    assert model.layout_of(batch, m.actor.config).flash is None
     monkeypatch.setattr(attention, "can_use_flash", lambda *_: None)
-    assert model.layout_of(batch, m.actor.config).parts
-    assert not model.layout_of(batch, m.actor.config.model_copy(update={"attention": "sdpa"})).parts
+    assert model.layout_of(batch, m.actor.config).flash is not None
+    assert model.layout_of(batch, m.actor.config.model_copy(update={"attention": "sdpa"})).flash is None

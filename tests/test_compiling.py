@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from support import actor_critic, random_rollouts
+from test_attention_varlen import Plain
 
-from tppo_fast import packing
+from tppo_fast import attention, attention_varlen, packing
 from tppo_fast.compiling import compile_layers
 
 
-def batch_of(length: int) -> packing.RolloutBatch:
-    rollouts = random_rollouts([(length, 5)], n=2)
-    return packing.pack(rollouts, [r.logprobs for r in rollouts], share_prompts=True)
+def batch_of(length: int, prompts: int = 1) -> packing.RolloutBatch:
+    rollouts = random_rollouts([(length, 5)] * prompts, n=2)
+    batch = packing.pack(rollouts, [r.logprobs for r in rollouts], share_prompts=True)
+    return packing.select(batch, range(len(rollouts)))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +26,16 @@ def _forget() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's tracer looks at it itself
-def test_one_graph_for_every_number_of_tokens() -> None:
-    """A backend that counts stands in for the C++ and Triton ones: what is asked is how often torch would compile."""
+@pytest.mark.parametrize("flash", [False, True], ids=["sdpa", "flash"])
+def test_the_same_graphs_for_every_number_of_tokens(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that counts stands in for the C++ and Triton ones: what is asked is how often torch would compile.
+
+    With the flash kernels a layer is one graph, attention in it as one op, however many prompts there are; SDPA follows each
+    batch's own blocks and parts it.
+    """
+    if flash:
+        monkeypatch.setattr(attention, "can_use_flash", lambda *_: None)
+        monkeypatch.setattr(attention_varlen, "best_kernel", Plain)
     graphs: list[Any] = []
 
     def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -36,15 +46,17 @@ def test_one_graph_for_every_number_of_tokens() -> None:
     plain, compiled = actor_critic(), actor_critic()
     assert compile_layers([compiled.actor.lm, None], backend=counting) == 2
     made = []
-    for length in (9, 30, 14, 21, 3, 44):
-        expected, found = (m(batch_of(length), temperature=1.0) for m in (plain, compiled))
+    for length, prompts in ((9, 3), (30, 2), (14, 1), (21, 4), (3, 2), (44, 1)):
+        batch = batch_of(length, prompts)
+        expected, found = (m(batch, temperature=1.0) for m in (plain, compiled))
         torch.testing.assert_close(found.logprobs, expected.logprobs)
         found.logprobs.sum().backward()
         expected.logprobs.sum().backward()
         with torch.no_grad():
-            compiled(batch_of(length), temperature=1.0)
+            compiled(batch, temperature=1.0)
         made.append(len(graphs))
-    assert made[0] == made[-1] <= 8  # before, in, and twice after attention, each with gradients and without
+    assert made[0] == made[-1]
+    assert made[0] == 2 if flash else made[0] <= 12  # with gradients and without
     for a, b in zip(plain.actor.parameters(), compiled.actor.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     assert plain.actor.lm.state_dict().keys() == compiled.actor.lm.state_dict().keys()

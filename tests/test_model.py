@@ -75,6 +75,24 @@ def test_packed_equals_own_forward(name: str, share: bool) -> None:
     assert (entropy > 0).all()
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_reference_in_bfloat16_gives_the_policys_bits_from_less_memory(name: str) -> None:
+    lm = build(name)
+    attention.register()
+    lm.set_attn_implementation(attention.NAME)
+    policy = model.Actor(lm, ModelConfig(path="memory", dtype="bfloat16"))
+    reference = policy.frozen_copy()
+    batch = pack(random_rollouts([(9, 5), (4, 7)], n=2), True)
+    with torch.no_grad():
+        found = [a.logprobs(a.hidden(batch)[batch.state_index], batch.actions, 0.7) for a in (policy, reference)]
+    assert torch.equal(found[0][0], found[1][0])
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+    small = sum(p.numel() for p in reference.parameters() if p.dtype == torch.bfloat16)
+    total = sum(p.numel() for p in reference.parameters())
+    assert small > total / 3 or name == "gpt2"  # whose layers are not nn.Linear
+
+
 def test_gradient_of_shared_prompts_equals_separate() -> None:
     models = [actor_critic(), actor_critic()]
     rollouts = random_rollouts([(9, 5), (3, 2)], n=3)

@@ -101,6 +101,14 @@ def test_the_update_is_within_15_percent_of_a_measured_peak(folder: Path, change
     assert planned == pytest.approx(held + above, rel=0.15)
 
 
+def test_the_reference_is_planned_as_it_is_kept(folder: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        config = build(folder, model={"dtype": dtype})
+        reference = model.build(config.model, "cpu", critic=False)[0].actor.frozen_copy()
+        kept = sum(p.numel() * p.element_size() for p in reference.parameters())
+        assert planner.plan(config)[1].parts["reference weights"] == kept
+
+
 def test_what_each_lever_takes_away(folder: Path) -> None:
     """``ppo.offload`` empties the rollout phase alone; offloaded checkpoints leave only what is recomputed at one time."""
     plain, away = (planner.plan(build(folder, ppo={"offload": on})) for on in (False, True))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tppo_fast import attention_varlen
-from tppo_fast.attention_varlen import Part
+from tppo_fast.attention_varlen import Calls
 from tppo_fast.data_types import to_device
 from tppo_fast.errors import UserError
 
@@ -73,14 +73,9 @@ class Layout:
     cu_seqlens: list[int]  # S + 1
     prefix: list[int]  # S
     device: torch.device
-    parts: list[Part]  # of the flash kernels; empty where SDPA runs
+    longest: int  # tokens of the longest sequence, its prefix included
+    flash: Calls | None  # of the flash kernels; None where SDPA runs
     _blocks: tuple[list[_Block], Tensor] | None = None
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, its prefix included."""
-        lengths = [b - a for a, b in pairwise(self.cu_seqlens)]
-        return max((n + (lengths[p] if p >= 0 else 0) for n, p in zip(lengths, self.prefix, strict=True)), default=0)
 
     def blocks(self) -> tuple[list[_Block], Tensor]:
         """(SDPA's blocks, the row of each of the N tokens in their concatenated outputs)."""
@@ -107,7 +102,9 @@ def can_use_flash(device: torch.device, half_precision: bool) -> str | None:
 def build_layout(batch: Segmented, *, flash: bool = False) -> Layout:
     """The layout of a batch, on its device and without waiting for it."""
     device, cu, prefix = batch.token_ids.device, batch.cu_seqlens.tolist(), batch.prefix.tolist()
-    layout = Layout(cu, prefix, device, attention_varlen.parts(cu, prefix, device) if flash else [])
+    lengths = [b - a for a, b in pairwise(cu)]
+    longest = max((n + (lengths[p] if p >= 0 else 0) for n, p in zip(lengths, prefix, strict=True)), default=0)
+    layout = Layout(cu, prefix, device, longest, attention_varlen.calls(cu, prefix, device) if flash else None)
     if not flash:
         layout.blocks()
     return layout
@@ -139,7 +136,6 @@ def _padded(index: range | list[int], width: int) -> list[int]:
     return [*index, *[index[0]] * (width - len(index))]
 
 
-@torch.compiler.disable  # it follows each batch's own structure: compiled layers end before it and begin again behind it
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -166,18 +162,25 @@ def packed_attention(
             f"model.path: {type(module).__name__} uses attention sinks, which are not supported; use another model"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, d]
-    if layout.parts and _flash_fits(layout, q.shape[-1], sliding_window, softcap):
+    if layout.flash is not None and _flash_fits(layout, layout.flash, q.shape[-1], sliding_window, softcap):
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in fp32
-        return attention_varlen.attend(q, k, v, layout.parts, scale=scaling, window=sliding_window)[None], None
-    blocks, place = layout.blocks()
-    out = [_block_attention(q, k, v, block, scaling, sliding_window, softcap) for block in blocks]
-    return torch.cat(out)[place][None], None
+        return attention_varlen.attend(q, k, v, layout.flash, scale=scaling, window=sliding_window)[None], None
+    return _by_blocks(q, k, v, layout, scaling, sliding_window, softcap)[None], None
 
 
-def _flash_fits(layout: Layout, head: int, window: int | None, softcap: float | None) -> bool:
+def _flash_fits(layout: Layout, calls: Calls, head: int, window: int | None, softcap: float | None) -> bool:
     """Whether a layer's attention is one that the flash kernels have; the others (Gemma 2's, say) run through SDPA."""
-    cuts_prefix = len(layout.parts) > 1 and window is not None and window < layout.longest
+    cuts_prefix = window is not None and window < layout.longest and len(calls.numbers) > 1
     return not softcap and head <= LARGEST_HEAD and not cuts_prefix
+
+
+@torch.compiler.disable  # it follows each batch's own structure: compiled layers end before it and begin again behind it
+def _by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """[N, H, d] by SDPA."""
+    blocks, place = layout.blocks()
+    return torch.cat([_block_attention(q, k, v, block, scaling, window, softcap) for block in blocks])[place]
 
 
 def _block_attention(

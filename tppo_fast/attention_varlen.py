@@ -13,7 +13,7 @@ chosen by ``torch.nn.attention.activate_flash_attention_impl``).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -30,20 +30,38 @@ if TYPE_CHECKING:
 class Part(NamedTuple):
     """One varlen call: sequences of queries, each looking at one sequence of keys."""
 
-    queries: Int[Tensor, "Q"] | slice
+    queries: slice
     """Which tokens ask, sequence after sequence."""
-    keys: Int[Tensor, "K"] | slice
+    keys: slice
     """Which tokens are looked at, likewise."""
     cu_queries: Int[Tensor, "P+1"]
-    """Where each sequence of queries starts, int32."""
+    """Where each sequence of queries starts within ``queries``, int32."""
     cu_keys: Int[Tensor, "P+1"]
-    """Where each sequence of keys starts, int32."""
+    """Where each sequence of keys starts within ``keys``, int32."""
     max_queries: int
     """The longest sequence of queries."""
     max_keys: int
     """The longest sequence of keys."""
     causal: bool
     """Query i of a sequence looks at keys 0 to i alone."""
+
+
+class Calls(NamedTuple):
+    """The calls of one packed batch as two tensors, which a compiled graph takes without looking into them."""
+
+    bounds: Int[Tensor, "K"]
+    """int32, on the device: each call's starts of queries, then of keys."""
+    numbers: Int[Tensor, "C 7"]
+    """int64, on the CPU: each call's sequences, first and last token of its queries and of its keys, longest of both."""
+
+    def parts(self) -> Iterator[Part]:
+        """Each call; the first one is that of every segment on itself."""
+        start = 0
+        for call, (count, first, last, first_key, last_key, longest, longest_key) in enumerate(self.numbers.tolist()):
+            cu_queries, cu_keys = self.bounds[start : start + 2 * count + 2].chunk(2)
+            start += 2 * count + 2
+            queries, keys = slice(first, last), slice(first_key, last_key)
+            yield Part(queries, keys, cu_queries, cu_keys, longest, longest_key, call == 0)
 
 
 class Kernel(Protocol):
@@ -143,97 +161,130 @@ def best_kernel() -> Kernel:
     return TorchFlash() if importlib.util.find_spec("flash_attn") is None else FlashAttn()
 
 
-def parts(cu_seqlens: Sequence[int], prefix: Sequence[int], device: torch.device) -> list[Part]:
-    """The calls that make up a packed batch's attention: each segment on itself, and where there are shared prompts, the
-    responses on them.
+def calls(cu_seqlens: Sequence[int], prefix: Sequence[int], device: torch.device) -> Calls:
+    """The calls that make up a packed batch's attention: each segment on itself, and responses on the prompts they share.
+
+    One call holds all shared prompts where these, and their responses in the same order, lie end to end, as
+    ``packing.select`` puts them; otherwise there are more.
     """
-    lengths = [end - start for start, end in pairwise(cu_seqlens)]
-    bounds = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), device)
-    longest = max(lengths, default=0)
-    found = [Part(slice(None), slice(None), bounds, bounds, longest, longest, True)]
-    families: dict[int, list[int]] = {}
-    for segment, parent in enumerate(prefix):
-        if parent >= 0:
-            families.setdefault(parent, []).append(segment)
-    if families:
-        (queries, cu_queries), (keys, cu_keys) = (
-            _joined([[range(*cu_seqlens[s : s + 2]) for s in group] for group in groups], device)
-            for groups in (families.values(), [[p] for p in families])
-        )
-        longest_q, longest_k = (
-            max(sum(lengths[s] for s in family) for family in families.values()),
-            max(lengths[p] for p in families),
-        )
-        found.append(Part(queries, keys, cu_queries, cu_keys, longest_q, longest_k, False))
-    return found
+    spans = list(pairwise(cu_seqlens))
+    found = [_Call([(a, b, a, b) for a, b in spans])]
+    own: tuple[int, int, int, int] | None = (
+        None  # (first, last) token of one prompt's responses so far, and of the prompt
+    )
+    for (first, last), parent in zip(spans, prefix, strict=True):
+        if parent < 0:
+            continue
+        prompt = spans[parent]
+        if own is not None and own[2:] == prompt and own[1] == first:
+            own = (own[0], last, *prompt)
+            found[-1].rows[-1] = own
+            continue
+        follows = own is not None and own[1] == first and own[3] == prompt[0]
+        own = (first, last, *prompt)
+        if follows:
+            found[-1].rows.append(own)
+        else:
+            found.append(_Call([own]))
+    bounds = torch.tensor([n for call in found for n in call.bounds()], dtype=torch.int32)
+    return Calls(to_device(bounds, device), torch.tensor([call.numbers() for call in found]))
 
 
-def _joined(sequences: Sequence[Sequence[range]], device: torch.device) -> tuple[Tensor | slice, Tensor]:
-    """(the tokens of all ranges end to end, where each sequence of them starts int32)."""
-    ranges = [r for sequence in sequences for r in sequence]
-    bounds = torch.tensor([0, *(sum(map(len, sequence)) for sequence in sequences)]).cumsum(0).to(torch.int32)
-    if all(a.stop == b.start for a, b in pairwise(ranges)):
-        return slice(ranges[0].start, ranges[-1].stop), to_device(bounds, device)
-    index = torch.cat([torch.arange(r.start, r.stop) for r in ranges])
-    return to_device(index, device), to_device(bounds, device)
+class _Call(NamedTuple):
+    rows: list[tuple[int, int, int, int]]
+    """Of each sequence: first and last token of its queries, first and last of its keys."""
+
+    def bounds(self) -> list[int]:
+        first, first_key = self.rows[0][0], self.rows[0][2]
+        return [0, *(row[1] - first for row in self.rows), 0, *(row[3] - first_key for row in self.rows)]
+
+    def numbers(self) -> list[int]:
+        longest = max(b - a for a, b, _, _ in self.rows), max(b - a for _, _, a, b in self.rows)
+        return [len(self.rows), self.rows[0][0], self.rows[-1][1], self.rows[0][2], self.rows[-1][3], *longest]
 
 
 def attend(
     q: Float[Tensor, "N H d"],
     k: Float[Tensor, "N Hkv d"],
     v: Float[Tensor, "N Hkv d"],
-    parts: Sequence[Part],
+    calls: Calls,
     *,
     scale: float | None = None,
     window: int | None = None,
-    kernel: Kernel | None = None,
 ) -> Float[Tensor, "N H d"]:
-    """Attention over all parts at once, differentiable.
+    """Attention over all calls at once by ``best_kernel``, differentiable; one opaque op under torch.compile.
 
     Args:
         q, k, v: of every token, in the kernel's dtype.
-        parts: the first one holds every token; see ``parts``.
+        calls: see ``calls``.
         scale: of the scores; None is 1 / sqrt(d).
-        window: keys that a query looks at, itself included; with a second part it must not cut anything off.
-        kernel: what computes a part; None is ``best_kernel()``.
+        window: keys that a query looks at, itself included; with a second call it must not cut anything off.
     """
-    return _Attend.apply(q, k, v, parts, scale, window, kernel or best_kernel())  # type: ignore[return-value]
+    return _forward_op(q, k, v, *calls, scale, window)[0]
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: Any, scale: Any, window: Any, kernel: Any) -> Tensor:
-        out, lse = kernel.forward(q, k, v, parts[0], scale, window)
-        for part in parts[1:]:
-            more, more_lse = kernel.forward(q[part.queries], k[part.keys], v[part.keys], part, scale, None)
-            before = lse[:, part.queries]
-            both = torch.logaddexp(before, more_lse)
-            merged = _share(out[part.queries], before - both) + _share(more, more_lse - both)
-            out[part.queries], lse[:, part.queries] = merged.to(out.dtype), both
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = parts, scale, window, kernel
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        parts, scale, window, kernel = ctx.rest
-        grad = grads[0].contiguous()
-        dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, parts[0], scale, window)
-        for part in parts[1:]:
-            asking, looked_at = part.queries, part.keys  # each token at most once in either
-            more = kernel.backward(
-                grad[asking], q[asking], k[looked_at], v[looked_at], out[asking], lse[:, asking].contiguous(),
-                part, scale, None,
-            )  # fmt: skip
-            for total, index, extra in zip((dq, dk, dv), (asking, looked_at, looked_at), more, strict=True):
-                if isinstance(index, slice):
-                    total[index].add_(extra)
-                else:
-                    total[index] += extra
-        return dq, dk, dv, None, None, None, None
+_OPTIONS = "Tensor bounds, Tensor numbers, float? scale, int? window"
 
 
-def _share(out: Tensor, log_weight: Tensor) -> Tensor:
-    """[Q, H, d], weighted by exp of [H, Q], in the wider dtype of the two (the log-sum-exp's fp32)."""
-    return out * log_weight.exp().T[..., None]
+@torch.library.custom_op(
+    "tppo_fast::varlen_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _forward_op(q, k, v, bounds, numbers, scale, window):
+    kernel = best_kernel()
+    own, *rest = Calls(bounds, numbers).parts()
+    out, lse = (x.contiguous() for x in kernel.forward(q, k, v, own, scale, window))
+    for part in rest:
+        more, more_lse = kernel.forward(q[part.queries], k[part.keys], v[part.keys], part, scale, None)
+        before, so_far = lse[:, part.queries], out[part.queries]
+        share = torch.sigmoid(more_lse - before).T[..., None]  # exp(more_lse) / (exp(before) + exp(more_lse))
+        so_far.copy_(torch.lerp(so_far.to(share.dtype), more.to(share.dtype), share))
+        torch.logaddexp(before, more_lse, out=before)
+    return out, lse
+
+
+@_forward_op.register_fake
+def _(q, k, v, bounds, numbers, scale, window):
+    del k, v, bounds, numbers, scale, window
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+
+
+@torch.library.custom_op(
+    "tppo_fast::varlen_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def _backward_op(grad, q, k, v, out, lse, bounds, numbers, scale, window):
+    kernel, grad = best_kernel(), grad.contiguous()
+    own, *rest = Calls(bounds, numbers).parts()
+    totals = tuple(x.contiguous() for x in kernel.backward(grad, q, k, v, out, lse, own, scale, window))
+    for part in rest:
+        asking, looked_at = part.queries, part.keys
+        more = kernel.backward(
+            grad[asking], q[asking], k[looked_at], v[looked_at], out[asking], lse[:, asking].contiguous(),
+            part, scale, None,
+        )  # fmt: skip
+        for total, index, extra in zip(totals, (asking, looked_at, looked_at), more, strict=True):
+            total[index].add_(extra)
+    return totals
+
+
+@_backward_op.register_fake
+def _(grad, q, k, v, *others):
+    del grad, others
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bounds, numbers, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, bounds, numbers)
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_op(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+_forward_op.register_autograd(_gradient, setup_context=_save)

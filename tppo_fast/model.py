@@ -144,7 +144,11 @@ class Actor(nn.Module):
         """The policy of this moment, or with adapters the one they started from, that never learns: the reference."""
         if lora.adapted(self.lm):
             return Actor(lora.without_adapters(self.lm), self.config)  # on the same, frozen, weights
-        return copy.deepcopy(self).requires_grad_(False)
+        frozen = copy.deepcopy(self).requires_grad_(False)
+        if self.config.dtype == "bfloat16":
+            for parameter in rounded_anyway(frozen.lm):
+                parameter.data = parameter.data.bfloat16()
+        return frozen
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write a folder that plain transformers loads: safetensors (adapters merged), config, tokenizer."""
@@ -252,6 +256,14 @@ class ActorCritic(nn.Module):
         return tk.linear_token_loss(
             self.actor.operand(states), weight, batch.rollouts.actions, on_chunk, rows, normalizer=normalizer, **options
         )
+
+
+def rounded_anyway(lm: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that autocast rounds at every use: stored in its precision they give the same bits from less memory."""
+    tables = {id(table.weight) for table in lm.modules() if isinstance(table, nn.Embedding)}
+    for layer in lm.modules():
+        if isinstance(layer, nn.Linear) and id(layer.weight) not in tables:
+            yield from layer.parameters(recurse=False)
 
 
 def layout_of(batch: RolloutBatch, config: ModelConfig) -> attention.Layout:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +11,6 @@ from torch import Tensor
 from tppo_fast.data_types import Rollout, RolloutBatch, TrainBatch, TrainRows, to_device
 from tppo_fast.errors import UserError
 
-S = TypeVar("S")
-T = TypeVar("T")
 _PER_ACTION = tuple(f.name for f in fields(TrainRows))
 
 
@@ -211,18 +207,6 @@ def _fill(lots: Sequence[_Lot], groups: int, token_budget: int, *, even: bool) -
         tokens[chosen] += lot.tokens
         costs[chosen] += lot.cost
     return filled
-
-
-def prefetched(make: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """``make(item)`` of each item, the next one in another thread while the caller works on the last."""
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        pending: Future[T] | None = None
-        for item in items:
-            done, pending = pending, pool.submit(make, item)
-            if done is not None:
-                yield done.result()
-        if pending is not None:
-            yield pending.result()
 
 
 def responses(batch: RolloutBatch) -> list[list[int]]:

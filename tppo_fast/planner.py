@@ -23,7 +23,7 @@ from tppo_kernels.head import chunk_rows
 from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.config import Config
 from tppo_fast.errors import UserError
-from tppo_fast.model import enable_checkpointing
+from tppo_fast.model import enable_checkpointing, rounded_anyway
 from tppo_fast.optimizers import bytes_per_weight
 
 GIB = 2**30
@@ -57,6 +57,8 @@ class Sizes:
     """Of the policy that learn: all, or its adapters."""
     trained_body: int
     """Of a critic's own body that learn."""
+    rounded: int
+    """Parameters that autocast rounds at every use."""
     hidden: int
     vocabulary: int
     cache_per_token: int
@@ -92,6 +94,8 @@ def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
         waiting["critic weights"] = FULL * sizes.trained_body if frozen_shared else stored * sizes.body
     if config.ppo.kl_placement != "off" and not frozen_shared:
         waiting["reference weights"] = stored * sizes.parameters
+        if half < stored:  # see model.Actor.frozen_copy
+            waiting["reference weights"] -= (stored - half) * sizes.rounded
     learned = sizes.trained + (sizes.trained_body if own_body else 0)
     waiting["optimizer states"] = int(bytes_per_weight(config.ppo) * learned)
     kept = weights | waiting
@@ -149,6 +153,7 @@ def measure(config: Config, sequence: int) -> Sizes:
             enable_checkpointing(lm, config.model.model_copy(update={"checkpoint_offload": False}))
         body: Any = lm.base_model
         parameters, body_size = _count(lm), _count(body)
+        rounded = sum(p.numel() for p in rounded_anyway(lm))
         if config.model.lora_rank:
             _adapt(lm, config)
         trained, trained_body = (_count(module, learned=True) for module in (lm, body))
@@ -175,6 +180,7 @@ def measure(config: Config, sequence: int) -> Sizes:
         body=body_size,
         trained=trained,
         trained_body=trained_body,
+        rounded=rounded,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         cache_per_token=2 * text.num_hidden_layers * heads * size,

@@ -124,15 +124,11 @@ class PPO:
         reference = None if self.reference is None else torch.zeros_like(logprobs)
         final_values = torch.zeros(batch.num_sequences, device=self.device)
         minibatches = self._minibatches(batch.num_sequences, 0)
-        groups = (group for minibatch in minibatches for group in self._microbatches(batch, minibatch))
-
-        def fetched(group: list[int]) -> tuple[RolloutBatch, Any, Tensor, Tensor]:
+        for group in (group for minibatch in minibatches for group in self._microbatches(batch, minibatch)):
             part, rows = packing.select(batch, group)
             part = part.to(self.device)
             rows, sequences = (to_device(x, self.device) for x in (rows, torch.tensor(group)))
-            return part, layout_of(part, self.model.actor.config), rows, sequences
-
-        for part, layout, rows, sequences in packing.prefetched(fetched, groups):
+            layout = layout_of(part, self.model.actor.config)
             self._counter.prepared(part)
             states, values[rows], final_values[sequences] = self.model.states(part, layout=layout)
             logprobs[rows] = self.model.actor.logprobs(states, part.actions, temperature)[0]
@@ -209,7 +205,8 @@ class PPO:
         count = sum(cu_actions[b + 1] - cu_actions[b] for b in sequences)
         sums = {"actions": torch.tensor(float(count), dtype=torch.float64)}
         groups = self._microbatches(batch.rollouts, sequences)
-        for part in packing.prefetched(lambda group: packing.select_train(batch, group), groups):
+        for group in groups:
+            part = packing.select_train(batch, group)
             self._counter.updated(part.rollouts, train_policy)
             loss, metrics = self._loss(part, count, train_policy)
             loss.backward()
