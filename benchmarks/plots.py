@@ -145,7 +145,6 @@ def _curves(axes: Axes, report: Mapping[str, Any], place: int, label: str) -> No
             x, y = [point[place] for point in curve], [point[2] for point in curve]
             style = STYLES[order % len(STYLES)]
             axes.plot(x, y, style, color=COLOURS[order], linewidth=1.4, alpha=0.8, label=name if not k else f"_{name}")
-    axes.axhline(report["settings"]["target"], color="#888888", linewidth=0.8, linestyle=":")
     axes.set_xlabel(label, fontsize=8)
     axes.set_ylabel("held-out relevance", fontsize=8)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)

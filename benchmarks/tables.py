@@ -199,7 +199,9 @@ def _summary_line(rows: Sequence[Result]) -> str:
     if other is not None and ours.median and other.median:
         better = ours.median / other.median if results.more_is_better(ours.unit) else other.median / ours.median
         ratio = f"{better:.2f}x"
-    beside = _cell(other, True) if other is not None else "none ran here"
+    beside = (
+        _cell(other, True) if other is not None else next((f"none: {r.problem}" for r in rows[1:] if r.problem), "none")
+    )
     return f"| {ours.case} | {_cell(ours, False)} | {beside} | {ratio} |"
 
 

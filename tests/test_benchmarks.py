@@ -85,9 +85,9 @@ def test_an_engine_of_other_weights_is_not_timed(tiny_model: Path, monkeypatch: 
 def test_learning_rows_are_samples_and_seconds_of_every_seed() -> None:
     bench_learning.experiment(Options(quick=True)), bench_learning.experiment(Options())  # valid settings
     curves = [[[0, 0.0, 0.39], [640, 3.0, 0.43]], [[0, 0.0, 0.39], [640, 3.5, 0.44]]]
-    rows = bench_learning._rows("TPPO", {"samples": [640, 640], "seconds": [3.0, 3.5], "missed": 0}, curves)
+    rows = bench_learning._rows("TPPO", curves)
     assert [(r.unit, r.values, r.problem) for r in rows] == [
         ("responses", [640, 640], None), ("s", [3.0, 3.5], None), ("relevance", [0.43, 0.44], None),
     ]  # fmt: skip
-    missed = bench_learning._rows("GRPO", {"samples": [640], "seconds": [3.0], "missed": 1}, curves)
+    missed = bench_learning._rows("GRPO", [curves[0], [[0, 0.0, 0.39], [640, 3.5, 0.42]]])
     assert [(r.values, r.problem) for r in missed[:2]] == [([], "1 of 2 seeds never reached it")] * 2
