@@ -94,6 +94,8 @@ def can_use_flash(device: torch.device, half_precision: bool) -> str | None:
         return f"it needs a CUDA device, not {device.type}"
     if not half_precision:
         return 'it needs model.dtype = "bfloat16"'
+    if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"flash kernels need an Ampere GPU or newer, not {torch.cuda.get_device_name(device)}"
     if importlib.util.find_spec("flash_attn") is None and not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no flash attention, and flash-attn is not installed"
     return None
@@ -171,10 +173,12 @@ def packed_attention(
 def _flash_fits(layout: Layout, calls: Calls, head: int, window: int | None, softcap: float | None) -> bool:
     """Whether a layer's attention is one that the flash kernels have; the others (Gemma 2's, say) run through SDPA."""
     cuts_prefix = window is not None and window < layout.longest and len(calls.numbers) > 1
-    return not softcap and head <= LARGEST_HEAD and not cuts_prefix
+    return not softcap and head <= LARGEST_HEAD and head % 8 == 0 and not cuts_prefix
 
 
-@torch.compiler.disable  # it follows each batch's own structure: compiled layers end before it and begin again behind it
+@torch.compiler.disable(
+    reason="it follows each batch's own structure: compiled layers end before it and begin again behind it"
+)
 def _by_blocks(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:

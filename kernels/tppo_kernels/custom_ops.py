@@ -139,8 +139,9 @@ def logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]
 
     def gradient(ctx, grad_logp, grad_entropy, _):
         logits, *saved = ctx.saved_tensors
-        if not ctx.inplace:
+        if not ctx.inplace or 0 in logits.stride():  # entries of an expanded tensor are not its own
             return new(logits, *saved, grad_logp, grad_entropy, *ctx.numbers), *(None,) * 5
+        logits = logits.detach()
         in_place(logits, *saved, grad_logp, grad_entropy, *ctx.numbers)
         return logits, *(None,) * 5
 
@@ -230,14 +231,14 @@ def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
 
     def setup(ctx, inputs, output):
         entropy, values, normalizer, count = inputs[5], inputs[6], inputs[9], inputs[10]
-        ctx.entropy = (
-            None if entropy is None else (entropy.shape, -inputs[11 + PpoOptions._fields.index("entropy_coef")] / count)
-        )
+        slope = -inputs[11 + PpoOptions._fields.index("entropy_coef")] * (1.0 / count if count else torch.inf)
+        ctx.entropy = None if entropy is None else (entropy.shape, slope)
         ctx.has_values = values is not None
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(output[2], output[3], normalizer)
 
     def gradient(ctx, grad_loss, *_):
+        refuse_second_derivative("ppo_loss")
         grad_logp, grad_values, normalizer = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * (11 + len(PpoOptions._fields))
         grads[0] = grad_loss * grad_logp
@@ -275,6 +276,12 @@ def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         return loss, dict(zip(PPO_METRICS, metrics.unbind(), strict=True))
 
     return ppo_loss
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Raise in a backward pass that is itself recorded: its gradients were made in forward, as constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op} has no second derivative here: use backend='reference' with create_graph=True")
 
 
 def _refuse_gradients(inputs: dict[str, Tensor | None]) -> None:

@@ -80,8 +80,7 @@ class Head:
     """One call's chunks of logits and its gradients: dX in hidden's dtype (a row is written once), dW and db wide."""
 
     def __init__(self, rows: Rows, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions):
-        if hidden.dtype.itemsize == 2:  # fp32 master weights are rounded once a call
-            weight = weight.to(hidden.dtype)
+        weight = weight.to(hidden.dtype)  # once a call: fp32 masters are rounded, a 16-bit weight under fp32 is widened
         self.rows, self.hidden, self.weight, self.bias, self.options = rows, hidden, weight, bias, options
         dtype = options.logits_dtype or hidden.dtype
         self.size = chunk_rows(options.chunk_size, len(weight), dtype, hidden.device)

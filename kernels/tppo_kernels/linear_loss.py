@@ -16,14 +16,14 @@ which rows the last two GEMMs leave out, are in ``head``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .custom_ops import Rows, compute_dtype, define
+from .custom_ops import Rows, compute_dtype, define, refuse_second_derivative
 from .head import Head, HeadOptions, RowVectors
 from .reference import TokenLoss
 
@@ -107,25 +107,23 @@ class _Call:
 
 
 def _chunk_loss(
-    call: _Call, logp: Tensor, entropy: Tensor, rows: Sequence[Tensor], learned: Sequence[bool]
+    call: _Call, logp: Tensor, entropy: Tensor, rows: Sequence[Tensor], learned: Sequence[bool], need: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(the chunk's loss, its gradients with respect to logp, entropy and the learned rows), all normalised."""
+    """(the chunk's loss, its gradients with respect to logp, entropy (None without ``need``) and the rows), normalised."""
+    needs = (need, need, *learned)
     with torch.enable_grad():
-        leaves = [
-            x.detach().requires_grad_(need)
-            for x, need in zip((logp, entropy, *rows), (True, True, *learned), strict=True)
-        ]
+        leaves = [x.detach().requires_grad_(n) for x, n in zip((logp, entropy, *rows), needs, strict=True)]
         loss, metrics = call.loss_fn(*leaves)
         if loss.dim() != 0:
             raise ValueError(f"loss_fn returned a loss of shape {tuple(loss.shape)}: return the sum over its rows")
         wanted = [x for x in leaves if x.requires_grad]
         scale = torch.ones_like(loss) / call.normalizer
-        found = (
+        found = iter(
             torch.autograd.grad(loss, wanted, scale, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
         )
     for name, value in metrics.items():
         call.stats[name] = call.stats[name] + value.detach() if name in call.stats else value.detach()
-    return loss.detach() * scale, list(found)
+    return loss.detach() * scale, [next(found) if n else None for n in needs]
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -149,8 +147,8 @@ class _LinearTokenLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *grad_outputs):
+        refuse_second_derivative("linear_token_loss")
         if ctx.grads is None:
             raise RuntimeError("linear_token_loss: a second backward, and its gradients are spent: call the op again")
         grads, ctx.grads = ctx.grads, None
@@ -164,8 +162,8 @@ def _forward_chunk(
     """The chunk's share of the loss; its gradients are added to the head's and to ``row_grads``."""
     logits, y = head.logits(chosen), call.targets[chosen]
     saved = call.kernels.forward(logits, y, call.options.logits)
-    loss, (c, e, *others) = _chunk_loss(call, saved[0], saved[1], [row[chosen] for row in rows], learned)
-    for total, part in zip(row_grads, others, strict=True):
+    loss, (c, e, *others) = _chunk_loss(call, saved[0], saved[1], [row[chosen] for row in rows], learned, need)
+    for total, part in zip(row_grads, itertools.compress(others, learned), strict=True):
         if part is not None:
             total[chosen] = part
     if need and (c is not None or e is not None):
@@ -174,10 +172,13 @@ def _forward_chunk(
 
 
 def _scaled(stored: Tensor, dtype: torch.dtype, grad: Tensor) -> Tensor:
-    """The stored gradient times the upstream one, without a device sync, and without a copy where the dtype allows."""
-    if stored.dtype == dtype:
-        return stored if grad.device.type == "cpu" and grad == 1 else stored.mul_(grad.to(dtype))
-    return torch.mul(stored, grad, out=stored.new_empty(stored.shape, dtype=dtype))
+    """The stored gradient times the upstream one in the wider dtype, without a device sync, in place where that is its own."""
+    if stored.dtype == dtype and grad.device.type == "cpu" and grad == 1:
+        return stored
+    wide = compute_dtype(stored.dtype)
+    if stored.dtype == dtype == wide:
+        return stored.mul_(grad.to(wide))
+    return torch.mul(stored.to(wide), grad.to(wide), out=stored.new_empty(stored.shape, dtype=dtype))
 
 
 def linear_token_loss_op(
@@ -199,6 +200,9 @@ def linear_token_loss_op(
             )  # fmt: skip
             loss, metrics = loss_fn(logp, entropy, *rows)
             return loss / divisor, {name: value.detach() for name, value in metrics.items()}
+        if not torch.is_grad_enabled():  # which an autograd.Function is not told
+            hidden, weight, *rows = (x.detach() for x in (hidden, weight, *rows))
+            bias = None if bias is None else bias.detach()
         options = HeadOptions(temperature, softcap or 0.0, logit_scale, chunk_size, logits_dtype, compact_rows)
         call = _Call(kernels=rows_of, targets=targets, loss_fn=loss_fn, options=options, normalizer=divisor, stats={})
         return _LinearTokenLoss.apply(hidden, weight, bias, call, *rows), call.stats

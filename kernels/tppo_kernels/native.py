@@ -1,7 +1,7 @@
 """The compiled CPU backend: ``csrc`` loaded with ctypes, made torch ops by ``custom_ops``.
 
-A package without the compiled library works; ``missing()`` says what is lost. Results do not depend on the thread
-count.
+A package without the compiled library works; ``missing()`` says what is lost. Its kernels' results do not depend on the
+number of threads; those of torch's GEMMs in the head ops do.
 """
 
 from __future__ import annotations

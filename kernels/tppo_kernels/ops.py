@@ -15,19 +15,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _check_head(logits: Tensor, targets: Tensor, temperature: float, softcap: float | None) -> None:
+def _check_logits(name: str, logits: Tensor, targets: Tensor, temperature: float, softcap: float | None) -> None:
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(f"shapes {tuple(logits.shape)} and {tuple(targets.shape)}: give one row per target")
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)} and targets {tuple(targets.shape)}: give one row per target"
+        )
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets are {targets.dtype}: give token ids, as integers")
     if temperature <= 0.0:
         raise ValueError(f"temperature {temperature}: must be above 0")
     if softcap is not None and softcap <= 0.0:
         raise ValueError(f"softcap {softcap}: must be above 0 (or None)")
 
 
+def _check_head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
+) -> None:
+    _check_logits("hidden", hidden, targets, temperature, softcap)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (vocabulary, {hidden.shape[1]}), as hidden")
+    _check_rows(len(weight), bias=bias)
+
+
 def _check_rows(count: int, **rows: Tensor | None) -> None:
     for name, row in rows.items():
         if row is not None and row.shape != (count,):
             raise ValueError(f"{name} has shape {tuple(row.shape)}: expected ({count},)")
+        if name == "mask" and row is not None and row.dtype != torch.bool:
+            raise ValueError(f"mask is {row.dtype}: pass mask.bool(), True where an action counts")
 
 
 def logprobs_from_logits(
@@ -45,7 +60,7 @@ def logprobs_from_logits(
     Raises:
         ValueError: shapes disagree, or temperature or softcap is not above 0.
     """
-    _check_head(logits, targets, temperature, softcap)
+    _check_logits("logits", logits, targets, temperature, softcap)
     return implementation(backend, logits.device.type).logprobs_from_logits(
         logits, targets, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         inplace_backward=inplace_backward,
@@ -71,7 +86,7 @@ def linear_logprobs(
     Raises:
         ValueError: shapes disagree, or temperature, softcap or chunk_size is out of range.
     """
-    _check_head(hidden, targets, temperature, softcap)
+    _check_head(hidden, weight, targets, bias, temperature, softcap)
     return implementation(backend, hidden.device.type).linear_logprobs(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         chunk_size=chunk_size, logits_dtype=logits_dtype, compact_rows=compact_rows,
@@ -100,7 +115,12 @@ def linear_token_loss(
     Raises:
         ValueError: shapes disagree, or temperature, softcap or chunk_size is out of range.
     """
-    _check_head(hidden, targets, temperature, softcap)
+    _check_head(hidden, weight, targets, bias, temperature, softcap)
+    for i, row in enumerate(rows):
+        if len(row) != len(targets):
+            raise ValueError(
+                f"rows[{i}] has shape {tuple(row.shape)}: its first dimension must be the {len(targets)} targets"
+            )
     return implementation(backend, hidden.device.type).linear_token_loss(
         hidden, weight, targets, loss_fn, rows, bias=bias, temperature=temperature, softcap=softcap,
         logit_scale=logit_scale, chunk_size=chunk_size, logits_dtype=logits_dtype, compact_rows=compact_rows,

@@ -126,7 +126,10 @@ def linear_logprobs(
     for start in range(0, max(len(targets), 1), size):
         chosen = slice(start, start + size)
         args = (hidden[chosen], weight, bias, targets[chosen])
-        logp, entropy = checkpoint(chunk, *args, use_reentrant=False) if differentiable else chunk(*args)
+        if differentiable:
+            logp, entropy = checkpoint(chunk, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            logp, entropy = chunk(*args)
         logps.append(logp)
         entropies.append(entropy)
     return torch.cat(logps), torch.cat(entropies)

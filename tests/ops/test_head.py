@@ -288,10 +288,43 @@ def test_second_derivatives_are_refused(backend):
     loss, _ = tk.linear_token_loss(
         x["hidden"].requires_grad_(), x["weight"], x["targets"], lambda logp, _: (logp.sum(), {}), backend=backend
     )
-    upstream = torch.ones((), requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss, x["hidden"], upstream, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="linear_token_loss has no second derivative here: use backend='reference'"):
+        torch.autograd.grad(loss, x["hidden"], create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_upstream_gradient_is_not_rounded(dtype, backend):
+    """A scale that the dtype of hidden cannot hold: 65,536 is infinite in float16, a third has 8 bits in bfloat16."""
+    x = inputs(20, dtype)
+    for upstream in (65536.0, 1 / 3):
+        grads = [run_loss(x, backend, upstream=u, learned=("hidden",))[-1].double() for u in (1.0, upstream)]
+        assert (grads[1] - upstream * grads[0]).abs().max() <= torch.finfo(dtype).eps * upstream * grads[0].abs().max()
+
+
+def test_a_16_bit_weight_under_wide_hidden_states_is_widened(backend):
+    x = inputs(20, torch.float32)
+    x["weight"], x["bias"] = x["weight"].bfloat16(), x["bias"].bfloat16()
+    assert_close(run_loss(x, backend), run_loss(x, "reference"), run_loss(wide(x), "reference"))
+
+
+class _Products(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_gradients_only_logits_are_multiplied(backend):
+    x = inputs(20, torch.float32)
+    learned = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in x.items()}
+    rows = (learned["old"], learned["advantages"], learned["values"], learned["returns"])
+    with _Products() as products, torch.no_grad():
+        loss, _ = tk.linear_token_loss(
+            learned["hidden"], learned["weight"], learned["targets"], token_loss, rows, chunk_size=64, backend=backend
+        )
+    assert not loss.requires_grad
+    assert products.count == 1
 
 
 def test_autocast_changes_nothing(backend):

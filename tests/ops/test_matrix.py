@@ -135,6 +135,81 @@ def test_only_one_output_used(backend):
         assert_close(*results)
 
 
+def test_overwriting_spares_entries_that_others_share(backend):
+    """An expanded row is stored once: its gradients must not be."""
+    row, targets = torch.randn(1, 9, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 3])
+    grads = []
+    for name, inplace in ((backend, True), ("reference", False)):
+        leaf = row.clone().requires_grad_()
+        logp, _ = tk.logprobs_from_logits(leaf.expand(3, 9), targets, inplace_backward=inplace, backend=name)
+        logp.sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_a_gradient_that_overwrote_its_logits_is_no_part_of_the_graph(backend):
+    logits, targets = random_logits(2, 20)
+    logits = logits.requires_grad_() * 1
+    logp, _ = tk.logprobs_from_logits(logits, targets, inplace_backward=True, backend=backend)
+    (gradient,) = torch.autograd.grad(logp.sum(), logits)
+    assert not gradient.requires_grad
+
+
+WRONG = {
+    "mask is torch.int64: pass mask.bool()": lambda b: tk.gae(
+        torch.zeros(3), torch.zeros(3), torch.tensor([0, 3]), mask=torch.ones(3, dtype=torch.int64), backend=b
+    ),
+    "mask is torch.float32: pass mask.bool()": lambda b: tk.whiten(torch.zeros(3), mask=torch.ones(3), backend=b),
+    "targets are torch.float32: give token ids": lambda b: tk.logprobs_from_logits(
+        torch.zeros(2, 3), torch.zeros(2), backend=b
+    ),
+    r"logits has shape \(2, 3\) and targets \(3,\)": lambda b: tk.logprobs_from_logits(
+        torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), backend=b
+    ),
+    r"weight has shape \(7, 5\): expected \(vocabulary, 4\), as hidden": lambda b: tk.linear_logprobs(
+        torch.zeros(2, 4), torch.zeros(7, 5), torch.zeros(2, dtype=torch.int64), backend=b
+    ),
+    r"bias has shape \(1,\): expected \(7,\)": lambda b: tk.linear_logprobs(
+        torch.zeros(2, 4), torch.zeros(7, 4), torch.zeros(2, dtype=torch.int64), bias=torch.zeros(1), backend=b
+    ),
+    r"rows\[1\] has shape \(3,\): its first dimension must be the 2 targets": lambda b: tk.linear_token_loss(
+        torch.zeros(2, 4), torch.zeros(7, 4), torch.zeros(2, dtype=torch.int64), lambda *_: None,
+        (torch.zeros(2), torch.zeros(3)), backend=b,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_wrong_arguments_are_named(sentence, backend):
+    for name in (backend, "reference"):
+        with pytest.raises(ValueError, match=sentence):
+            WRONG[sentence](name)
+
+
+def test_tritons_kernels_refuse_float64(backend):
+    if backend != "triton":
+        pytest.skip("the native kernels compute in float64")
+    x = torch.zeros(3, dtype=torch.float64)
+    for call in (tk.whiten, tk.whitening_stats, lambda x, backend: tk.gae(x, x, torch.tensor([0, 3]), backend=backend)):
+        with pytest.raises(ValueError, match="use backend='reference' for float64"):
+            call(x, backend=backend)
+
+
+def test_actions_of_no_sequence_have_no_advantage_on_a_gpu(backend):
+    """A GPU cannot refuse what it does not look at, as the native kernels do."""
+    if backend != "triton":
+        pytest.skip("the native kernels refuse them")
+    x = random_ppo(300)
+    for cu_seqlens in ([0, 2], [0, 130, 200], [0, 0], [0, 300]):
+        cu = torch.tensor(cu_seqlens)
+        mine, truth = (
+            tk.gae(x["old_logp"], x["old_values"], cu, return_stats=False, backend=name)
+            for name in (backend, "reference")
+        )
+        for a, b in zip(mine, truth, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_second_backward_of_an_overwritten_gradient_is_loud(backend):
     logits, targets = random_logits(2, 20)
     logp, _ = tk.logprobs_from_logits(logits.requires_grad_() * 1, targets, inplace_backward=True, backend=backend)
@@ -266,6 +341,47 @@ def test_ppo_of_an_exploded_ratio(log_ratio, backend):
     mine, truth = (tk.ppo_loss(logp, zeros, -torch.ones(2), backend=b) for b in (backend, "reference"))
     assert_close(mine[0], truth[0], truth[0].double())
     assert_close(mine[1]["ratio"], truth[1]["ratio"], truth[1]["ratio"].double())
+
+
+@pytest.mark.parametrize("gap", [0.01, -0.4, 100.0, -100.0, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_ppo_far_from_its_reference_policy(kind, kl_coef, gap, backend):
+    """What one estimator cannot represent does not show in another, nor in a gradient without a KL term."""
+    found = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        logp = torch.tensor([-1.5, -1.0], dtype=dtype)
+        ref = logp - torch.tensor([gap, -0.1], dtype=dtype)
+        learned = logp.clone().requires_grad_()
+        loss, metrics = tk.ppo_loss(
+            learned, logp, torch.ones_like(logp), ref_logp=ref, kl_coef=kl_coef, kl_estimator=kind, backend=name
+        )
+        loss.backward()
+        found.append(
+            [x.to(torch.float32).to(dtype) for x in (loss, metrics["kl_loss"], learned.grad)]
+        )  # exp(100) is infinite
+    assert_close(*found)
+
+
+def test_ppo_has_no_second_derivative(backend):
+    x = random_ppo(4)
+    logp = x["logp"].requires_grad_()
+    loss, _ = tk.ppo_loss(logp, x["old_logp"], x["advantages"], backend=backend)
+    with pytest.raises(RuntimeError, match="ppo_loss has no second derivative here: use backend='reference'"):
+        torch.autograd.grad(loss, logp, create_graph=True)
+
+
+def test_ppo_normalizer_of_zero_is_infinite(backend):
+    x = random_ppo(4)
+    losses = [
+        tk.ppo_loss(
+            x["logp"], x["old_logp"], x["advantages"], entropy=x["entropy"], entropy_coef=0.1,
+            normalizer=torch.zeros(()) if name == "reference" else 0.0, backend=name,
+        )[0]
+        for name in (backend, "reference")
+    ]  # fmt: skip
+    assert torch.equal(*losses)
+    assert losses[0].isinf()
 
 
 def test_ppo_boundary_ratios_count_as_in_the_reference(backend):

@@ -38,27 +38,16 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
 def counter(x: Tensor) -> Tensor:
-    """An int32 zero that the last program sets back to zero: one per device and stream, so that no launch clears it."""
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    key = (x.device, stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
-    return _counters[key]
+    """An int32 zero of one launch's own: kept for the next one, it would be shared by CUDA graphs that replay side by side."""
+    return torch.zeros(1, dtype=torch.int32, device=x.device)
 
 
 @triton.jit
 def is_last_program(counter_ptr, programs):
     """True in the program that finishes last, which then sees what every other one stored."""
     tl.debug_barrier()
-    finished = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
-    last = finished == programs - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
 
 
 @triton.jit

@@ -236,8 +236,14 @@ def gae_apply(
         tile,
         TILE,
     )
+    if mask_ptr is not None:  # where these two stand decides whether registers suffice on sm_90 and sm_100
+        kept = kept & (t < tl.load(starts_ptr + sequences))
     next_advantage, next_value = _carry(totals_ptr, tile, tiles, CARRY)
     advantage = _times(a, next_advantage) + _times(b, next_value) + c
+    if mask_ptr is None:
+        kept = t < tl.minimum(
+            actions, tl.load(starts_ptr + sequences)
+        )  # what no sequence covers reached no other action
     advantage = tl.where(kept, advantage, 0.0)
     tl.store(advantages_ptr + t, advantage, mask=inside)
     tl.store(returns_ptr + t, advantage + v, mask=inside)
@@ -283,6 +289,8 @@ def gae(
 
 
 def stats(x: Tensor, mask: Tensor | None) -> Tensor:
+    if x.dtype == torch.float64:
+        raise ValueError("the Triton kernels compute in float32: use backend='reference' for float64")
     x = x.float().contiguous()
     size, warps = block("stats")
     programs = triton.cdiv(x.numel(), size)

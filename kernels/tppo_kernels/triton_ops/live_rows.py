@@ -98,7 +98,7 @@ def d_hidden_kernel(
         w = tl.load(weight_ptr, mask=(k < left)[:, None] & (column < size), other=0.0)
         total = tl.dot(dz.to(w.dtype), w, total, input_precision="ieee")
         dz_ptr += STEP
-        weight_ptr += STEP * weight_stride.to(tl.int64)
+        weight_ptr += tl.full([], STEP, tl.int64) * weight_stride  # a stride of 1 is a constant without a type
     out_ptr += row * out_stride + column
     tl.store(out_ptr, total.to(out_ptr.dtype.element_ty), mask=live & (column < size))
 

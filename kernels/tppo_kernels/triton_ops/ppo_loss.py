@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..custom_ops import PpoOptions
-from .common import block, counter, exp_minus_line, is_last_program, on_device
+from .common import block, counter, exp_minus_1, exp_minus_line, is_last_program, on_device
 
 SUMS = 16
 """The loss and its 11 metrics, padded to a power of two."""
@@ -65,7 +65,7 @@ def ppo_kernel(
     low, high = 1.0 - clip_low, 1.0 + clip_high
     unclipped, clipped = ratio * a, _clamp(ratio, low, high) * a
     is_low, is_high = (ratio < low) & (a < 0.0), (ratio > high) & (a > 0.0)
-    policy = -tl.where(unclipped < clipped, unclipped, clipped)
+    policy = -tl.where(unclipped > clipped, clipped, unclipped)  # NaN stays NaN
     slope = tl.where(is_low | is_high, 0.0, -unclipped)
     bound = -dual_clip * a
     is_dual = (a < 0.0) & (policy > bound)
@@ -82,8 +82,9 @@ def ppo_kernel(
             kl = 0.5 * d * d
             kl_slope = d
         else:
-            kl = exp_minus_line(-d, tl.exp(-d))
-            kl_slope = d - kl  # 1 - exp(-d)
+            shrunk = tl.exp(-d)
+            kl = exp_minus_line(-d, shrunk)
+            kl_slope = -exp_minus_1(-d, shrunk)
         slope += tl.where(kl_coef != 0.0, kl_coef * kl_slope, 0.0)
     tl.store(grad_logp_ptr + i, slope * inverse, mask=inside)
 
