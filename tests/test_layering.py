@@ -38,7 +38,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "profiling": {"errors"},
     "optimizers": {"config", "errors"},
     "offload": set(),
-    "ahead": {"data_types", "rollout"},
+    "ahead": {"clock", "data_types", "errors", "rollout"},
     "advantages": {"config"},
     "algorithms": {"advantages", "config", "data_types", "errors"},
     "lora": {"config", "errors"},

@@ -136,6 +136,12 @@ def test_queries_past_the_asked_number_are_irrelevant() -> None:
     truth = ["tent manual", "tent reviews"]
     assert classify_queries([], truth, ["tent x", "tent manual"], num_queries=1) == [[2, 1], [1, 1]]
     assert LexicalLabeller(num_queries=1)([], truth, "tent x, tent manual").classes == [2, 1, 0, 1, 1]
+    assert LexicalLabeller(num_queries=1)([], truth, ", , tent manual").classes == [
+        0,
+        0,
+        2,
+        2,
+    ]  # empty pieces are no queries
 
 
 @settings(deadline=None)

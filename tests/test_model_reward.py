@@ -131,18 +131,21 @@ def test_scores_reach_the_policys_tokens(reward_models: dict[str, Path], kind: s
     assert rewards[1][:-1].tolist() == pytest.approx([value * v for v in visible], abs=1e-5)
 
 
-def test_each_content_is_scored_once(reward_models: dict[str, Path]) -> None:
+def test_each_content_is_scored_once_a_step(reward_models: dict[str, Path]) -> None:
+    """And anew in the next one: what a score was computed with shows in its last bits, and a resumed run has no memory."""
     model, _ = load(str(reward_models["decoder"]), "cpu")
     source = ModelReward(model, tokenizer(), token_budget=64)
     rollouts = sampled([" tent", " hotels", " tent"])
     first = source(rollouts)
     assert source.scored == 2
-    again = source(sampled([" hotels", " tent"]))
-    assert source.scored == 2
-    assert torch.equal(first[1].values, again[0].values)
     assert torch.equal(first[0].values, first[2].values)
-    source(sampled([" tent"], history=("chess",)))
-    assert source.scored == 3
+    later = sampled([" hotels", " tent", " book", " price, tent"])
+    found = source(later)
+    assert source.scored == 6
+    fresh = ModelReward(model, tokenizer(), token_budget=64)(later)
+    assert all(torch.equal(a.values, b.values) for a, b in zip(found, fresh, strict=True))
+    source([*sampled([" tent"]), *sampled([" tent"], history=("chess",))])
+    assert source.scored == 8
 
 
 def test_a_causal_reward_is_never_taken_back(reward_models: dict[str, Path]) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable
+from multiprocessing.connection import Client
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +18,10 @@ from support import EOS, no_vllm, tokenizer
 from tppo_fast import config as settings
 from tppo_fast import model, packing
 from tppo_fast.data_types import Prompt
-from tppo_fast.errors import UserError
+from tppo_fast.errors import EngineLost, UserError
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.hf_engine import HFEngine
+from tppo_fast.rollout.remote import RemoteLive
 from tppo_fast.rollout.scripted import ScriptedEngine
 
 EngineMaker = Callable[[Path], RolloutEngine]
@@ -206,8 +211,24 @@ def test_sampling_that_biases_the_ratio_is_refused(bad: dict[str, Any]) -> None:
         params(**bad)
 
 
-def my_engine(config: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any]:
-    return config, tokenizer, device
+def my_engine(config: Any, tokenizer: Any, device: Any) -> Any:
+    assert config.rollout.engine == "test_rollout:my_engine"
+    assert (tokenizer, device) == (None, torch.device("cpu"))
+    nothing = lambda *_: None  # noqa: E731
+    return SimpleNamespace(generate=lambda *_: 1 / 0, load_weights=nothing, sleep=nothing, close=nothing)
+
+
+def no_engine(*_: Any) -> dict[str, Any]:
+    return {}
+
+
+def test_the_hf_engine_in_bfloat16_keeps_rotary_frequencies_wide(wide_model: Path) -> None:
+    """As the trainer's autocast does: rounded, they would turn a distant position by a fraction of a radian."""
+    made = settings.build({"model": {"path": str(wide_model), "dtype": "bfloat16"}})
+    engine = build_engine(made, tokenizer(), torch.device("cpu"))
+    lm = engine._lm  # type: ignore[attr-defined]
+    assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
+    assert {b.dtype for name, b in lm.named_buffers() if "inv_freq" in name} == {torch.float32}
 
 
 def test_build_engine(wide_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +238,32 @@ def test_build_engine(wide_model: Path, monkeypatch: pytest.MonkeyPatch) -> None
     device = torch.device("cpu")
     assert isinstance(build_engine(config("hf"), tokenizer(), device), HFEngine)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    assert build_engine(config("test_rollout:my_engine"), None, device)[2] == device  # type: ignore[index]
+    own = build_engine(config("test_rollout:my_engine"), None, device)
+    with pytest.raises(UserError, match=r"rollout\.engine = 'test_rollout:my_engine' failed with ZeroDivisionError"):
+        own.generate([], SamplingParams(max_new_tokens=1))
+    with pytest.raises(UserError, match="returned a dict without a method generate: see RolloutEngine"):
+        build_engine(config("test_rollout:no_engine"), None, device)
     with pytest.raises(UserError, match=r"rollout\.engine = 'vllmm'"):
         build_engine(config("vllmm"), tokenizer(), device)
+
+
+DEAF = """
+import time
+from multiprocessing.connection import Listener
+with Listener(("127.0.0.1", 0), authkey=b"x") as listener:
+    print(listener.address[1], flush=True)
+    connection = listener.accept()
+    time.sleep(600)
+"""
+
+
+def test_a_worker_that_takes_nothing_in_is_lost_in_time() -> None:
+    """More than the sockets hold is sent to it; without a deadline the write would never come back."""
+    process = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    live = object.__new__(RemoteLive)
+    live._connection = Client(("127.0.0.1", int(process.stdout.readline())), authkey=b"x")  # type: ignore[assignment]
+    live._process, live._timeout, live._count = process, 1.0, 0  # type: ignore[assignment]
+    with pytest.raises(EngineLost, match=r"took in nothing for 1 s"):
+        live.update([("w", torch.zeros(16 << 20))])
+    live.close()

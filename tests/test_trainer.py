@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import pytest
 import torch
 import transformers
 
-from tppo_fast import checkpoint, parity, trainer
+from tppo_fast import checkpoint, losses, model, parity, trainer
 from tppo_fast import config as settings
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import EngineError, TrainingDiverged, UserError
+from tppo_fast.interrupt import Interrupted
 from tppo_fast.metrics import GLOSSARY, read_metrics
 from tppo_fast.rollout.hf_engine import HFEngine
 
@@ -108,12 +110,10 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
 def test_an_error_after_the_engine_started_ends_it(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer.train(config(tiny_model, tmp_path / "r", train__steps=1))
-    (checkpoint.list_checkpoints(tmp_path / "r")[-1] / "optimizer.safetensors").write_bytes(b"damaged")
     closed: list[None] = []
     monkeypatch.setattr(HFEngine, "close", lambda _: closed.append(None))
-    with pytest.raises(UserError, match="cannot be loaded"):
-        trainer.train(config(tiny_model, tmp_path / "r", train__steps=2), resume=True)
+    with pytest.raises(UserError, match="expected a finite number"):
+        trainer.train(config(tiny_model, tmp_path / "r", reward={"source": "test_trainer:broken_reward"}))
     assert len(closed) == 1
 
 
@@ -227,10 +227,102 @@ def test_a_damaged_checkpoint_is_named(tiny_model: Path, tmp_path: Path) -> None
     newest = checkpoint.list_checkpoints(run_dir)[-1]
     (newest / "optimizer.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match=r"step_000002.*cannot be loaded"):
-        trainer.train(config(tiny_model, run_dir, train__steps=3), resume=True)
+        trainer.train(config(tiny_model, run_dir, train__steps=2), resume=True)
     (newest / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"step_000002.*damaged"):
-        trainer.train(config(tiny_model, run_dir, train__steps=3), resume=True)
+        trainer.train(config(tiny_model, run_dir, train__steps=2), resume=True)
+
+
+def test_a_resumed_run_ends_where_its_schedule_does(tiny_model: Path, whole_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.steps = 8, but the run has 6, over which ppo\.lr_schedule = 'linear'"):
+        trainer.train(config(tiny_model, whole_run, train__steps=8), resume=True)
+    with pytest.raises(UserError, match=r"train\.steps = 5, but the run stands at step 6"):
+        trainer.train(config(tiny_model, whole_run, train__steps=5), resume=True)
+    short = {"ppo__lr_schedule": "constant", "train__eval_every": 0}
+    trainer.train(config(tiny_model, tmp_path / "r", train__steps=1, **short))
+    trainer.train(config(tiny_model, tmp_path / "r", train__steps=2, **short), resume=True)
+    assert [row["step"] for row in read_metrics(tmp_path / "r")] == [0, 1, 2]
+
+
+def test_a_setting_that_is_no_more_is_named(tiny_model: Path, whole_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "r"
+    shutil.copytree(whole_run, run_dir)
+    state = checkpoint.list_checkpoints(run_dir)[-1] / "state.json"
+    saved = json.loads(state.read_text())
+    saved["config"] |= {"run_dir": str(run_dir), "ppo": {**saved["config"]["ppo"], "gone": 1}}
+    state.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"ppo\.gone = None, but the run .* has 1"):
+        trainer.train(config(tiny_model, run_dir), resume=True)
+
+
+def test_too_little_memory_is_not_a_damaged_checkpoint(
+    tiny_model: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(checkpoint.optimizers, "load", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train(config(tiny_model, whole_run), resume=True)
+
+
+def test_files_of_others_stay(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("tensorboard", "metrics.jsonl"):
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        (run_dir / "notes.txt").write_text("mine")
+        (run_dir / name).mkdir() if name == "tensorboard" else (run_dir / name).write_text("mine")
+        with pytest.raises(
+            UserError, match=f"has a '{name}' that no unfinished run left: choose another, or remove it"
+        ):
+            trainer.train(config(tiny_model, run_dir))
+        assert sorted(p.name for p in run_dir.iterdir()) == sorted([name, "notes.txt"])
+
+
+def test_a_refused_run_leaves_nothing_and_an_unsaved_one_is_replaced(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        trainer.train(config(tiny_model, tmp_path / "new", data__train="nowhere.jsonl"))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="expected a finite number"):
+        trainer.train(config(tiny_model, tmp_path / "old", reward={"source": "test_trainer:broken_reward"}))
+    assert (tmp_path / "old" / "metrics.jsonl").exists()  # of the evaluation before the first step
+    trainer.train(config(tiny_model, tmp_path / "old", train__steps=1))
+    assert [row["step"] for row in read_metrics(tmp_path / "old")] == [0, 1]
+    assert (tmp_path / "old" / "notes.txt").read_text() == "mine"
+
+
+def random_reward(rollouts: Sequence[Rollout]) -> list[float]:
+    return torch.rand(len(rollouts)).tolist()
+
+
+def test_a_step_that_was_interrupted_after_scoring_is_taken_again_as_it_was(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"reward": {"source": "test_trainer:random_reward"}, "train__steps": 3, "train__eval_every": 0}
+    trainer.train(config(tiny_model, tmp_path / "whole", **wanted))
+    prepare = trainer.PPO.prepare
+
+    def interrupted(self: Any, batch: Any) -> Any:
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return prepare(self, batch)
+
+    monkeypatch.setattr(trainer.PPO, "prepare", interrupted)
+    with pytest.raises(Interrupted):
+        trainer.train(config(tiny_model, tmp_path / "r", **wanted))
+    monkeypatch.setattr(trainer.PPO, "prepare", prepare)
+    trainer.train(config(tiny_model, tmp_path / "r", **wanted), resume=True)
+    assert trajectory(tmp_path / "r") == trajectory(tmp_path / "whole")
+
+
+def test_a_model_whose_generation_settings_cannot_be_saved(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "do_sample": False}))
+    result = trainer.train(config(folder, tmp_path / "r", train__steps=1, train__eval_every=0))
+    assert transformers.GenerationConfig.from_pretrained(result.policy).do_sample
 
 
 def test_divergence_leaves_a_report_and_no_policy(
@@ -306,11 +398,61 @@ def test_one_step_ahead_is_bounded_reproducible_and_resumes_bit_for_bit(
     assert [row["rollout/staleness"] for row in rows] == [0, 1, 1, 1, 1, 1]
     assert trajectory(tmp_path / "a")[0] == pytest.approx(trajectory(whole_run)[0], rel=1e-4)  # fresh, weights are 1
     assert trajectory(tmp_path / "a")[2:] != trajectory(whole_run)[2:]
+    assert all(row["time/rollout"] > 1e-3 for row in rows)  # what sampling took, not what the step waited for it
+    assert all(row["perf/rollout_tokens_per_second"] < 1e5 for row in rows)
     trainer.train(config(tiny_model, tmp_path / "c", rollout__staleness=1))
     shutil.rmtree(checkpoint.list_checkpoints(tmp_path / "c")[-1])
     shutil.rmtree(tmp_path / "c" / "policy")
     trainer.train(config(tiny_model, tmp_path / "c", rollout__staleness=1), resume=True)
     assert trajectory(tmp_path / "c") == trajectory(tmp_path / "a")
+
+
+def test_recomputing_activations_beside_rollouts_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    """The generator that rollouts draw from at the same time is left alone."""
+    for name, recompute in (("plain", False), ("a", True), ("b", True)):
+        made = config(tiny_model, tmp_path / name, rollout__staleness=1)
+        trainer.train(
+            made.model_copy(update={"model": made.model.model_copy(update={"gradient_checkpointing": recompute})})
+        )
+    assert trajectory(tmp_path / "a") == trajectory(tmp_path / "b")
+    assert trajectory(tmp_path / "a") == trajectory(tmp_path / "plain")
+
+
+def seven_rollouts(config: Any, tokenizer: Any, device: Any) -> Any:
+    del device
+    lm = model.load_causal_lm(config.model.path)
+    engine = HFEngine(lm, tokenizer)
+    generate = engine.generate
+    engine.generate = lambda *a: generate(*a)[:7]  # type: ignore[method-assign]
+    return engine
+
+
+def test_an_engine_that_does_not_answer_what_it_was_asked(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="answered 4 prompts with 7 rollouts that are not 2 of each"):
+        trainer.train(
+            config(tiny_model, tmp_path / "r", rollout__engine="test_trainer:seven_rollouts", train__eval_prompts=1)
+        )
+
+
+@losses.row_local
+def meddling_loss(*args: Any) -> Any:
+    out = losses.ppo(*args)
+    return replace(out, metrics=out.metrics | {"actions": out.loss.detach()})
+
+
+@losses.row_local
+def number_loss(*args: Any) -> Any:
+    out = losses.ppo(*args)
+    return replace(out, metrics=out.metrics | {"mine": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [("meddling_loss", "metric 'actions'"), ("number_loss", r"metric 'mine' = 1\.0: give a tensor")],
+)
+def test_metrics_of_a_loss_that_would_spoil_the_log(tiny_model: Path, tmp_path: Path, loss: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        trainer.train(config(tiny_model, tmp_path / "r", ppo__loss=f"test_trainer:{loss}", train__steps=1))
 
 
 def test_stale_rollouts_are_weighted_and_fresh_ones_are_not(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
+from tppo_fast.clock import Clock
 from tppo_fast.data_types import Prompt, Rollout
+from tppo_fast.errors import UserError
 from tppo_fast.rollout import RolloutEngine, SamplingParams
 
-Clock = Callable[[str], AbstractContextManager[None]]
 Ask = Callable[[int], tuple[Sequence[Prompt], SamplingParams]]
 """step -> what to sample in it, a function of the step alone."""
 
@@ -33,19 +34,24 @@ class RolloutSource:
     ) -> None:
         self._engine, self._weights, self._ask = engine, weights, ask
         self._staleness, self._last = staleness, last_step
-        self._rollouts: dict[int, Future[list[Rollout]]] = {}
+        self._rollouts: dict[int, Future[tuple[list[Rollout], float]]] = {}  # with the seconds that they took
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollout")
 
     def take(self, step: int, clock: Clock) -> list[Rollout]:
-        """The rollouts to train on in ``step``; with staleness 1, those of the next step start to be sampled."""
+        """The rollouts to train on in ``step``; with staleness 1, those of the next step start to be sampled.
+
+        Raises:
+            UserError: the engine did not answer what it was asked.
+        """
         self._rollouts = {s: r for s, r in self._rollouts.items() if s >= step}
         published = step not in self._rollouts
         if published:
             with clock("sync"):
                 self._engine.load_weights(self._weights(), version=step)
             self._start(step)
-        with clock("rollout"):
-            rollouts = self._rollouts[step].result()
+        with clock("rollout_wait"):
+            rollouts, seconds = self._rollouts[step].result()
+        clock.add("rollout", seconds)
         if self._staleness and step + 1 < self._last and step + 1 not in self._rollouts:
             if not published:
                 with clock("sync"):
@@ -54,7 +60,18 @@ class RolloutSource:
         return rollouts
 
     def _start(self, step: int) -> None:
-        self._rollouts[step] = self._pool.submit(self._engine.generate, *self._ask(step))
+        self._rollouts[step] = self._pool.submit(self._sampled, *self._ask(step))
+
+    def _sampled(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> tuple[list[Rollout], float]:
+        began = time.perf_counter()
+        rollouts = self._engine.generate(prompts, sampling)
+        asked = [p for p in prompts for _ in range(sampling.n)]
+        if [r.prompt for r in rollouts] != asked:
+            raise UserError(
+                f"rollout.engine answered {len(prompts)} prompts with {len(rollouts)} rollouts that are not {sampling.n} of "
+                "each, in the prompts' order: see RolloutEngine.generate"
+            )
+        return rollouts, time.perf_counter() - began
 
     def settle(self) -> None:
         """Wait until the engine is free for something else."""
@@ -66,16 +83,18 @@ class RolloutSource:
         if not self._staleness or step not in self._rollouts:
             return None
         names = ("token_ids", "logprobs", "text", "finish_reason", "policy_version")
-        rows = [{name: getattr(r, name) for name in names} for r in self._rollouts[step].result()]
-        return {"step": step, "rollouts": rows}
+        rollouts, seconds = self._rollouts[step].result()
+        rows = [{name: getattr(r, name) for name in names} for r in rollouts]
+        return {"step": step, "seconds": seconds, "rollouts": rows}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
         if state is None:
             return
         prompts, sampling = self._ask(state["step"])
         repeated = [p for p in prompts for _ in range(sampling.n)]
-        ready: Future[list[Rollout]] = Future()
-        ready.set_result([Rollout(prompt=p, **row) for p, row in zip(repeated, state["rollouts"], strict=True)])
+        ready: Future[tuple[list[Rollout], float]] = Future()
+        rollouts = [Rollout(prompt=p, **row) for p, row in zip(repeated, state["rollouts"], strict=True)]
+        ready.set_result((rollouts, state["seconds"]))
         self._rollouts[state["step"]] = ready
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from tppo_fast.model import load_causal_lm
 from tppo_fast.ppo import PPO
 from tppo_fast.sections import Section
 
-_FREE = {"run_dir", "threads", "train"}
+FREE = {"run_dir", "threads", "train"}
 """Settings that may differ when a run is resumed; all others would change what the run computes."""
 
 
@@ -63,7 +63,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if (p / "state.json").is_file())
 
 
-def check_resumable(run_dir: Path, config: Section, free: Collection[str] = _FREE) -> Path:
+def check_resumable(run_dir: Path, config: Section, free: Collection[str] = FREE) -> Path:
     """The newest checkpoint, if ``config`` may continue it; the settings in ``free`` may differ.
 
     Raises:
@@ -76,18 +76,34 @@ def check_resumable(run_dir: Path, config: Section, free: Collection[str] = _FRE
         )
     saved = read_state(checkpoints[-1])["config"]
     now = config.model_dump(mode="json")
-    for section in now:
-        if section in free or saved.get(section) == now[section]:
+    for section in {**saved, **now}:
+        was, is_now = saved.get(section), now.get(section)
+        if section in free or was == is_now:
             continue
-        was, is_now = saved.get(section), now[section]
         if isinstance(is_now, dict) and isinstance(was, dict):
-            key = next(k for k in is_now if was.get(k) != is_now[k])
-            section, was, is_now = f"{section}.{key}", was.get(key), is_now[key]
+            key = next(k for k in {**was, **is_now} if was.get(k) != is_now.get(k))
+            section, was, is_now = f"{section}.{key}", was.get(key), is_now.get(key)
         raise UserError(
             f"{section} = {is_now!r}, but the run in {str(run_dir)!r} has {was!r}: use the same value to resume, or "
             "another run_dir"
         )
+    _check_length(checkpoints[-1], saved, now)
     return checkpoints[-1]
+
+
+def _check_length(newest: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Whether the run can end at ``train.steps``: not before it stands there, nor elsewhere than its schedule says."""
+    was, steps = (values.get("train", {}).get("steps") for values in (saved, now))
+    done = int(newest.name.removeprefix("step_"))
+    if steps is not None and steps < done:
+        raise UserError(f"train.steps = {steps}, but the run stands at step {done}: give at least as many to resume")
+    for section, values in now.items():
+        schedule = values.get("lr_schedule", "constant") if isinstance(values, dict) else "constant"
+        if schedule != "constant" and steps != was:
+            raise UserError(
+                f"train.steps = {steps}, but the run has {was}, over which {section}.lr_schedule = {schedule!r} is laid: use the "
+                "same value to resume, or another run_dir"
+            )
 
 
 def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
@@ -110,9 +126,9 @@ def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
         ppo.load_state(state["ppo"])
         seeding.set_global_state(state["rng"])
         return state.get("pending")
+    except (UserError, torch.OutOfMemoryError):
+        raise
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"checkpoint {str(folder)!r} cannot be loaded ({error}): remove it to resume the one before"
         ) from None

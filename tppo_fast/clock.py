@@ -31,6 +31,10 @@ class Clock:
                 torch.cuda.synchronize()
         self._seconds[phase] += time.perf_counter() - began
 
+    def add(self, phase: str, seconds: float) -> None:
+        """Seconds that a phase took beside the step."""
+        self._seconds[phase] += seconds
+
     def metrics(self, sampled: int, counted: Mapping[str, float], peak_rate: float) -> dict[str, float]:
         """What the log says of the step's speed and memory.
 

@@ -290,7 +290,7 @@ class RunConfig(Section):
     """Decides data order, sampling and initialisation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA when there is a GPU."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads for torch; 0 leaves torch's own choice."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

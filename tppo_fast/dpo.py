@@ -59,7 +59,11 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> finetune.FinetuneResult:
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT; a checkpoint of the last finished step was saved.
     """
-    start_from = open_run_dir(config, resume)
+    with open_run_dir(config, resume) as start_from:
+        return _train(config, start_from)
+
+
+def _train(config: DPOConfig, start_from: Path | None) -> finetune.FinetuneResult:
     train_sessions, held_sessions = load_sessions(config)
     train_sessions = train_sessions[: config.dpo.max_pairs]
     held_sessions = held_sessions[: config.train.eval_prompts]

@@ -70,7 +70,7 @@ def load_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implement
         for name, value in config.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)  # the ratio needs log-probabilities that do not depend on a coin
-        return AutoModelForCausalLM.from_pretrained(
+        lm = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=torch.float32,
@@ -78,8 +78,20 @@ def load_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implement
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
         )
+        _make_savable(lm)
+        return lm
     except Exception as error:
         raise _unreadable(path, "causal language model", error) from None
+
+
+def _make_savable(lm: Any) -> None:
+    """Older models say temperature or top_p and not do_sample, which transformers loads and refuses to save."""
+    if lm.can_generate():
+        try:
+            lm.generation_config.validate(strict=True)
+        except ValueError:
+            lm.generation_config.do_sample = True
+            lm.generation_config.validate(strict=True)
 
 
 def _unreadable(path: str, what: str, error: Exception) -> UserError:
@@ -87,7 +99,7 @@ def _unreadable(path: str, what: str, error: Exception) -> UserError:
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = reason if len(reason) < 200 else reason[:200] + "..."
     else:
-        reason = "no such folder, and it cannot be found on a hub"
+        reason = "no such folder, and no such model on the hub; give the path of a model folder"
     return UserError(f"model.path = {path!r}: no {what} could be loaded ({reason})")
 
 
@@ -334,7 +346,8 @@ def enable_checkpointing(lm: Any, config: ModelConfig) -> None:
     if config.checkpoint_offload:
         options["offload"] = True
     try:
-        enable({"use_reentrant": False}, **options)
+        # No layer draws random numbers, and setting the generator back would disturb rollouts sampled at the same time.
+        enable({"use_reentrant": False, "preserve_rng_state": False}, **options)
     except TypeError:
         raise UserError(
             "model.checkpoint_every and model.checkpoint_offload need a newer transformers (5.19 has them): pip install "

@@ -22,6 +22,8 @@ from tppo_fast.metrics import GLOSSARY
 from tppo_fast.model import Actor, ActorCritic, Outputs, layout_of
 
 Metrics = dict[str, float]
+RESERVED = ("actions", "loss", "grad_norm", "critic_grad_norm", "bad")
+"""Names that a loss function's own metrics cannot have."""
 
 
 class KLController:
@@ -222,6 +224,12 @@ class PPO:
             if not isinstance(out, LossOutput):
                 name = self.config.ppo.loss
                 raise UserError(f"ppo.loss = {name!r} returned a {type(out).__name__}: it must return a LossOutput")
+            for metric, value in out.metrics.items():
+                if metric in RESERVED or not isinstance(value, Tensor):
+                    raise UserError(
+                        f"ppo.loss = {self.config.ppo.loss!r} has a metric {metric!r} = {value!r}: give a tensor, the sum "
+                        f"over its actions, under a name other than {', '.join(RESERVED)}"
+                    )
             return out
 
         options = {"temperature": self.config.rollout.temperature, "train_policy": train_policy}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,33 +19,61 @@ from tppo_fast.errors import UserError
 from tppo_fast.metrics import METRICS_FILE
 from tppo_fast.rollout import SamplingParams
 
+MARKER = ".tppo-fast"
+"""Says that what else lies in a folder without a checkpoint is a run's, which never saved any."""
 
-def open_run_dir(config: RunConfig, resume: bool) -> Path | None:
+
+@contextlib.contextmanager
+def open_run_dir(
+    config: Any,
+    resume: bool,
+    *,
+    result: str = "policy",
+    unsaved: Sequence[str] = ("tensorboard", METRICS_FILE, "own-output-*.json"),
+    free: Collection[str] = checkpoint.FREE,
+) -> Iterator[Path | None]:
     """The checkpoint to start from, or None for a new run in a folder that holds no other run.
 
+    A run that ends by bad input before it has written anything leaves nothing behind.
+
+    Args:
+        config: its ``run_dir`` is opened.
+        resume: continue the newest checkpoint there.
+        result: what a finished run leaves.
+        unsaved: names of what a run writes before its first checkpoint; a new run removes what such a one left.
+        free: settings that may differ on resume.
+
     Raises:
-        UserError: the folder holds a run, or none that could be resumed, or cannot be made.
+        UserError: the folder holds a run, or none that could be resumed, or files of another kind, or cannot be made.
     """
+    run_dir: Path = config.run_dir
     if resume:
-        return checkpoint.check_resumable(config.run_dir, config)
-    if checkpoint.list_checkpoints(config.run_dir) or (config.run_dir / "policy").exists():
-        raise UserError(
-            f"run_dir = {str(config.run_dir)!r} holds a run already: continue it with --resume, or choose another"
-        )
+        yield checkpoint.check_resumable(run_dir, config, free)
+        return
+    if checkpoint.list_checkpoints(run_dir) or (run_dir / result).exists():
+        raise UserError(f"run_dir = {str(run_dir)!r} holds a run already: continue it with --resume, or choose another")
+    new = not run_dir.exists()
     try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        raise UserError(f"run_dir = {str(run_dir)!r} cannot be made ({error.strerror}): choose another") from None
+    marker = run_dir / MARKER
+    left = [path for name in unsaved for path in run_dir.glob(name)]
+    if left and not marker.exists():
         raise UserError(
-            f"run_dir = {str(config.run_dir)!r} cannot be made ({error.strerror}): choose another"
-        ) from None
-    sampled = config.run_dir.glob("own-output-*.json")
-    for left in (
-        config.run_dir / "tensorboard",
-        config.run_dir / METRICS_FILE,
-        *sampled,
-    ):  # of a run that saved nothing
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    return None
+            f"run_dir = {str(run_dir)!r} has a {left[0].name!r} that no unfinished run left: choose another, or remove it"
+        )
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    marker.touch()
+    try:
+        yield None
+    except UserError:
+        if [path.name for path in run_dir.iterdir()] == [MARKER]:
+            marker.unlink()
+            if new:
+                run_dir.rmdir()
+        raise
 
 
 def growing_segments(config: RunConfig) -> None:

@@ -6,9 +6,9 @@ import difflib
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from tppo_fast.errors import UserError
 from tppo_fast.overrides import merge
@@ -31,9 +31,32 @@ Pluggable = Annotated[str, AfterValidator(_module_function)]
 
 
 class Section(BaseModel):
+    """Settings that go together. Numbers are written as numbers and switches as true or false: nothing stands for another."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("give it a number")
+        if isinstance(value, str) and str not in kinds and kinds & {int, float}:
+            raise ValueError("write a number, without quotes")
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and kinds - {type(None)} == {bool}:
+            raise ValueError("write true or false")
+        if isinstance(value, str) and Path in kinds and not value.strip():
+            raise ValueError("give a path")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a field's annotation is made of; literals count as the types of their values."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    return {kind for part in get_args(annotation) for kind in _kinds(part)} or {annotation}
 
 
 S = TypeVar("S", bound=Section)
@@ -93,12 +116,21 @@ def _sentence(error: ValidationError, section: type[Section]) -> str:
         near = difflib.get_close_matches(where, names, n=1, cutoff=0.5) or difflib.get_close_matches(
             where.rpartition(".")[2], [n.rpartition(".")[2] for n in names], n=1, cutoff=0.5
         )
-        hint = f"did you mean {_full(near[0], names)!r}?" if near else f"sections: {', '.join(section.model_fields)}"
+        hint = f"did you mean {_full(near[0], names)!r}?" if near else f"there are {', '.join(section.model_fields)}"
         return f"unknown setting {where!r}: {hint}"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" and not isinstance(first["input"], str):
+    if first["type"] == "value_error" and not isinstance(first["input"], str | int | float):
         return message  # a rule over several fields: its message already names them
+    message = WORDS.get(first["type"], message)
     return f"{where} = {first['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+WORDS = {
+    "path_type": "give a path, in quotes",
+    "model_type": "this is a section; set one of its fields",
+    "tuple_type": 'write a list: ["a", "b"]',
+}
+"""What pydantic would say in Python's words."""
 
 
 def _full(name: str, names: list[str]) -> str:

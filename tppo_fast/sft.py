@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -37,7 +38,11 @@ def sft(config: SFTConfig, *, resume: bool = False) -> finetune.FinetuneResult:
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT; a checkpoint of the last finished step was saved.
     """
-    start_from = open_run_dir(config, resume)
+    with open_run_dir(config, resume) as start_from:
+        return _train(config, start_from)
+
+
+def _train(config: SFTConfig, start_from: Path | None) -> finetune.FinetuneResult:
     train_sessions, held_sessions = load_sessions(config)
     held_sessions = held_sessions[: config.train.eval_prompts]
     actor, tokenizer, builder = finetune.build(config)

@@ -79,18 +79,18 @@ def train(config: Config, *, resume: bool = False, profile: int = 0, memory_snap
         Interrupted: SIGINT; a checkpoint of the last finished step was saved.
     """
     growing_segments(config)
-    start_from = open_run_dir(config, resume)
-    with profiling.memory_snapshot(config.run_dir, resolve_device(config.device), memory_snapshot):
+    with (
+        open_run_dir(config, resume) as start_from,
+        profiling.memory_snapshot(config.run_dir, resolve_device(config.device), memory_snapshot),
+    ):
         return _train(config, start_from, profile)
 
 
 def _train(config: Config, start_from: Path | None, profile: int) -> TrainResult:
-    run = setup(config)
+    run = setup(config, start_from)
     with contextlib.closing(run.engine), contextlib.closing(run.source):
         if config.reward.source == "model":
             write_atomic(config.run_dir / "reward_model.json", (Path(config.reward.model) / RECORD).read_bytes())
-        if start_from is not None:
-            run.source.load_state(checkpoint.load(start_from, run.ppo))
         evaluation = _logged(run, profile)
     policy = config.run_dir / "policy"
     with atomic_folder(policy) as temporary:
@@ -137,34 +137,14 @@ def _loop(
     with Progress("train", steps, "step", start=ppo.step) as progress:
         while ppo.step < steps:
             guard.check()
-            step, clock = ppo.step, Clock()
-            if config.ppo.offload or config.vllm.sleep != "off":
-                with clock("offload"):
-                    _make_room(run)
-            rollouts = run.source.take(step, clock)
-            if config.vllm.sleep != "off":
-                with clock("sync"):
-                    run.engine.sleep()
-            if config.ppo.offload:
-                with clock("offload"):
-                    ppo.unpark()
-            guard.check()
-            with clock("score"):
-                rewards, classes = run.reward.explain(rollouts)
-                batch = packing.pack(rollouts, rewards, share_prompts=config.model.share_prompts)
-            with clock("prepare"):
-                train_batch, prepared = ppo.prepare(batch)
-                parity.check(prepared, config)
-            guard.check()
-            with clock("update"):
-                learned = ppo.update(train_batch)
-
-            metrics = {**rollout_metrics(rollouts, rewards, classes), **prepared, **learned}
-            metrics |= clock.metrics(batch.num_actions, metrics, peak_rate)
-            metrics |= repetition_and_copies(rollouts, config.data.separator)
-            metrics["rollout/staleness"] = step - rollouts[0].policy_version
-            if step == 0 and config.train.show_examples:
-                show_examples(run, rollouts, rewards, classes)
+            before = seeding.global_state()
+            try:
+                metrics = _step(run, guard, peak_rate)
+            except Interrupted:
+                seeding.set_global_state(
+                    before
+                )  # the step will be taken again, and a user's reward may have drawn numbers
+                raise
             if _due(ppo.step, config.train.eval_every, steps):
                 evaluation = evaluate(run)
                 metrics |= evaluation
@@ -183,6 +163,39 @@ def _loop(
     return evaluation or evaluate(run)
 
 
+def _step(run: Run, guard: InterruptGuard, peak_rate: float) -> Metrics:
+    """One step of the loop, from rollouts to an updated policy."""
+    config, ppo, step, clock = run.config, run.ppo, run.ppo.step, Clock()
+    if config.ppo.offload or config.vllm.sleep != "off":
+        with clock("offload"):
+            _make_room(run)
+    rollouts = run.source.take(step, clock)
+    if config.vllm.sleep != "off":
+        with clock("sync"):
+            run.engine.sleep()
+    if config.ppo.offload:
+        with clock("offload"):
+            ppo.unpark()
+    guard.check()
+    with clock("score"):
+        rewards, classes = run.reward.explain(rollouts)
+        batch = packing.pack(rollouts, rewards, share_prompts=config.model.share_prompts)
+    with clock("prepare"):
+        train_batch, prepared = ppo.prepare(batch)
+        parity.check(prepared, config)
+    guard.check()
+    with clock("update"):
+        learned = ppo.update(train_batch)
+
+    metrics = {**rollout_metrics(rollouts, rewards, classes), **prepared, **learned}
+    metrics |= clock.metrics(batch.num_actions, metrics, peak_rate)
+    metrics |= repetition_and_copies(rollouts, config.data.separator)
+    metrics["rollout/staleness"] = step - rollouts[0].policy_version
+    if step == 0 and config.train.show_examples:
+        show_examples(run, rollouts, rewards, classes)
+    return metrics
+
+
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
@@ -190,8 +203,8 @@ def _due(step: int, every: int, last: int) -> bool:
 # -------------------------------------------------------------------- parts
 
 
-def setup(config: Config) -> Run:
-    """Build every part of a run; bad input fails here, before any expensive work."""
+def setup(config: Config, start_from: Path | None = None) -> Run:
+    """Build every part of a run, as the checkpoint ``start_from`` left it; bad input fails here, before any expensive work."""
     if config.threads:
         torch.set_num_threads(config.threads)
     seeding.seed_everything(config.seed)
@@ -225,7 +238,12 @@ def setup(config: Config) -> Run:
         load_object(config.ppo.loss, "ppo.loss"), f"ppo.loss = {config.ppo.loss!r}"
     )
     ppo = PPO(config, actor_critic, reference, loss, total_steps=config.train.steps)
+    pending = None if start_from is None else checkpoint.load(start_from, ppo)
+    state = seeding.global_state()
+    if config.ppo.offload:
+        ppo.park()  # an engine is never built beside what it will not live with
     engine = build_engine(config, tokenizer, device)
+    seeding.set_global_state(state)
     source = RolloutSource(
         engine,
         actor_critic.actor.named_weights,
@@ -233,6 +251,7 @@ def setup(config: Config) -> Run:
         staleness=config.rollout.staleness,
         last_step=config.train.steps,
     )
+    source.load_state(pending)
     return Run(
         config=config,
         tokenizer=tokenizer,

@@ -110,7 +110,7 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        reason = f"{error.msg} at column {error.colno}"
+        reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
     except RecursionError:
         reason = "nested too deep"
     except ValueError as error:

@@ -21,7 +21,7 @@ from tppo_fast.reward_model.data import Example, encode, searches, split
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.reward_model.training import BEST, Learner, fit
 from tppo_fast.rewards.token_model import TokenModel
-from tppo_fast.runs import resolve_device
+from tppo_fast.runs import open_run_dir, resolve_device
 
 FREE = {"run_dir", "threads", "resamples"}
 """Settings that may differ when a run is resumed."""
@@ -53,7 +53,11 @@ def train_reward_model(config: RewardModelConfig, *, resume: bool = False) -> Re
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    start_from = _open_run_dir(config, resume)
+    with open_run_dir(config, resume, result="model", unsaved=(METRICS_FILE, BEST), free=FREE) as start_from:
+        return _train(config, start_from)
+
+
+def _train(config: RewardModelConfig, start_from: Path | None) -> RewardModelResult:
     if not config.data.labels:
         raise UserError("data.labels = '': give the file of labelled responses (tppo-fast label makes one)")
     rows, data_hash = read_labels(config.data.labels), sha256_of(Path(config.data.labels))
@@ -138,22 +142,3 @@ def _check_words(*parts: Sequence[Example]) -> None:
     for name, examples in zip(("training", "validation", "test"), parts, strict=True):
         if not any((e.labels > 0).any() for e in examples):
             raise UserError(f"data.labels: the {name} users have no response with a labelled word; label more of them")
-
-
-def _open_run_dir(config: RewardModelConfig, resume: bool) -> Path | None:
-    """The checkpoint to start from, or None for a new run in a folder that holds no other."""
-    if resume:
-        return checkpoint.check_resumable(config.run_dir, config, FREE)
-    if checkpoint.list_checkpoints(config.run_dir) or (config.run_dir / "model").exists():
-        raise UserError(
-            f"run_dir = {str(config.run_dir)!r} holds a run already: continue it with --resume, or choose another"
-        )
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run_dir = {str(config.run_dir)!r} cannot be made ({error.strerror}): choose another"
-        ) from None
-    for left in (METRICS_FILE, BEST):  # of a run that saved nothing
-        (config.run_dir / left).unlink(missing_ok=True)
-    return None

@@ -94,7 +94,7 @@ class RewardModelConfig(Section):
     """Decides the split, the data order, the subsampling and the initialisation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA when there is a GPU."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads for torch; 0 leaves torch's own choice."""
     resamples: Count = 1000
     """Bootstrap resamples of the intervals."""

@@ -48,8 +48,10 @@ def classify_queries(
     truth = _true_stems(tuple(next_queries), language)
     left = sum(truth, Counter())
     classes = []
-    for place, query in enumerate(queries):
+    place = -1
+    for query in queries:
         form = normalise_query(query)
+        place += bool(query.strip())  # an empty piece is no query, as in PromptBuilder.parse
         stems = [stem(query[start:end], language) for start, end in query_words(query)]
         if form in known or (num_queries is not None and place >= num_queries):
             classes.append([IRRELEVANT] * len(stems))

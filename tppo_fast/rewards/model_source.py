@@ -1,11 +1,12 @@
-"""``reward.source = "model"``: a frozen token reward model scores the rollouts, in large batches, each content once."""
+"""``reward.source = "model"``: a frozen token reward model scores the rollouts, in large batches, each content once a step.
+
+Nothing is remembered from step to step: a score's last bits depend on what it was scored with, and a resumed run must find
+those that the run it continues would have.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-REMEMBERED = 100_000
-"""Scored responses kept; about 0.3 KiB each for responses of 20 tokens. The oldest unused go first."""
-
+Content = tuple[tuple[str, ...], str]
+"""History and response."""
 Scored = tuple["Float[Tensor, 'k 3']", Sequence[Span]]
 """Class probabilities of the reward model's own response tokens, and the characters they stand for."""
 
@@ -38,26 +38,19 @@ class ModelReward:
         self._model = model
         self._tokenizer = tokenizer
         self._budget = token_budget
-        self._cache: OrderedDict[bytes, Scored] = OrderedDict()
         self.scored = 0  # responses that the model had to read
 
     def __call__(self, rollouts: Sequence[Rollout], /) -> list[ClassProbabilities]:
-        keys = [_key(rollout) for rollout in rollouts]
-        self._score({key: r for key, r in zip(keys, rollouts, strict=True) if key not in self._cache})
-        found = []
-        for key in keys:
-            self._cache.move_to_end(key)
-            found.append(self._cache[key])
-        while len(self._cache) > REMEMBERED:
-            self._cache.popitem(last=False)
-        return [self._on_policy_tokens(r, *scored) for r, scored in zip(rollouts, found, strict=True)]
+        contents = [(tuple(r.prompt.history), r.text) for r in rollouts]
+        scores = self._scores(dict.fromkeys(contents))
+        return [self._on_policy_tokens(r, *scores[c]) for r, c in zip(rollouts, contents, strict=True)]
 
-    def _score(self, new: dict[bytes, Rollout]) -> None:
-        inputs = self._model.reader([r.prompt.history for r in new.values()], [r.text for r in new.values()])
+    def _scores(self, contents: Iterable[Content]) -> dict[Content, Scored]:
+        new = list(contents)
+        inputs = self._model.reader([history for history, _ in new], [text for _, text in new])
         probabilities = self._model.probabilities(inputs, self._budget)
-        for key, encoded, values in zip(new, inputs, probabilities, strict=True):
-            self._cache[key] = (values, encoded.spans)
         self.scored += len(new)
+        return {c: (p, e.spans) for c, p, e in zip(new, probabilities, inputs, strict=True)}
 
     def _on_policy_tokens(self, rollout: Rollout, values: Tensor, spans: Sequence[Span]) -> ClassProbabilities:
         text, own = token_spans(self._tokenizer, rollout.token_ids)
@@ -88,8 +81,3 @@ def build(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, device: torc
             'backbone, or use "soft"'
         )
     return ModelReward(model, tokenizer, token_budget=config.batch_tokens)
-
-
-def _key(rollout: Rollout) -> bytes:
-    content = json.dumps([list(rollout.prompt.history), rollout.text])
-    return hashlib.blake2b(content.encode(), digest_size=16).digest()

@@ -28,15 +28,32 @@ def build_engine(config: RunConfig, tokenizer: Any, device: torch.device) -> Rol
     if config.rollout.engine == "vllm":
         return _vllm(config, tokenizer, device)
     if config.rollout.engine != "hf":
-        spec = config.rollout.engine
-        return guarded(load_object(spec, "rollout.engine"), f"rollout.engine = {spec!r}")(config, tokenizer, device)
+        field = f"rollout.engine = {config.rollout.engine!r}"
+        made = guarded(load_object(config.rollout.engine, "rollout.engine"), field)(config, tokenizer, device)
+        return _PlugIn(made, field)
     from tppo_fast.model import load_causal_lm
     from tppo_fast.rollout.hf_engine import HFEngine
 
     lm = load_causal_lm(config.model.path, trust_remote_code=config.model.trust_remote_code)
     if config.model.dtype == "bfloat16":
-        lm = lm.to(torch.bfloat16)
+        for parameter in lm.parameters():  # and no buffer: rotary frequencies stay as the trainer has them
+            parameter.data = parameter.data.bfloat16()
     return HFEngine(lm.to(device), tokenizer)
+
+
+class _PlugIn:
+    """A user's engine, whose failures are one sentence that names the setting it came from."""
+
+    def __init__(self, engine: Any, field: str) -> None:
+        for name in ("generate", "load_weights", "sleep", "close"):
+            if not callable(getattr(engine, name, None)):
+                raise UserError(
+                    f"{field} returned a {type(engine).__name__} without a method {name}: see RolloutEngine"
+                )
+        self.generate = guarded(engine.generate, field)
+        self.load_weights = guarded(engine.load_weights, field)
+        self.sleep = guarded(engine.sleep, field)
+        self.close = guarded(engine.close, field)
 
 
 def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEngine:

@@ -9,9 +9,11 @@ import secrets
 import select
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from typing import Any, TypeVar
 
@@ -77,7 +79,23 @@ class RemoteLive:
             raise UserError(answer["user_error"])
         if "port" not in answer:
             raise EngineLost(f"the rollout worker ended with exit code {self._process.wait()} while it started")
-        self._connection = Client(("127.0.0.1", answer["port"]), authkey=key)  # type: ignore[assignment]
+        try:
+            with self._or_killed():
+                self._connection = Client(("127.0.0.1", answer["port"]), authkey=key)  # type: ignore[assignment]
+        except (EOFError, OSError, AuthenticationError) as error:
+            raise EngineLost(
+                f"the rollout worker did not answer when it had started ({type(error).__name__})"
+            ) from None
+
+    @contextlib.contextmanager
+    def _or_killed(self) -> Iterator[None]:
+        """Kill a worker that does not take in what is sent to it within the timeout; a blocked write then fails."""
+        timer = threading.Timer(self._timeout, self._process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     # ---------------------------------------------------------------- requests
 
@@ -89,13 +107,16 @@ class RemoteLive:
         if connection is None:
             raise EngineLost(f"{request}: the rollout worker is closed")
         try:
-            send(connection, {"id": self._count, "operation": operation, "arguments": arguments}, tensors)
+            with self._or_killed():
+                send(connection, {"id": self._count, "operation": operation, "arguments": arguments}, tensors)
             self._sent(operation)
             if not connection.poll(self._timeout):
                 raise EngineLost(f"{request} was not answered within {self._timeout:g} s")
             reply, received = receive(connection)
         except (EOFError, OSError) as error:
-            raise EngineLost(f"the rollout worker died during {request} ({type(error).__name__})") from None
+            raise EngineLost(
+                f"the rollout worker died during {request}, or took in nothing for {self._timeout:g} s ({type(error).__name__})"
+            ) from None
         if reply["id"] != self._count:
             raise EngineLost(f"{request} got the answer of request {reply['id']}")
         if "user_error" in reply:

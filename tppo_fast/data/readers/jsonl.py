@@ -27,6 +27,8 @@ def _parse(row: object, where: str) -> tuple[str, Event]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: {show(row)} is not an object: write user_id, query and time")
     for name in ("user_id", "query", "time"):
+        if name not in row:
+            raise UserError(f"{where}: {name} is missing: write user_id, query and time")
         if not isinstance(row.get(name), str):
             raise UserError(f"{where}: {name} = {show(row.get(name))} is not text: write it as a string in quotes")
     click = row.get("click") or ""
