@@ -140,6 +140,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rm-test", type=float, default=0.1, help="share of the labelled users who only measure it")
     parser.add_argument("--value", default="soft")
     parser.add_argument("--scale", default="centred")
+    parser.add_argument("--reject-copies", action="store_true", help="reward.reject_copies")
     parser.add_argument(
         "--kl-coef", type=float, default=0.2, help="a learned reward needs a leash: TPPO's 0.2, not the demo's"
     )
@@ -237,6 +238,7 @@ def _paid_by(options: argparse.Namespace, config: Config, reward_model: Path, se
         "value": options.value,
         "scale": options.scale,
         "length_penalty": True,
+        "reject_copies": options.reject_copies,
     }
     batch = {
         "prompts_per_step": options.prompts_per_step,

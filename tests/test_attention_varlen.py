@@ -130,6 +130,15 @@ def test_the_merge_equals_exact_blocks_forward_and_backward(
         assert len(plain.calls) == expected
 
 
+def test_opcheck(plain: Plain) -> None:
+    """Shapes for tracing, autograd and dynamic shapes, by torch's own checks."""
+    batch, _ = packing.select(pack(share=True), range(12))
+    calls = attention_varlen.calls(batch.cu_seqlens.tolist(), batch.prefix.tolist(), torch.device("cpu"))
+    q, k, v = (torch.randn(batch.num_tokens, h, 8, requires_grad=True) for h in (4, 2, 2))
+    torch.library.opcheck(attention_varlen._forward_op, (q, k, v, *calls, 0.3, 64))
+    assert plain.calls
+
+
 def test_a_shared_prompt_is_read_once(plain: Plain) -> None:
     batch, _ = packing.select(pack(share=True), range(12))
     actor_critic().actor.hidden(batch, attention.build_layout(batch, flash=True))

@@ -21,8 +21,8 @@ from tppo_fast.errors import UserError
 from tppo_fast.metrics import read_metrics
 from tppo_fast.reward_model.run import train_reward_model
 from tppo_fast.reward_model.settings import RewardModelConfig
-from tppo_fast.rewards import ClassProbabilities, TokenRewards, build_reward, related
-from tppo_fast.rewards.model_source import ModelReward
+from tppo_fast.rewards import ClassProbabilities, TokenRewards, build_reward, related, token_spans
+from tppo_fast.rewards.model_source import ModelReward, repeated_queries
 from tppo_fast.rewards.token_model import load
 from tppo_fast.rewards.values import prefix_means, sentence_value, token_values
 from tppo_fast.sections import build_section
@@ -146,6 +146,22 @@ def test_each_content_is_scored_once_a_step(reward_models: dict[str, Path]) -> N
     assert all(torch.equal(a.values, b.values) for a, b in zip(found, fresh, strict=True))
     source([*sampled([" tent"]), *sampled([" tent"], history=("chess",))])
     assert source.scored == 8
+
+
+def test_repeated_queries_are_irrelevant_whatever_the_model_says(reward_models: dict[str, Path]) -> None:
+    assert repeated_queries(" a, Lisbon , b,a,, c", ["lisbon"], ", ") == [(3, 11), (15, 16)]
+    rollouts = sampled([" tent, Lisbon, book, tent"], history=("lisbon",))
+    plain, strict = (
+        reward(reward_models["decoder"], value="soft", scale="centred", reject_copies=on)(rollouts)[0]
+        for on in (False, True)
+    )
+    text, spans = token_spans(tokenizer(), rollouts[0].token_ids)
+    repeated = [any(a < end and b > start for a, b in [(6, 13), (19, 24)]) for start, end in spans]
+    assert text[6:13] == " Lisbon"
+    assert any(repeated)
+    for before, after, wrong in zip(plain.tolist(), strict.tolist(), repeated, strict=True):
+        assert after <= 0.0 if wrong else after == before
+    assert (strict < plain)[torch.tensor(repeated)].any()
 
 
 def test_a_causal_reward_is_never_taken_back(reward_models: dict[str, Path]) -> None:

@@ -41,9 +41,11 @@ def test_a_run_of_a_model_with_its_own_code_resumes(
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match=r"model\.path"):
-        trainer.train(config(folder, tmp_path / "r", train__steps=1))
+        trainer.train(config(folder, tmp_path / "r", ppo__lr_schedule="constant", train__steps=1))
     trusted = {"path": str(folder), "trust_remote_code": True}
-    trainer.train(config(folder, tmp_path / "r", train__steps=1, model=trusted))
+    trainer.train(config(folder, tmp_path / "r", ppo__lr_schedule="constant", train__steps=1, model=trusted))
     shutil.rmtree(tmp_path / "r" / "policy")
-    trainer.train(config(folder, tmp_path / "r", train__steps=2, model=trusted), resume=True)
+    trainer.train(
+        config(folder, tmp_path / "r", ppo__lr_schedule="constant", train__steps=2, model=trusted), resume=True
+    )
     assert [row["step"] for row in read_metrics(tmp_path / "r")] == [0, 1, 2]

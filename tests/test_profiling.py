@@ -25,7 +25,7 @@ def test_profile_writes_a_trace_with_the_loops_phases(tiny_model: Path, tmp_path
     assert not list(run_dir.glob("tmp-*"))
     with gzip.open(run_dir / profiling.TRACE) as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    for phase in ("rollout", "score", "prepare", "update"):
+    for phase in ("rollout_wait", "score", "prepare", "update"):
         assert names.count(f"tppo_fast/{phase}") == 1  # one step was recorded, the first and the last were not
     assert "aten::addmm" in names or "aten::mm" in names
     rows = [row for row in read_metrics(run_dir) if row["step"] > 0]

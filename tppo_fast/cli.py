@@ -198,11 +198,15 @@ def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **
 @click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--model", default="", help="Start from this causal LM instead of a small one made on the spot.")
 @click.option("--data", default="synthetic", show_default=True, help="Sessions: a .jsonl or .parquet file.")
-@click.option("--sessions", type=click.IntRange(20), default=None, help="How many sessions to generate.")
+@click.option("--sessions", type=click.IntRange(20), default=None, help="How many sessions to generate. [8000]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--sft-steps", type=click.IntRange(0), default=None, help="Supervised steps before PPO.")
-@click.option("--steps", type=click.IntRange(1), default=None, help="PPO steps of each method.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=None, help="PPO learning rate.")
+@click.option(
+    "--sft-steps", type=click.IntRange(0), default=None, help="Supervised steps before PPO. [700; --model: 40]"
+)
+@click.option("--steps", type=click.IntRange(1), default=None, help="PPO steps of each method. [60; --model: 10]")
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), default=None, help="PPO learning rate. [1e-3; --model: 1e-5]"
+)
 @click.option("--rollout", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="Who samples.")
 @click.option("--fresh", is_flag=True, help="Remove an earlier demo in run-dir and start again.")
 def demo(**options: Any) -> None:

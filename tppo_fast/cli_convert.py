@@ -39,6 +39,9 @@ def convert(
 
     A query log is personal data. Use a copy that you may lawfully use, and keep the result as private as the log:
     scrubbing lowers the risk that it names people and does not end it.
+
+    The format jsonl is any log, a line for each query: {"user_id": "u17", "query": "lisbon", "time": "2006-03-01 07:17:12"},
+    and optionally "click".
     """
     from tppo_fast.data.readers import Rules
     from tppo_fast.data.readers import convert as run

@@ -150,6 +150,9 @@ class RewardConfig(Section):
     response so far (needs a causal model)."""
     red_share: Unit = 1.0
     """With "red": this share is spread over the tokens, the rest stands on the last one."""
+    reject_copies: bool = False
+    """With source "model": words of a query that repeats the history, or an earlier query of its response, are irrelevant,
+    whatever the model says. It has learned that of copies it was shown, and a policy finds others."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the reward model scores; auto is the trainer's device."""
     batch_tokens: Annotated[int, Field(ge=16)] = 16384

@@ -82,7 +82,7 @@ def build_reward(
     elif config.source == "model":
         from tppo_fast.rewards import model_source  # needs transformers
 
-        source = model_source.build(config, tokenizer, device)
+        source = model_source.build(config, tokenizer, device, separator)
     elif ":" not in config.source:
         raise UserError(f'reward.source = {config.source!r}: write "lexical", "model", or module:function for your own')
     else:
