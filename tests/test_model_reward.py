@@ -156,7 +156,7 @@ def test_repeated_queries_are_irrelevant_whatever_the_model_says(reward_models: 
         for on in (False, True)
     )
     text, spans = token_spans(tokenizer(), rollouts[0].token_ids)
-    repeated = [any(a < end and b > start for a, b in [(6, 13), (19, 24)]) for start, end in spans]
+    repeated = [any(a < end and b > start for a, b in [(6, 13), (20, 25)]) for start, end in spans]
     assert text[6:13] == " Lisbon"
     assert any(repeated)
     for before, after, wrong in zip(plain.tolist(), strict.tolist(), repeated, strict=True):
