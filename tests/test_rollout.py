@@ -215,7 +215,7 @@ def my_engine(config: Any, tokenizer: Any, device: Any) -> Any:
     assert config.rollout.engine == "test_rollout:my_engine"
     assert (tokenizer, device) == (None, torch.device("cpu"))
     nothing = lambda *_: None  # noqa: E731
-    return SimpleNamespace(generate=lambda *_: 1 / 0, load_weights=nothing, sleep=nothing, close=nothing)
+    return SimpleNamespace(generate=lambda *_: 1 / 0, load_weights=nothing, close=nothing)
 
 
 def no_engine(*_: Any) -> dict[str, Any]:

@@ -45,14 +45,14 @@ class _PlugIn:
     """A user's engine, whose failures are one sentence that names the setting it came from."""
 
     def __init__(self, engine: Any, field: str) -> None:
-        for name in ("generate", "load_weights", "sleep", "close"):
+        for name in ("generate", "load_weights", "close"):
             if not callable(getattr(engine, name, None)):
                 raise UserError(
                     f"{field} returned a {type(engine).__name__} without a method {name}: see RolloutEngine"
                 )
         self.generate = guarded(engine.generate, field)
         self.load_weights = guarded(engine.load_weights, field)
-        self.sleep = guarded(engine.sleep, field)
+        self.sleep = guarded(getattr(engine, "sleep", lambda: None), field)  # only where vllm.sleep asks for it
         self.close = guarded(engine.close, field)
 
 

@@ -236,14 +236,14 @@ def gae_apply(
         tile,
         TILE,
     )
-    if mask_ptr is not None:  # where these two stand decides whether registers suffice on sm_90 and sm_100
+    # What no sequence covers reached no other action, and has no advantage. Where the two cases stand decides whether
+    # registers suffice on sm_90 and sm_100.
+    if mask_ptr is not None:
         kept = kept & (t < tl.load(starts_ptr + sequences))
     next_advantage, next_value = _carry(totals_ptr, tile, tiles, CARRY)
     advantage = _times(a, next_advantage) + _times(b, next_value) + c
     if mask_ptr is None:
-        kept = t < tl.minimum(
-            actions, tl.load(starts_ptr + sequences)
-        )  # what no sequence covers reached no other action
+        kept = t < tl.minimum(actions, tl.load(starts_ptr + sequences))
     advantage = tl.where(kept, advantage, 0.0)
     tl.store(advantages_ptr + t, advantage, mask=inside)
     tl.store(returns_ptr + t, advantage + v, mask=inside)
