@@ -57,7 +57,7 @@ def build(folder: Path, **changes: Any) -> settings.Config:
 
 def peak(run: Any) -> int:
     """Most bytes that the CPU allocator held above what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         run()
     held = most = 0
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
