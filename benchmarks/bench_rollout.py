@@ -20,7 +20,7 @@ from benchmarks import peers, providers
 from benchmarks.measure import host_peak
 from benchmarks.results import Options, Outcome, Result, summarise
 from tppo_fast import config as settings
-from tppo_fast import model, packing, parity, trainer
+from tppo_fast import loading, model, packing, parity, trainer
 from tppo_fast.config import Config
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
@@ -113,7 +113,7 @@ def engines_of(
             peers.find("trl.trainer.utils", "selective_log_softmax"),
         )
         problem = next((part for part in parts if isinstance(part, str)), None)
-        lm = None if problem else model.load_causal_lm(config.model.path)
+        lm = None if problem else loading.load_causal_lm(config.model.path)
         found["TRL"] = problem or TRLGenerate(lm, tokenizer.eos_token_id, *parts)
     return found
 

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from scipy import stats
 
-from tppo_fast import checkpoint, demo, evaluate, model, report, trainer
+from tppo_fast import checkpoint, demo, evaluate, loading, report, trainer
 from tppo_fast import config as settings
 from tppo_fast.atomic import write_atomic
 from tppo_fast.config import Config
@@ -188,13 +188,13 @@ def _sampled(options: argparse.Namespace, config: Config, sessions: Sequence[Ses
     """(session, response) of the supervised policy; kept in ``responses.json``."""
     path = options.out / "responses.json"
     if not path.exists():
-        tokenizer = model.load_tokenizer(config.model.path)
+        tokenizer = loading.load_tokenizer(config.model.path)
         prompts = PromptBuilder(tokenizer, config.data).prompts(sessions)
         sampling = SamplingParams(
             n=options.samples, max_new_tokens=config.rollout.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=1
         )
         with contextlib.closing(build_engine(config, tokenizer, torch.device("cpu"))) as engine:
-            engine.load_weights(model.load_causal_lm(config.model.path).state_dict().items(), version=0)
+            engine.load_weights(loading.load_causal_lm(config.model.path).state_dict().items(), version=0)
             texts = [rollout.text for rollout in engine.generate(prompts, sampling)]
         write_atomic(path, json.dumps(texts).encode())
     repeated = itertools.chain.from_iterable(itertools.repeat(s, options.samples) for s in sessions)

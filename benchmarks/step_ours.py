@@ -22,7 +22,7 @@ from benchmarks.baseline_ppo import Baseline, pad
 from benchmarks.counters import counted
 from benchmarks.drivers import ruler
 from tppo_fast import config as settings
-from tppo_fast import losses, model, packing
+from tppo_fast import loading, losses, model, packing
 from tppo_fast.compiling import compile_layers
 from tppo_fast.config import Config
 from tppo_fast.data_types import Prompt, Rollout
@@ -149,7 +149,7 @@ def _engine(request: Mapping[str, Any], config: Config, tokenizer: Any, device: 
         engine = build_engine(config, tokenizer, torch.device(device))
         engine._stop.clear()  # type: ignore[attr-defined]
         return engine
-    lm = model.load_causal_lm(request["model"]).to(device)
+    lm = loading.load_causal_lm(request["model"]).to(device)
     engine = HFEngine(lm, tokenizer)
     lm.generation_config.min_new_tokens = request["new_tokens"]
     return engine

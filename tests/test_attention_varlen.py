@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import actor_critic, random_rollouts
-from torch import Tensor
+from torch import Tensor, library
 
 from tppo_fast import attention, attention_varlen, model, packing
 from tppo_fast.attention_varlen import FlashAttn, Part, TorchFlash
@@ -135,7 +135,7 @@ def test_opcheck(plain: Plain) -> None:
     batch, _ = packing.select(pack(share=True), range(12))
     calls = attention_varlen.calls(batch.cu_seqlens.tolist(), batch.prefix.tolist(), torch.device("cpu"))
     q, k, v = (torch.randn(batch.num_tokens, h, 8, requires_grad=True) for h in (4, 2, 2))
-    torch.library.opcheck(attention_varlen._forward_op, (q, k, v, *calls, 0.3, 64))
+    library.opcheck(attention_varlen._forward_op, (q, k, v, *calls, 0.3, 64))
     assert plain.calls
 
 

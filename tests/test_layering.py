@@ -42,8 +42,9 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "advantages": {"config"},
     "algorithms": {"advantages", "config", "data_types", "errors"},
     "lora": {"config", "errors"},
-    "checkpoint": {"atomic", "config", "errors", "lora", "model", "optimizers", "ppo", "sections", "seeding"},
-    "model": {"attention", "config", "data_types", "errors", "lora", "packing"},
+    "checkpoint": {"atomic", "config", "errors", "loading", "lora", "optimizers", "ppo", "sections", "seeding"},
+    "loading": {"errors"},
+    "model": {"attention", "config", "data_types", "errors", "loading", "lora", "packing"},
     "losses": {"config", "data_types", "model"},
     "ppo": {
         "advantages", "algorithms", "config", "data_types", "errors", "flops", "losses", "metrics", "model", "offload",
@@ -67,7 +68,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"attention", "config", "data_types", "errors", "plugins", "words"},
     "labelling": {
-        "atomic", "config", "data", "data_types", "errors", "interrupt", "model", "progress", "rewards", "rollout",
+        "atomic", "config", "data", "data_types", "errors", "interrupt", "loading", "progress", "rewards", "rollout",
         "seeding", "words",
     },
     "reward_model": {
@@ -76,12 +77,12 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     },
     "scratch": set(),
     "figures": {"report"},
-    "rollout": {"config", "data_types", "errors", "model", "plugins", "seeding"},
+    "rollout": {"config", "data_types", "errors", "loading", "plugins", "seeding"},
     "evaluate": {"data", "data_types", "errors", "rewards", "words"},
     "report": {"atomic", "errors", "metrics"},
     "judging": {"data_types", "errors", "rewards"},
     "panel": {
-        "atomic", "config", "data", "data_types", "errors", "evaluate", "judging", "model", "progress", "rewards", "rollout",
+        "atomic", "config", "data", "data_types", "errors", "evaluate", "judging", "loading", "progress", "rewards", "rollout",
         "runs", "words",
     },
     "evaluate_command": {"config", "data", "errors", "evaluate", "labelling", "panel", "plugins", "report"},

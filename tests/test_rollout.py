@@ -16,7 +16,7 @@ import torch
 from support import EOS, no_vllm, tokenizer
 
 from tppo_fast import config as settings
-from tppo_fast import model, packing
+from tppo_fast import loading, model, packing
 from tppo_fast.data_types import Prompt
 from tppo_fast.errors import EngineLost, UserError
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
@@ -28,7 +28,7 @@ EngineMaker = Callable[[Path], RolloutEngine]
 
 
 def hf(folder: Path) -> RolloutEngine:
-    return HFEngine(model.load_causal_lm(str(folder)), model.load_tokenizer(str(folder)))
+    return HFEngine(loading.load_causal_lm(str(folder)), loading.load_tokenizer(str(folder)))
 
 
 def scripted(folder: Path) -> RolloutEngine:
@@ -172,7 +172,7 @@ def test_hf_samples_the_distribution_it_reports(actor: model.Actor, wide_model: 
     rollouts = engine.generate(prompts[:1], params(n=4000, max_new_tokens=1))
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in rollouts]), minlength=300) / len(rollouts)
     ids = torch.tensor([[*prompts[0].token_ids]])
-    plain = model.load_causal_lm(str(wide_model)).eval()
+    plain = loading.load_causal_lm(str(wide_model)).eval()
     expected = plain(input_ids=ids).logits[0, -1].softmax(-1).detach()
     deviation = (counts[: len(expected)] - expected) / (expected * (1 - expected) / len(rollouts)).sqrt()
     assert deviation.abs().max() < 4.5  # standard errors, over some 290 tokens
@@ -182,7 +182,7 @@ def test_hf_samples_the_distribution_it_reports(actor: model.Actor, wide_model: 
 def test_hf_ignores_the_models_own_generation_settings(
     wide_model: Path, actor: model.Actor, prompts: list[Prompt]
 ) -> None:
-    lm = model.load_causal_lm(str(wide_model))
+    lm = loading.load_causal_lm(str(wide_model))
     lm.generation_config.top_k, lm.generation_config.repetition_penalty = 1, 3.0
     engine = HFEngine(lm, tokenizer())
     engine.load_weights(actor.named_weights(), version=0)
@@ -191,7 +191,7 @@ def test_hf_ignores_the_models_own_generation_settings(
 
 
 def test_hf_batches_do_not_change_what_is_asked(wide_model: Path, actor: model.Actor, prompts: list[Prompt]) -> None:
-    engine = HFEngine(model.load_causal_lm(str(wide_model)), tokenizer(), batch_size=2)
+    engine = HFEngine(loading.load_causal_lm(str(wide_model)), tokenizer(), batch_size=2)
     engine.load_weights(actor.named_weights(), version=0)
     assert [r.prompt for r in engine.generate(prompts, params(n=3))] == [p for p in prompts for _ in range(3)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,10 @@ import pytest
 import torch
 import transformers
 
-from tppo_fast import checkpoint, losses, model, parity, trainer
+from tppo_fast import checkpoint, trainer
 from tppo_fast import config as settings
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import EngineError, TrainingDiverged, UserError
-from tppo_fast.interrupt import Interrupted
 from tppo_fast.metrics import GLOSSARY, read_metrics
 from tppo_fast.rollout.hf_engine import HFEngine
 
@@ -266,65 +263,6 @@ def test_too_little_memory_is_not_a_damaged_checkpoint(
         trainer.train(config(tiny_model, whole_run), resume=True)
 
 
-def test_files_of_others_stay(tiny_model: Path, tmp_path: Path) -> None:
-    for name in ("tensorboard", "metrics.jsonl"):
-        run_dir = tmp_path / name
-        run_dir.mkdir()
-        (run_dir / "notes.txt").write_text("mine")
-        (run_dir / name).mkdir() if name == "tensorboard" else (run_dir / name).write_text("mine")
-        with pytest.raises(
-            UserError, match=f"has a '{name}' that no unfinished run left: choose another, or remove it"
-        ):
-            trainer.train(config(tiny_model, run_dir))
-        assert sorted(p.name for p in run_dir.iterdir()) == sorted([name, "notes.txt"])
-
-
-def test_a_refused_run_leaves_nothing_and_an_unsaved_one_is_replaced(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
-        trainer.train(config(tiny_model, tmp_path / "new", data__train="nowhere.jsonl"))
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="expected a finite number"):
-        trainer.train(config(tiny_model, tmp_path / "old", reward={"source": "test_trainer:broken_reward"}))
-    assert (tmp_path / "old" / "metrics.jsonl").exists()  # of the evaluation before the first step
-    trainer.train(config(tiny_model, tmp_path / "old", train__steps=1))
-    assert [row["step"] for row in read_metrics(tmp_path / "old")] == [0, 1]
-    assert (tmp_path / "old" / "notes.txt").read_text() == "mine"
-
-
-def random_reward(rollouts: Sequence[Rollout]) -> list[float]:
-    return torch.rand(len(rollouts)).tolist()
-
-
-def test_a_step_that_was_interrupted_after_scoring_is_taken_again_as_it_was(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = {"reward": {"source": "test_trainer:random_reward"}, "train__steps": 3, "train__eval_every": 0}
-    trainer.train(config(tiny_model, tmp_path / "whole", **wanted))
-    prepare = trainer.PPO.prepare
-
-    def interrupted(self: Any, batch: Any) -> Any:
-        if self.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return prepare(self, batch)
-
-    monkeypatch.setattr(trainer.PPO, "prepare", interrupted)
-    with pytest.raises(Interrupted):
-        trainer.train(config(tiny_model, tmp_path / "r", **wanted))
-    monkeypatch.setattr(trainer.PPO, "prepare", prepare)
-    trainer.train(config(tiny_model, tmp_path / "r", **wanted), resume=True)
-    assert trajectory(tmp_path / "r") == trajectory(tmp_path / "whole")
-
-
-def test_a_model_whose_generation_settings_cannot_be_saved(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "do_sample": False}))
-    result = trainer.train(config(folder, tmp_path / "r", train__steps=1, train__eval_every=0))
-    assert transformers.GenerationConfig.from_pretrained(result.policy).do_sample
-
-
 def test_divergence_leaves_a_report_and_no_policy(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,43 +356,6 @@ def test_recomputing_activations_beside_rollouts_changes_nothing(tiny_model: Pat
     assert trajectory(tmp_path / "a") == trajectory(tmp_path / "plain")
 
 
-def seven_rollouts(config: Any, tokenizer: Any, device: Any) -> Any:
-    del device
-    lm = model.load_causal_lm(config.model.path)
-    engine = HFEngine(lm, tokenizer)
-    generate = engine.generate
-    engine.generate = lambda *a: generate(*a)[:7]  # type: ignore[method-assign]
-    return engine
-
-
-def test_an_engine_that_does_not_answer_what_it_was_asked(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="answered 4 prompts with 7 rollouts that are not 2 of each"):
-        trainer.train(
-            config(tiny_model, tmp_path / "r", rollout__engine="test_trainer:seven_rollouts", train__eval_prompts=1)
-        )
-
-
-@losses.row_local
-def meddling_loss(*args: Any) -> Any:
-    out = losses.ppo(*args)
-    return replace(out, metrics=out.metrics | {"actions": out.loss.detach()})
-
-
-@losses.row_local
-def number_loss(*args: Any) -> Any:
-    out = losses.ppo(*args)
-    return replace(out, metrics=out.metrics | {"mine": 1.0})
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [("meddling_loss", "metric 'actions'"), ("number_loss", r"metric 'mine' = 1\.0: give a tensor")],
-)
-def test_metrics_of_a_loss_that_would_spoil_the_log(tiny_model: Path, tmp_path: Path, loss: str, expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
-        trainer.train(config(tiny_model, tmp_path / "r", ppo__loss=f"test_trainer:{loss}", train__steps=1))
-
-
 def test_stale_rollouts_are_weighted_and_fresh_ones_are_not(tiny_model: Path, tmp_path: Path) -> None:
     for staleness, expected in ((0, [1.0, 1.0, 1.0]), (1, [1.0, 0.5, 1.5])):
         run = trainer.setup(config(tiny_model, tmp_path / "r", rollout__staleness=staleness, ppo__importance_cap=1.5))
@@ -463,43 +364,6 @@ def test_stale_rollouts_are_weighted_and_fresh_ones_are_not(tiny_model: Path, tm
         weights = run.ppo._importance_weights(old, behaviour)
         torch.testing.assert_close(weights, torch.tensor(expected))
         run.source.close()
-
-
-def test_the_parity_metrics_by_hand() -> None:
-    engine = torch.tensor([-1.0, -2.0, -3.0, -4.0])
-    trainer_side = torch.tensor([-1.0, -2.0, -3.05, -3.8])
-    got = {name: float(value) for name, value in parity.metrics(engine, trainer_side).items()}
-    assert got["parity/mean"] == pytest.approx(0.0625)
-    assert got["parity/max"] == pytest.approx(0.2)
-    assert got["parity/share_above_0.1"] == pytest.approx(0.25)
-    ratio = [1.0, 1.0, math.exp(-0.05), math.exp(0.2)]
-    assert got["parity/ess"] == pytest.approx(sum(ratio) ** 2 / (4 * sum(r * r for r in ratio)), rel=1e-5)
-    assert float(parity.metrics(engine, engine)["parity/ess"]) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "mean", "stops"),
-    [
-        ({}, 0.01, True),
-        ({"model__dtype": "bfloat16"}, 0.01, False),
-        ({"model__dtype": "bfloat16"}, 0.1, True),
-        ({"rollout__parity_mean_limit": 0.1}, 0.01, False),
-        ({"rollout__parity_gate": False}, 0.01, False),
-        ({"rollout__staleness": 1}, 0.01, False),
-        ({}, math.nan, True),
-    ],
-)
-def test_the_gate_stops_with_one_sentence(
-    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], mean: float, stops: bool
-) -> None:
-    measured = {"parity/mean": mean, "parity/max": 0.0}
-    made = config(tiny_model, tmp_path / "r", **changes)
-    if not stops:
-        parity.check(measured, made)
-        return
-    with pytest.raises(EngineError, match=r"parity/mean = .* nats, at most .* is allowed") as caught:
-        parity.check(measured, made)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_skipped_publish_stops_the_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from support import no_vllm, tokenizer, wide_llama, write_model
 
 from tppo_fast import config as settings
-from tppo_fast import model, packing
+from tppo_fast import loading, model, packing
 from tppo_fast.data_types import Prompt
 from tppo_fast.errors import EngineError, UserError
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine, publish
@@ -179,7 +179,7 @@ def test_the_real_pretrained_model_in_a_worker() -> None:
     cache = Path(__file__).parents[1] / ".cache"
     cache.mkdir(exist_ok=True)
     path = real_model.convert(cache / "smollm2")
-    actor, tok = load_actor(path), model.load_tokenizer(str(path))
+    actor, tok = load_actor(path), loading.load_tokenizer(str(path))
     ids = tok.encode("History:\nlisbon hotels | cheap flights to lisbon\nNext queries:")
     some = [Prompt(token_ids=ids, user_id="u", history=("a",), next_queries=("x",), relevant_queries=("x",))]
     with contextlib.closing(build_engine(config(path, process="worker"), tok, torch.device("cpu"))) as made:

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from tppo_fast.data_types import to_device
 
@@ -226,7 +226,7 @@ def attend(
 _OPTIONS = "Tensor bounds, Tensor numbers, float? scale, int? window"
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "tppo_fast::varlen_attention",
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -251,7 +251,7 @@ def _(q, k, v, bounds, numbers, scale, window):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "tppo_fast::varlen_attention_backward",
     mutates_args=(),
     schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",

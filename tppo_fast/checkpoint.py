@@ -20,7 +20,7 @@ from tppo_fast import lora, optimizers, seeding
 from tppo_fast.atomic import atomic_folder
 from tppo_fast.config import Config
 from tppo_fast.errors import UserError
-from tppo_fast.model import load_causal_lm
+from tppo_fast.loading import load_causal_lm
 from tppo_fast.ppo import PPO
 from tppo_fast.sections import Section
 

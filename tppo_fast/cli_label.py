@@ -201,7 +201,7 @@ def _estimate(work: Plan, judge: Judge, options: dict[str, Any]) -> None:
         return
     count, rule = by_characters, "4 characters a token"
     if options["tokenizer"]:
-        from tppo_fast.model import load_tokenizer
+        from tppo_fast.loading import load_tokenizer
 
         tokenizer = load_tokenizer(str(options["tokenizer"]))
         count, rule = (lambda text: len(tokenizer.encode(text, add_special_tokens=False))), str(options["tokenizer"])

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tppo_fast import checkpoint, evaluate, finetune, model, report, scratch, sft, trainer
+from tppo_fast import checkpoint, evaluate, finetune, loading, report, scratch, sft, trainer
 from tppo_fast import config as settings_module
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.config import Config
@@ -258,7 +258,7 @@ class Evaluation:
 
     def __init__(self, config: Config, start: Path, train: Sequence[Session], held_out: Sequence[Session]) -> None:
         self.config = config
-        self.tokenizer = model.load_tokenizer(str(start))
+        self.tokenizer = loading.load_tokenizer(str(start))
         self._builder = PromptBuilder(self.tokenizer, config.data)
         self._sessions = held_out
         self._prompts = self._builder.prompts(held_out)
@@ -303,7 +303,7 @@ class Evaluation:
         """Responses of the policy in ``folder`` to every prompt."""
         at = self.config.model_copy(update={"model": self.config.model.model_copy(update={"path": str(folder)})})
         with contextlib.closing(build_engine(at, self.tokenizer, trainer.resolve_device(at.device))) as engine:
-            engine.load_weights(model.load_causal_lm(str(folder)).state_dict().items(), version=0)
+            engine.load_weights(loading.load_causal_lm(str(folder)).state_dict().items(), version=0)
             return engine.generate(self._prompts, trainer.eval_sampling(at, RESPONSES))
 
     def _explain(self, name: str, rollouts: Sequence[Rollout]) -> None:

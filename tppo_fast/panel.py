@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tppo_fast import evaluate, judging, model
+from tppo_fast import evaluate, judging, loading
 from tppo_fast.atomic import write_atomic
 from tppo_fast.config import RunConfig
 from tppo_fast.data.prompts import PromptBuilder
@@ -157,8 +157,8 @@ def respond(
 ) -> tuple[list[Rollout], PromptBuilder]:
     """The responses of the policy in ``folder``, and the builder that parses them."""
     at = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
-    lm = model.load_causal_lm(str(folder), trust_remote_code=config.model.trust_remote_code)
-    tokenizer = model.load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code)
+    lm = loading.load_causal_lm(str(folder), trust_remote_code=config.model.trust_remote_code)
+    tokenizer = loading.load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code)
     builder = PromptBuilder(tokenizer, config.data)
     with contextlib.closing(build_engine(at, tokenizer, resolve_device(at.device))) as engine:
         engine.load_weights(lm.state_dict().items(), version=0)

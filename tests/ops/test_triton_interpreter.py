@@ -16,7 +16,9 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter's process")
 @pytest.mark.timeout(1800)  # a whole suite, several minutes where others are busy
-@pytest.mark.parametrize("file", ["test_matrix.py", "test_any.py", "test_head.py", "test_live_rows.py"])
+@pytest.mark.parametrize(
+    "file", ["test_matrix.py", "test_any.py", "test_head.py", "test_live_rows.py", "test_arguments.py"]
+)
 def test_interpreted(file):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", str(HERE / file), "-q", "-x", "-p", "no:cacheprovider", "--no-header"]

@@ -106,7 +106,7 @@ class _Sampler:
     def __init__(self, settings: SampleSettings, sessions: Sequence[Session]) -> None:
         import torch
 
-        from tppo_fast.model import load_causal_lm, load_tokenizer
+        from tppo_fast.loading import load_causal_lm, load_tokenizer
 
         self._settings = settings
         path = str(settings.policy)

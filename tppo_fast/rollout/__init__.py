@@ -31,7 +31,7 @@ def build_engine(config: RunConfig, tokenizer: Any, device: torch.device) -> Rol
         field = f"rollout.engine = {config.rollout.engine!r}"
         made = guarded(load_object(config.rollout.engine, "rollout.engine"), field)(config, tokenizer, device)
         return _PlugIn(made, field)
-    from tppo_fast.model import load_causal_lm
+    from tppo_fast.loading import load_causal_lm
     from tppo_fast.rollout.hf_engine import HFEngine
 
     lm = load_causal_lm(config.model.path, trust_remote_code=config.model.trust_remote_code)

@@ -1,0 +1,81 @@
+"""What a run finds and leaves: folders of others, refused and unsaved runs, interrupted steps, models that are hard to save."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_trainer import config, trajectory
+
+from tppo_fast import trainer
+from tppo_fast.data_types import Rollout
+from tppo_fast.errors import UserError
+from tppo_fast.interrupt import Interrupted
+from tppo_fast.metrics import read_metrics
+
+
+def test_files_of_others_stay(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("tensorboard", "metrics.jsonl"):
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        (run_dir / "notes.txt").write_text("mine")
+        (run_dir / name).mkdir() if name == "tensorboard" else (run_dir / name).write_text("mine")
+        with pytest.raises(
+            UserError, match=f"has a '{name}' that no unfinished run left: choose another, or remove it"
+        ):
+            trainer.train(config(tiny_model, run_dir))
+        assert sorted(p.name for p in run_dir.iterdir()) == sorted([name, "notes.txt"])
+
+
+def test_a_refused_run_leaves_nothing_and_an_unsaved_one_is_replaced(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        trainer.train(config(tiny_model, tmp_path / "new", data__train="nowhere.jsonl"))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="expected a finite number"):
+        trainer.train(config(tiny_model, tmp_path / "old", reward={"source": "test_trainer:broken_reward"}))
+    assert (tmp_path / "old" / "metrics.jsonl").exists()  # of the evaluation before the first step
+    trainer.train(config(tiny_model, tmp_path / "old", train__steps=1))
+    assert [row["step"] for row in read_metrics(tmp_path / "old")] == [0, 1]
+    assert (tmp_path / "old" / "notes.txt").read_text() == "mine"
+
+
+def random_reward(rollouts: Sequence[Rollout]) -> list[float]:
+    return torch.rand(len(rollouts)).tolist()
+
+
+def test_a_step_that_was_interrupted_after_scoring_is_taken_again_as_it_was(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"reward": {"source": "test_run_dir:random_reward"}, "train__steps": 3, "train__eval_every": 0}
+    trainer.train(config(tiny_model, tmp_path / "whole", **wanted))
+    prepare = trainer.PPO.prepare
+
+    def interrupted(self: Any, batch: Any) -> Any:
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return prepare(self, batch)
+
+    monkeypatch.setattr(trainer.PPO, "prepare", interrupted)
+    with pytest.raises(Interrupted):
+        trainer.train(config(tiny_model, tmp_path / "r", **wanted))
+    monkeypatch.setattr(trainer.PPO, "prepare", prepare)
+    trainer.train(config(tiny_model, tmp_path / "r", **wanted), resume=True)
+    assert trajectory(tmp_path / "r") == trajectory(tmp_path / "whole")
+
+
+def test_a_model_whose_generation_settings_cannot_be_saved(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "do_sample": False}))
+    result = trainer.train(config(folder, tmp_path / "r", train__steps=1, train__eval_every=0))
+    assert transformers.GenerationConfig.from_pretrained(result.policy).do_sample

@@ -1,0 +1,74 @@
+"""A tokenizer and a causal LM from a folder or the hub: safetensors alone, and one sentence where it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tppo_fast.errors import UserError
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        UserError: it cannot be loaded or has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds for a bad folder
+        raise _unreadable(path, "tokenizer", error) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.path = {path!r}: its tokenizer has no eos_token, so no response could ever end; set one"
+        )
+    return tokenizer
+
+
+def load_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implementation: str = "sdpa") -> Any:
+    """A transformers causal LM in fp32 from safetensors alone, dropout off.
+
+    Raises:
+        UserError: the folder is missing, holds no causal LM, or its weights are not safetensors.
+    """
+    if not path:
+        raise UserError("model.path = '': give the folder of a transformers causal LM (tppo-fast demo makes one)")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)  # the ratio needs log-probabilities that do not depend on a coin
+        lm = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+        _make_savable(lm)
+        return lm
+    except Exception as error:
+        raise _unreadable(path, "causal language model", error) from None
+
+
+def _make_savable(lm: Any) -> None:
+    """Older models say temperature or top_p and not do_sample, which transformers loads and refuses to save."""
+    if lm.can_generate():
+        try:
+            lm.generation_config.validate(strict=True)
+        except ValueError:
+            lm.generation_config.do_sample = True
+            lm.generation_config.validate(strict=True)
+
+
+def _unreadable(path: str, what: str, error: Exception) -> UserError:
+    if Path(path).is_dir():
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) < 200 else reason[:200] + "..."
+    else:
+        reason = "no such folder, and no such model on the hub; give the path of a model folder"
+    return UserError(f"model.path = {path!r}: no {what} could be loaded ({reason})")
