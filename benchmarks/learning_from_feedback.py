@@ -7,9 +7,10 @@
 Supervise a policy, sample its responses to the training users' sessions, spoil a copy of each, label all by words, train a
 reward model, train the policy by TPPO on its rewards with several seeds from the same start, and score start and result on the
 held-out users. ``--labels planted`` labels against every relevant query of the generated world; ``next`` against what the users
-asked next, which is noisy. Policies are judged by the truth that did not label (``INDEPENDENT``), with ``--judge ENCODER`` also
-by the embedding judge, which never labels here. Planted labels have a ceiling, which is printed beside the reward model
-(``reward_model.exact_judge``). Every stage is kept in --out and taken up again: run the same command to continue.
+asked next, which is noisy. ``--labeller`` says who compares the words: the lexical labeller, or the embedding judge. Policies are
+judged by the truth or by the judge that did not label (``_independent``); ``--judge ENCODER`` is that embedding judge. Planted
+labels have a ceiling, which is printed beside the reward model (``reward_model.exact_judge``). Every stage is kept in --out and
+taken up again: run the same command to continue.
 """
 
 from __future__ import annotations
@@ -47,15 +48,17 @@ from tppo_fast.reward_model.data import Example, encode, searches, split
 from tppo_fast.reward_model.exact_judge import as_probabilities, judges
 from tppo_fast.reward_model.run import score, train_reward_model
 from tppo_fast.reward_model.settings import RewardModelConfig
-from tppo_fast.rewards.labels import RELEVANT, SEPARATOR
+from tppo_fast.rewards.labels import RELEVANT, SEPARATOR, Labels
 from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.token_model import load
 from tppo_fast.rollout import SamplingParams, build_engine
 from tppo_fast.sections import build_section
 
-INDEPENDENT = {"planted": ("hit", "mrr", "exact", "word_relevance"), "next": ("relevance",)}
-"""Labels -> the held-out metrics whose truth the labeller never saw. ``relevance`` reads the world's relevant queries, the
-others what the users asked next; where no wider truth is known (a sessions file) the two are the same."""
+LEXICAL = {"planted": ("hit", "mrr", "exact", "word_relevance"), "next": ("relevance",)}
+"""Labels -> the held-out metrics whose truth the lexical labeller never saw. ``relevance`` reads the world's relevant queries,
+the others what the users asked next; where no wider truth is known (a sessions file) the two are the same."""
+EMBEDDING = ("relevance", "hit", "mrr", "word_relevance")
+"""The held-out metrics that compare words and queries letter by letter, which the embedding judge does not."""
 
 METRICS = ("relevance", "hit", "mrr", "exact", "word_relevance", "copy", "distinct", "valid", "length")
 JUDGED = ("embedding_words", "embedding_sentence")
@@ -122,7 +125,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="", help="a causal LM; empty: the demo's small one")
     parser.add_argument("--data", default="synthetic")
     parser.add_argument("--rollout", default="hf", help="who samples: hf or vllm")
-    parser.add_argument("--labels", choices=INDEPENDENT, default="planted")
+    parser.add_argument("--labels", choices=LEXICAL, default="planted")
+    parser.add_argument("--labeller", choices=("lexical", "embedding"), default="lexical", help="embedding: by --judge")
     parser.add_argument("--backbone", default="policy", help="policy; encoder or decoder: a small new one; or a folder")
     parser.add_argument("--seeds", type=int, default=3, help="0: stop at the reward model")
     parser.add_argument("--sft-steps", type=int)
@@ -144,28 +148,44 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--kl-coef", type=float, default=0.2, help="a learned reward needs a leash: TPPO's 0.2, not the demo's"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.labeller == "embedding" and not options.judge:
+        parser.error("--labeller embedding: give its sentence encoder's folder as --judge")
+    return options
 
 
 def _labels(options: argparse.Namespace, config: Config, sessions: Sequence[Session]) -> Path:
     """Sampled responses, a spoiled copy of each and with --copies the end of its history, labelled word by word."""
-    path = options.out / f"labels-{options.labels}.jsonl"
+    path = options.out / f"labels-{_kind(options)}.jsonl"
     if path.exists():
         return path
-    labeller, rng = LexicalLabeller(num_queries=config.data.num_queries), random.Random(0)
+    rng = random.Random(0)
     pool = [query for session in sessions for query in session.next_queries]
-    rows = []
+    items, owners = [], []
     for session, text in _sampled(options, config, _drawn(sessions, options.sessions)):
         queries = [query.strip() for query in text.split(config.data.separator.strip()) if query.strip()]
         spoiled = perturb(queries, searches(session.history), pool, rng) if queries else []
         copied = searches(session.history)[-rng.randint(1, 3) :] if options.copies else []
         truth = session.relevant_queries if options.labels == "planted" else session.next_queries
         for response in (text, *(" " + config.data.separator.join(wrong) for wrong in (spoiled, copied))):
-            found = labeller(searches(session.history), truth, response)
-            if found.spans:
-                rows.append(_row(session, response, found, f"lexical-{options.labels}"))
-    write_labels(path, rows)
+            items.append(Item(history=tuple(searches(session.history)), next_queries=tuple(truth), response=response))
+            owners.append(session)
+    judged = zip(owners, items, _judged(options, config.data.num_queries, items), strict=True)
+    write_labels(path, [_row(*one, options) for one in judged if one[-1].spans])
     return path
+
+
+def _judged(options: argparse.Namespace, num_queries: int, items: Sequence[Item]) -> list[Labels]:
+    """The labels of each item, causal ones (see ``tppo_fast.labelling.embedding`` for "prefix")."""
+    if options.labeller == "embedding":
+        own = EmbeddingSettings(mode="prefix", num_queries=num_queries)
+        return EmbeddingJudge(SentenceEncoder(options.judge), own).label(items)
+    labeller = LexicalLabeller(num_queries=num_queries)
+    return [labeller(item.history, item.next_queries, item.response) for item in items]
+
+
+def _kind(options: argparse.Namespace) -> str:
+    return f"{options.labels}-{options.labeller}"
 
 
 def _drawn(sessions: Sequence[Session], count: int) -> Sequence[Session]:
@@ -173,14 +193,14 @@ def _drawn(sessions: Sequence[Session], count: int) -> Sequence[Session]:
     return sessions if count >= len(sessions) else random.Random(0).sample(sessions, count)
 
 
-def _row(session: Session, response: str, labels: Any, labeller: str) -> LabelledResponse:
+def _row(session: Session, item: Item, labels: Labels, options: argparse.Namespace) -> LabelledResponse:
     return LabelledResponse(
         user_id=session.user_id,
         history=session.history,
         next_queries=session.next_queries,
-        response=response,
+        response=item.response,
         labels=labels,
-        labeller=labeller,
+        labeller=f"{options.labeller}-{options.labels}",
     )
 
 
@@ -202,7 +222,7 @@ def _sampled(options: argparse.Namespace, config: Config, sessions: Sequence[Ses
 
 
 def _reward_model(options: argparse.Namespace, labels: Path, start: Path) -> Path:
-    run_dir = options.out / f"reward-model-{options.labels}"
+    run_dir = options.out / f"reward-model-{_kind(options)}"
     if not (run_dir / "model").is_dir():
         values = {
             "run_dir": str(run_dir),
@@ -245,7 +265,7 @@ def _paid_by(options: argparse.Namespace, config: Config, reward_model: Path, se
         "samples_per_prompt": options.samples_per_prompt,
     }
     changed = {
-        "run_dir": str(options.out / f"tppo-{options.labels}-{options.value}-{options.scale}-{seed}"),
+        "run_dir": str(options.out / f"tppo-{_kind(options)}-{options.value}-{options.scale}-{seed}"),
         "seed": seed,
         "threads": 1,
         "rollout": config.rollout.model_dump(mode="json") | {k: v for k, v in batch.items() if v is not None},
@@ -328,11 +348,13 @@ def _write_report(
 
 def _independent(options: argparse.Namespace) -> list[str]:
     """The held-out metrics of the judges that did not label."""
-    return [*INDEPENDENT[options.labels], *(JUDGED if options.judge else ())]
+    if options.labeller == "embedding":
+        return [*EMBEDDING]
+    return [*LEXICAL[options.labels], *(JUDGED if options.judge else ())]
 
 
 def _second_opinion(folder: str, num_queries: int) -> demo.More:
-    """What the embedding judge, which did not label, says of each response."""
+    """What the embedding judge says of each response."""
     judge = EmbeddingJudge(SentenceEncoder(folder), EmbeddingSettings(num_queries=num_queries))
 
     def score_all(rollouts: Sequence[Rollout]) -> evaluate.Scores:

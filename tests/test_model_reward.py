@@ -82,6 +82,21 @@ def test_values(settings: dict[str, Any], expected: list[float]) -> None:
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("settings", "cost"),
+    [
+        ({"value": "argmax", "scale": "paper"}, 1.0),
+        ({"value": "soft", "scale": "centred"}, 2.0),
+        ({"value": "tlcr", "scale": "paper"}, 2.0),
+        ({"value": "red", "scale": "binary"}, 1.0),
+    ],
+)
+def test_ending_a_rejected_query_costs_what_a_relevant_token_pays_more(settings: dict[str, Any], cost: float) -> None:
+    config = RewardConfig(**settings)
+    found = token_values(replace(SCORES, rejected_ends=[1, 3]), config) - token_values(SCORES, config)
+    assert found.tolist() == pytest.approx([0.0, -cost, 0.0, -cost])
+
+
 def test_the_sentence_is_the_mean_of_its_words() -> None:
     assert float(sentence_value(SCORES, RewardConfig(scale="binary"))) == pytest.approx(1.0 / 2.1)
     assert prefix_means(torch.tensor([0.0, 3.0]), torch.tensor([0.0, 1.0])).tolist() == [0.0, 3.0]
@@ -159,9 +174,13 @@ def test_repeated_queries_are_irrelevant_whatever_the_model_says(reward_models: 
     repeated = [any(a < end and b > start for a, b in [(6, 13), (20, 25)]) for start, end in spans]
     assert text[6:13] == " Lisbon"
     assert any(repeated)
-    for before, after, wrong in zip(plain.tolist(), strict.tolist(), repeated, strict=True):
-        assert after <= 0.0 if wrong else after == before
+    ends = {next(i for i, (a, b) in enumerate(spans) if a <= 13 < b), len(spans) - 1}  # the comma; the response's end
+    for i, (before, after, wrong) in enumerate(zip(plain.tolist(), strict.tolist(), repeated, strict=True)):
+        assert after <= 0.0 if wrong else after == pytest.approx(before - 2.0 * (i in ends))
     assert (strict < plain)[torch.tensor(repeated)].any()
+    cut = [replace(rollouts[0], token_ids=rollouts[0].token_ids[:-1], logprobs=[0.0], finish_reason="length")]
+    (found,) = reward(reward_models["decoder"], value="soft", scale="centred", reject_copies=True)(cut)
+    assert torch.equal(found, strict[:-1])  # nobody ended it: no token pays for that
 
 
 def test_a_causal_reward_is_never_taken_back(reward_models: dict[str, Path]) -> None:

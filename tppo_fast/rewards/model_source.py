@@ -44,7 +44,7 @@ class ModelReward:
         token_budget: int,
         reject_copies: str | None = None,
     ) -> None:
-        """``reject_copies``: the separator of queries; words of repeated ones are irrelevant then."""
+        """``reject_copies``: the separator of queries; repeated ones are rejected then, word by word and where they end."""
         self._model = model
         self._separator = reject_copies
         self._tokenizer = tokenizer
@@ -72,12 +72,14 @@ class ModelReward:
             )
         carried = torch.from_numpy(transfer(values.numpy(), spans, own, text)).float()
         carried[carried.sum(-1) == 0.0, 0] = 1.0  # a token without visible text is a separator for certain
+        ends = []
         if self._separator is not None:
             for start, end in repeated_queries(text, rollout.prompt.history, self._separator):
                 inside = torch.tensor([a < end and b > start for a, b in own])
                 carried[inside, 1] += carried[inside, 2]
                 carried[inside, 2] = 0.0
-        return ClassProbabilities(values=carried)
+                ends += _ending_token(rollout, own, text, end)
+        return ClassProbabilities(values=carried, rejected_ends=ends)
 
 
 def repeated_queries(response: str, history: Sequence[str], separator: str) -> list[Span]:
@@ -89,6 +91,13 @@ def repeated_queries(response: str, history: Sequence[str], separator: str) -> l
             found.append(span)
         known.add(form)
     return found
+
+
+def _ending_token(rollout: Rollout, spans: Sequence[Span], text: str, end: int) -> list[int]:
+    """The token that ends a query at ``end``: the separator's, or the response's end; none where the response was cut."""
+    if end < len(text):
+        return [next(i for i, (a, b) in enumerate(spans) if a <= end < b)]
+    return [len(spans) - 1] if rollout.finish_reason == "stop" else []
 
 
 def build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ class ClassProbabilities:
 
     values: Float[Tensor, "length 3"]
     """P(separator), P(irrelevant), P(relevant) of each sampled token, fp32; tokens without text are separators."""
+    rejected_ends: Sequence[int] = ()
+    """The tokens that end a rejected query. Ending it there is the decision that is wrong, and a reward on the query's words,
+    which come before, is none for it: each of these tokens costs what a relevant one pays more than an irrelevant one."""
 
     @property
     def classes(self) -> list[int]:
@@ -36,8 +40,16 @@ def token_values(probabilities: ClassProbabilities, config: RewardConfig) -> Flo
 
     "argmax": the scale's value of the likeliest class (TPPO: argmax_c P(c) with scale "paper"). "soft": its expectation,
     sum_c scale[c] P(c). "tlcr": 2 p - 1. "red": the differences of the mean soft value of the words up to each token.
+    ``rejected_ends`` cost the difference of relevant and irrelevant on top, 2 with "tlcr".
     """
     p = probabilities.values.double()
+    _, irrelevant, relevant = SCALES["centred" if config.value == "tlcr" else config.scale]
+    rewards = _valued(p, config)
+    rewards[list(probabilities.rejected_ends)] -= relevant - irrelevant
+    return rewards
+
+
+def _valued(p: Float[Tensor, "length 3"], config: RewardConfig) -> Float[Tensor, " length"]:
     scale = torch.tensor(SCALES[config.scale], dtype=torch.float64)
     if config.value == "argmax":
         return scale[p.argmax(-1)]
