@@ -16,7 +16,7 @@ from tppo_fast.interrupt import Interrupted
 
 
 def tppo(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tppo_fast.cli", *arguments]
+    command = [sys.executable, "-m", "tppo_fast", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 

@@ -106,7 +106,8 @@ def test_samples_to_target_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"methods": []}, "methods"),
+        ({"methods": []}, r"methods = \[\]: give at least one"),
+        ({"methods": {"A": {}}}, r"methods = .*\[\[table\]\] for each"),
         ({"methods": [{"name": "A", "algorithm": "tppo"}] * 2}, "two methods are called 'A'"),
         ({"methods": [{"name": "A", "algorithm": "tppo", "settings": {"ppo": {"gama": 1}}}]}, r"method 'A'.*ppo\.gam"),
         ({"methods": [{"name": n, "algorithm": "tppo"} for n in ("A b", "a-b")]}, "differ in punctuation"),

@@ -12,7 +12,9 @@ import pytest
 
 from tppo_fast import config as settings
 from tppo_fast.errors import UserError
+from tppo_fast.experiment_config import Experiment
 from tppo_fast.overrides import merge
+from tppo_fast.sections import build_section
 
 
 def sentence(values: dict[str, Any], *overrides: str) -> str:
@@ -77,6 +79,7 @@ def test_overrides(overrides: list[str], field: str, value: Any) -> None:
         ({"model": {"shared_body": 1}}, (), "model.shared_body = 1: write true or false"),
         ({"model": {"lora_targets": "q_proj"}}, (), 'model.lora_targets = \'q_proj\': write a list: ["a", "b"]'),
         ({"run_dir": ""}, (), "run_dir = '': give a path"),
+        ({"nope": 1}, (), "unknown setting 'nope': there are run_dir, seed"),
         ({"run_dir": 3}, (), "run_dir = 3: give a path, in quotes"),
         ({"threads": 100_000_000}, (), "threads = 100000000"),
         ({"zzz": 1}, (), "unknown setting 'zzz': there are run_dir, seed"),
@@ -102,6 +105,13 @@ def test_bad_files(tmp_path: Path, content: bytes | None, expected: str) -> None
         path.write_bytes(content)
     with pytest.raises(UserError, match=expected):
         settings.load(path)
+
+
+def test_a_forgotten_file_and_a_forgotten_setting_are_said() -> None:
+    with pytest.raises(UserError, match=r"^config is missing: .* first, then settings such as --ppo\.lr$"):
+        settings.load("--ppo.lr", ["1e-4"])
+    with pytest.raises(UserError, match=r"^methods is missing: it has no default$"):
+        build_section({}, Experiment)
 
 
 def test_every_setting_has_a_sentence() -> None:

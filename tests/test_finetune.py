@@ -111,7 +111,7 @@ def test_sigint_saves_and_exits_130(tiny_model: Path, supervised: Path, tmp_path
     given = values(tiny_model, run_dir, "sft")
     given["train"]["save_every"] = 0
     write_toml(path, given)
-    command = [sys.executable, "-m", "tppo_fast.cli", "sft", str(path)]
+    command = [sys.executable, "-m", "tppo_fast", "sft", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -36,7 +36,7 @@ def command(folder: Path, url: str, out: str) -> list[str]:
         answers = [{"session": n % 4 + 1, "user_id": f"u{n % 4}", "response": f" b {n}, c"} for n in range(RESPONSES)]
         responses.write_text("".join(json.dumps(row) + "\n" for row in answers))
     return [
-        sys.executable, "-m", "tppo_fast.cli", "label", str(sessions), "--responses", str(responses),
+        sys.executable, "-m", "tppo_fast", "label", str(sessions), "--responses", str(responses),
         "--labeller", "llm", "--model", "m", "--base-url", url, "--concurrency", "2", "--out", str(folder / out),
     ]  # fmt: skip
 

@@ -87,7 +87,7 @@ def test_answers_of_a_real_server_fit_the_schema(server: str, tmp_path: Path, te
     responses.write_text("\n".join(rows) + "\n")
     done = subprocess.run(
         [
-            sys.executable, "-m", "tppo_fast.cli", "label", str(sessions), "--responses", str(responses), "--labeller", "llm",
+            sys.executable, "-m", "tppo_fast", "label", str(sessions), "--responses", str(responses), "--labeller", "llm",
             "--model", "tiny", "--base-url", server, "--template", template, "--attempts", "1", "--out", str(out),
             "--timeout", "300", "--answer-tokens", "0",
         ],

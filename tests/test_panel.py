@@ -72,6 +72,14 @@ def test_the_command_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     assert {(r["policy"], r["metric"]) for r in rows} >= {("A", "judged"), (panel.COPY_LAST, "judged"), ("B", "hit_1")}
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        done = CliRunner().invoke(cli.cli, ["evaluate", "nowhere", "--data", "absent.jsonl", "--out", str(out)])
+        assert isinstance(done.exception, UserError)
+        assert "is no folder to write into" in str(done.exception)
+
+
 def test_a_missing_policy_is_named() -> None:
     with pytest.raises(UserError, match="'A=nowhere'"):
         parse_policies(["A=nowhere"])

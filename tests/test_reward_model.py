@@ -20,9 +20,10 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, BertCon
 
 from tppo_fast import cli
 from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.evaluate import Estimate
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.metrics import GLOSSARY
-from tppo_fast.reward_model import backbone, quality, training
+from tppo_fast.reward_model import backbone, card, quality, training
 from tppo_fast.reward_model.data import encode, split
 from tppo_fast.reward_model.losses import balanced, class_weights, global_loss, local_loss
 from tppo_fast.reward_model.run import RewardModelResult, score, train_reward_model
@@ -173,6 +174,10 @@ def test_baselines_and_degenerate_data() -> None:
         user=np.array([0]),
     )
     assert math.isnan(quality.measure(one)["auc"].mean)
+    rows = {
+        name: {"auc": Estimate(mean=0.9, low=math.nan, high=math.nan, users=1)} for name in ("reward model", "majority")
+    }
+    assert "from too few test users (1) to show anything (majority 0.900 [nan, nan])" in card.verdict(rows)
     assert {f"reward_model/{name}" for name in quality.METRICS} <= set(GLOSSARY)
 
 
@@ -289,10 +294,10 @@ def test_what_it_leaves_behind(trained: RewardModelResult, labels: Path) -> None
     assert len(record["labels_sha256"]) == 64
     assert record["metrics"]["reward model"]["auc"]["mean"] == trained.table["reward model"]["auc"].mean
     assert record["config"]["data"]["labels"] == str(labels)
-    card = (trained.folder / "README.md").read_text()
-    assert trained.verdict in card
-    assert "causal" in card
-    assert "{{" not in card
+    text = (trained.folder / "README.md").read_text()
+    assert trained.verdict in text
+    assert "causal" in text
+    assert "{{" not in text
     page = (trained.folder / "report.html").read_text()
     assert page.count("<figure>") == 2
     assert page.count('class="example"') == 12

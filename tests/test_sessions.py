@@ -184,7 +184,9 @@ def test_bad_files(tmp_path: Path) -> None:
     assert "holds no session" in message(blank)
     assert "Is a directory" in message(folder)
     assert "No such file" in message(tmp_path / "absent.jsonl")
+    (tmp_path / "rows.csv").write_text("a,b")
     assert "ends in '.csv'" in message(tmp_path / "rows.csv")
+    assert "No such file" in message(tmp_path / "absent.csv")
     assert "not a file name" in message("a\0b.jsonl")
 
 

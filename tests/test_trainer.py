@@ -142,7 +142,7 @@ def test_learns_what_it_is_paid_for(tiny_model: Path, tmp_path: Path) -> None:
 
 def start(path: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tppo_fast.cli", "train", str(path), *arguments]
+    command = [sys.executable, "-m", "tppo_fast", "train", str(path), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,12 +45,14 @@ def run(
         responses: sampled responses to each session.
         judge: "lexical", "embedding", or module:object of a labeller.
         pair_judge: module:function that compares two responses, or None for the labeller's judgements.
-
         embedding: folder of a sentence encoder, for the similarity and for judge "embedding".
 
     Raises:
         UserError: a folder, file or judge that cannot be used.
     """
+    place = next(p for p in (out, *out.parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(f"--out {str(out)!r}: {str(place)!r} is no folder to write into; choose another")
     policies = parse_policies(words)
     sessions = read_sessions(data)
     if config.threads:

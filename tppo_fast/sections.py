@@ -81,6 +81,8 @@ def read_toml(path: str | os.PathLike[str], what: str = "config") -> dict[str, A
         UserError: unreadable file or bad TOML.
     """
     path = Path(path)
+    if str(path).startswith("--"):
+        raise UserError(f"{what} is missing: give the path of a TOML file first, then settings such as {path}")
     try:
         return _with_none(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
@@ -114,13 +116,15 @@ def _sentence(error: ValidationError, section: type[Section]) -> str:
     if first["type"] == "extra_forbidden":
         names = [*section.model_fields, *_names(section)]
         near = difflib.get_close_matches(where, names, n=1, cutoff=0.5) or difflib.get_close_matches(
-            where.rpartition(".")[2], [n.rpartition(".")[2] for n in names], n=1, cutoff=0.5
+            where.rpartition(".")[2], [n.rpartition(".")[2] for n in names], n=1, cutoff=0.6
         )
         hint = f"did you mean {_full(near[0], names)!r}?" if near else f"there are {', '.join(section.model_fields)}"
         return f"unknown setting {where!r}: {hint}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and not isinstance(first["input"], str | int | float):
         return message  # a rule over several fields: its message already names them
+    if first["type"] == "missing":
+        return f"{where} is missing: it has no default"
     message = WORDS.get(first["type"], message)
     return f"{where} = {first['input']!r}: {message[:1].lower()}{message[1:]}"
 
@@ -128,7 +132,8 @@ def _sentence(error: ValidationError, section: type[Section]) -> str:
 WORDS = {
     "path_type": "give a path, in quotes",
     "model_type": "this is a section; set one of its fields",
-    "tuple_type": 'write a list: ["a", "b"]',
+    "tuple_type": 'write a list: ["a", "b"], or one [[table]] for each where it lists settings',
+    "too_short": "give at least one",
 }
 """What pydantic would say in Python's words."""
 

@@ -33,7 +33,7 @@ def read_rows(path: Path, parse: Callable[[object, str], T], noun: str) -> list[
             (Parquet: row, counted from 1) and remedy.
     """
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
+    if path.suffix not in readers and path.exists():
         raise UserError(f"data file {show(str(path))} ends in {show(path.suffix)}: give a .jsonl or .parquet file")
     if _size(path) == 0:
         raise UserError(f"data file {show(str(path))} is empty: give a file with at least one {noun}")

@@ -65,6 +65,8 @@ def verdict(table: Mapping[str, Mapping[str, Estimate]]) -> str:
     others = {name: row["auc"] for name, row in table.items() if name != MODEL}
     figure = f"Held-out token AUC {own.mean:.3f} [{own.low:.3f}, {own.high:.3f}]"
     named = ", ".join(f"{name} {e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in others.items())
+    if math.isnan(own.low):
+        return f"{figure}, from too few test users ({own.users}) to show anything ({named}): label more."
     missed = [name for name, e in others.items() if not own.low > e.high]
     if missed:
         return f"{figure}: NOT shown to be better than {' and '.join(missed)} ({named}); the 95 % intervals overlap."
