@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,28 @@ def test_placement_last_is_the_same_signal_summed_onto_the_last_token() -> None:
         assert last[-1].item() == pytest.approx(token.sum().item(), abs=1e-6)
         assert not last[:-1].any()
         assert last.shape == token.shape
+
+
+def test_ending_a_copied_query_is_what_costs() -> None:
+    """ " hotels" may go on to " hotels pasta": the separator makes it a copy of the history, the end one of the first query."""
+    given = response(" hotels, pasta, pasta", history=("Hotels",), truth=("hotels pasta", "pasta"))
+    assert TOKENIZER.convert_ids_to_tokens(given.token_ids) == ["Ġhotels", ",", "Ġpasta", ",", "Ġpasta", "</s>"]
+    plain, strict = (rewards(reject_copies=on, **PLAIN) for on in (False, True))
+    assert plain([given])[0].tolist() == [-1.0, 0.0, 1.0, 0.0, -1.0, 0.0]
+    assert strict([given])[0].tolist() == [-1.0, -2.0, 1.0, 0.0, -1.0, -2.0]
+    assert strict.classes([given]) == plain.classes([given]) == [[1, 0, 2, 0, 1, 0]]
+    lenient = rewards(
+        lambda _: [Labels(spans=[(1, 7), (9, 14)], classes=[2, 2], sentence=1)], reject_copies=True, **PLAIN
+    )
+    assert lenient([given])[0].tolist() == [-1.0, -2.0, 1.0, 0.0, 0.0, -2.0]  # whatever the labeller said
+    cut = replace(given, token_ids=given.token_ids[:-1], logprobs=[0.0] * 5, finish_reason="length")
+    assert strict([cut])[0].tolist() == [-1.0, -2.0, 1.0, 0.0, -1.0]  # nobody ended the last one
+    (last,) = rewards(reject_copies=True, placement="last", **PLAIN)([given])
+    assert last.tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, -5.0]
+    (sentence,) = rewards(reject_copies=True, placement="sentence", **PLAIN)([given])
+    assert sentence.tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
+    with pytest.raises(UserError, match=r"reward\.reject_copies needs labels"):
+        rewards(lambda _: [1.0], reject_copies=True)([given])
 
 
 @pytest.mark.parametrize("placement", ["token", "last"])
@@ -338,3 +361,5 @@ def test_any_sampled_response_gets_one_finite_reward_per_token(data: st.DataObje
     assert classes is not None
     assert values[0].tolist() == [(0.0, -1.0, 1.0)[c] for c in classes[0]]
     assert LexicalLabeller()(["a"], truth, text).spans or not any(classes[0])
+    (strict,) = rewards(reject_copies=True, **PLAIN)([sampled])
+    assert set((values[0] - strict).tolist()) <= {0.0, 2.0}

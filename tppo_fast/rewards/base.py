@@ -15,11 +15,19 @@ from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.plugins import load_object, raised
 from tppo_fast.rewards.alignment import project, token_spans
-from tppo_fast.rewards.labels import IRRELEVANT, Labeller, Labels
+from tppo_fast.rewards.copies import Copies, find_copies
+from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, Labeller, Labels, Span
 from tppo_fast.rewards.length_penalty import lwp
 from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.output import checked_items, checked_labels, checked_numbers, checked_probabilities
-from tppo_fast.rewards.values import SCALES, ClassProbabilities, sentence_value, token_values
+from tppo_fast.rewards.values import (
+    SCALES,
+    ClassProbabilities,
+    gap,
+    sentence_value,
+    token_values,
+    without_relevance,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -82,19 +90,19 @@ def build_reward(
     elif config.source == "model":
         from tppo_fast.rewards import model_source  # needs transformers
 
-        source = model_source.build(config, tokenizer, device, separator)
+        source = model_source.build(config, tokenizer, device)
     elif ":" not in config.source:
         raise UserError(f'reward.source = {config.source!r}: write "lexical", "model", or module:function for your own')
     else:
         source = load_object(config.source, "reward.source")
     if isinstance(source, type):
         raise UserError(f"reward.source = {config.source!r} is a class: name a function, or an instance made from it")
-    return TokenRewards(source=source, config=config, tokenizer=tokenizer, expected_length=length)
+    return TokenRewards(source=source, config=config, tokenizer=tokenizer, expected_length=length, separator=separator)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRewards:
-    """Rollouts -> per-token rewards, in this order: source, scale, coefficient, length penalty, placement."""
+    """Rollouts -> per-token rewards, in this order: source, copies, scale, coefficient, length penalty, placement."""
 
     source: RewardFunction
     """Who scores."""
@@ -104,6 +112,8 @@ class TokenRewards:
     """Decodes the responses, to align word labels with tokens."""
     expected_length: float
     """sl of the length penalty, in tokens."""
+    separator: str = ", "
+    """Text between the queries of a response, to find copies by."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Float[Tensor, " length"]]:
         """One fp32 tensor per rollout: the reward FOR each of its tokens, before any KL penalty.
@@ -121,17 +131,27 @@ class TokenRewards:
         """Rewards and classes together, from one call of the source."""
         name = self.config.source
         items = checked_items(self._ask(rollouts), rollouts, name)
-        scalar, classes = False, None
+        scalar, classes, copies = False, None, [Copies([], []) for _ in rollouts]
         sentence = self.config.placement == "sentence"
+        if self.config.reject_copies:
+            copies = [find_copies(r, self._spans(r, i), self.separator) for i, r in enumerate(rollouts)]
         if labels := checked_labels(items, rollouts, name):
-            classes = [self._token_classes(*pair, i) for i, pair in enumerate(zip(labels, rollouts, strict=True))]
+            classes = [
+                project(given, self._spans(r, i)) for i, (given, r) in enumerate(zip(labels, rollouts, strict=True))
+            ]
+            classes = [_irrelevant(c, found.words) for c, found in zip(classes, copies, strict=True)]
             table, scalar = np.array(SCALES[self.config.scale]), sentence
             indices = [IRRELEVANT + given.sentence for given in labels] if sentence else classes
             arrays = [table[np.array(c, dtype=np.int64)] for c in indices]
         elif scores := checked_probabilities(items, rollouts, name):
+            scores = [without_relevance(s, found.words) for s, found in zip(scores, copies, strict=True)]
             classes, scalar = [s.classes for s in scores], sentence
             value = sentence_value if sentence else token_values
             arrays = [value(s, self.config).numpy() for s in scores]
+        elif self.config.reject_copies:
+            raise UserError(
+                f"reward.reject_copies needs labels or class probabilities, and reward {name!r} gives numbers: turn it off"
+            )
         else:
             arrays, scalar = checked_numbers(items, rollouts, name)
             if sentence and not scalar:
@@ -139,6 +159,9 @@ class TokenRewards:
                     f"reward {name!r} gives numbers for tokens, and a sentence score is asked for: return one number per "
                     'response or Labels, or use algorithm = "control", which sums the tokens'
                 )
+        if not scalar:
+            for array, found in zip(arrays, copies, strict=True):
+                array[found.ends] -= gap(self.config)
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         penalty = self._penalty(max(lengths, default=0), scalar)
         rewards = [self._placed(a, n, penalty) for a, n in zip(arrays, lengths, strict=True)]
@@ -152,14 +175,15 @@ class TokenRewards:
         except Exception as error:
             raise UserError(f"reward {self.config.source!r} failed with {raised(error)}") from error
 
-    def _token_classes(self, labels: Labels, rollout: Rollout, index: int) -> list[int]:
+    def _spans(self, rollout: Rollout, index: int) -> list[Span]:
+        """The characters of each token."""
         text, spans = token_spans(self.tokenizer, rollout.token_ids)
         if text != rollout.text:
             raise UserError(
                 f"rollout {index}: its text {rollout.text!r} is not what its tokens decode to ({text!r}): "
                 "use the tokenizer and decoding of the rollout engine"
             )
-        return project(labels, spans)
+        return spans
 
     def _penalty(self, longest: int, scalar: bool) -> np.ndarray:
         """[longest] factors: coefficient times lwp, which scalar rewards are spared."""
@@ -177,3 +201,9 @@ class TokenRewards:
         rewards = torch.zeros(length)
         rewards[-1] = float(scaled.sum())
         return rewards
+
+
+def _irrelevant(classes: list[int], tokens: Sequence[int]) -> list[int]:
+    """The classes with these tokens' relevant turned into irrelevant."""
+    rejected = {i for i in tokens if classes[i] == RELEVANT}
+    return [IRRELEVANT if i in rejected else kind for i, kind in enumerate(classes)]

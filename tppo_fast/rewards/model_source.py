@@ -16,11 +16,9 @@ from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.rewards.alignment import token_spans
 from tppo_fast.rewards.labels import Span
-from tppo_fast.rewards.segment import segment
 from tppo_fast.rewards.token_model import TokenModel, load
 from tppo_fast.rewards.transfer import transfer
 from tppo_fast.rewards.values import ClassProbabilities
-from tppo_fast.words import normalise_query
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -36,17 +34,8 @@ Scored = tuple["Float[Tensor, 'k 3']", Sequence[Span]]
 class ModelReward:
     """A ``RewardFunction`` whose scores are ``ClassProbabilities``; the model's tokenizer may differ from the policy's."""
 
-    def __init__(
-        self,
-        model: TokenModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        token_budget: int,
-        reject_copies: str | None = None,
-    ) -> None:
-        """``reject_copies``: the separator of queries; repeated ones are rejected then, word by word and where they end."""
+    def __init__(self, model: TokenModel, tokenizer: PreTrainedTokenizerBase, *, token_budget: int) -> None:
         self._model = model
-        self._separator = reject_copies
         self._tokenizer = tokenizer
         self._budget = token_budget
         self.scored = 0  # responses that the model had to read
@@ -72,37 +61,10 @@ class ModelReward:
             )
         carried = torch.from_numpy(transfer(values.numpy(), spans, own, text)).float()
         carried[carried.sum(-1) == 0.0, 0] = 1.0  # a token without visible text is a separator for certain
-        ends = []
-        if self._separator is not None:
-            for start, end in repeated_queries(text, rollout.prompt.history, self._separator):
-                inside = torch.tensor([a < end and b > start for a, b in own])
-                carried[inside, 1] += carried[inside, 2]
-                carried[inside, 2] = 0.0
-                ends += _ending_token(rollout, own, text, end)
-        return ClassProbabilities(values=carried, rejected_ends=ends)
+        return ClassProbabilities(values=carried)
 
 
-def repeated_queries(response: str, history: Sequence[str], separator: str) -> list[Span]:
-    """Where the queries of a response stand that repeat one of the history, or one before them."""
-    parts, known, found = segment(response, separator), {normalise_query(query) for query in history}, []
-    for i, span in enumerate(parts.queries):
-        form = normalise_query(parts.query(i))
-        if form and form in known:
-            found.append(span)
-        known.add(form)
-    return found
-
-
-def _ending_token(rollout: Rollout, spans: Sequence[Span], text: str, end: int) -> list[int]:
-    """The token that ends a query at ``end``: the separator's, or the response's end; none where the response was cut."""
-    if end < len(text):
-        return [next(i for i, (a, b) in enumerate(spans) if a <= end < b)]
-    return [len(spans) - 1] if rollout.finish_reason == "stop" else []
-
-
-def build(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str, separator: str
-) -> ModelReward:
+def build(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str) -> ModelReward:
     """The source of ``reward.model`` on ``reward.device`` (auto: the trainer's, ``device``).
 
     Raises:
@@ -118,5 +80,4 @@ def build(
             'reward.value = "red" scores prefixes, and this reward model sees later tokens: train one on a causal '
             'backbone, or use "soft"'
         )
-    rejected = separator if config.reject_copies else None
-    return ModelReward(model, tokenizer, token_budget=config.batch_tokens, reject_copies=rejected)
+    return ModelReward(model, tokenizer, token_budget=config.batch_tokens)

@@ -10,6 +10,7 @@ import torch
 
 from tppo_fast.config import RewardConfig
 from tppo_fast.rewards import related
+from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -25,9 +26,6 @@ class ClassProbabilities:
 
     values: Float[Tensor, "length 3"]
     """P(separator), P(irrelevant), P(relevant) of each sampled token, fp32; tokens without text are separators."""
-    rejected_ends: Sequence[int] = ()
-    """The tokens that end a rejected query. Ending it there is the decision that is wrong, and a reward on the query's words,
-    which come before, is none for it: each of these tokens costs what a relevant one pays more than an irrelevant one."""
 
     @property
     def classes(self) -> list[int]:
@@ -40,16 +38,8 @@ def token_values(probabilities: ClassProbabilities, config: RewardConfig) -> Flo
 
     "argmax": the scale's value of the likeliest class (TPPO: argmax_c P(c) with scale "paper"). "soft": its expectation,
     sum_c scale[c] P(c). "tlcr": 2 p - 1. "red": the differences of the mean soft value of the words up to each token.
-    ``rejected_ends`` cost the difference of relevant and irrelevant on top, 2 with "tlcr".
     """
     p = probabilities.values.double()
-    _, irrelevant, relevant = SCALES["centred" if config.value == "tlcr" else config.scale]
-    rewards = _valued(p, config)
-    rewards[list(probabilities.rejected_ends)] -= relevant - irrelevant
-    return rewards
-
-
-def _valued(p: Float[Tensor, "length 3"], config: RewardConfig) -> Float[Tensor, " length"]:
     scale = torch.tensor(SCALES[config.scale], dtype=torch.float64)
     if config.value == "argmax":
         return scale[p.argmax(-1)]
@@ -57,6 +47,20 @@ def _valued(p: Float[Tensor, "length 3"], config: RewardConfig) -> Float[Tensor,
         return related.tlcr(p)
     soft = p @ scale
     return soft if config.value == "soft" else related.red(prefix_means(soft, 1.0 - p[:, 0]), share=config.red_share)
+
+
+def gap(config: RewardConfig) -> float:
+    """What a relevant token pays more than an irrelevant one."""
+    _, irrelevant, relevant = SCALES["centred" if config.value == "tlcr" else config.scale]
+    return relevant - irrelevant
+
+
+def without_relevance(probabilities: ClassProbabilities, tokens: Sequence[int]) -> ClassProbabilities:
+    """The same with P(relevant) of these tokens given to irrelevant."""
+    values, rejected = probabilities.values.clone(), list(tokens)
+    values[rejected, IRRELEVANT] += values[rejected, RELEVANT]
+    values[rejected, RELEVANT] = 0.0
+    return ClassProbabilities(values=values)
 
 
 def sentence_value(probabilities: ClassProbabilities, config: RewardConfig) -> Float[Tensor, ""]:

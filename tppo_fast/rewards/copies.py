@@ -1,0 +1,47 @@
+"""Queries that repeat the history, or an earlier query of their response: which tokens of a response pay for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tppo_fast.data_types import Rollout
+from tppo_fast.rewards.labels import Span
+from tppo_fast.rewards.segment import segment
+from tppo_fast.words import normalise_query
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Token indices of one response."""
+
+    words: list[int]
+    """The tokens of repeated queries."""
+    ends: list[int]
+    """The tokens that end one: the separator's, or the response's last where the policy stopped there."""
+
+
+def find_copies(rollout: Rollout, spans: Sequence[Span], separator: str) -> Copies:
+    """The copies in a response whose tokens stand for ``spans`` (of ``alignment.token_spans``).
+
+    A response that was cut at its limit was not ended by anyone, so its last query has no ending token.
+    """
+    text, found = rollout.text, Copies([], [])
+    for start, end in repeated_queries(text, rollout.prompt.history, separator):
+        found.words.extend(i for i, (a, b) in enumerate(spans) if a < end and b > start)
+        if end < len(text):
+            found.ends.append(next(i for i, (a, b) in enumerate(spans) if a <= end < b))
+        elif rollout.finish_reason == "stop":
+            found.ends.append(len(spans) - 1)
+    return found
+
+
+def repeated_queries(response: str, history: Sequence[str], separator: str) -> list[Span]:
+    """Where the queries of a response stand that repeat one of the history, or one before them."""
+    parts, known, found = segment(response, separator), {normalise_query(query) for query in history}, []
+    for i, span in enumerate(parts.queries):
+        form = normalise_query(parts.query(i))
+        if form and form in known:
+            found.append(span)
+        known.add(form)
+    return found
