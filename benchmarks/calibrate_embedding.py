@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import mannwhitneyu
 
+from tppo_fast.data.rows import searched
 from tppo_fast.data.sessions import Session, read_sessions
 from tppo_fast.labelling.embedding import MODES, SentenceEncoder
-from tppo_fast.labelling.judges import searched
 
 Planted = tuple[Sequence[str], list[str], list[bool]]
 """(truth, the words of one response query, which of them are relevant)."""
@@ -32,7 +32,7 @@ def plant(sessions: Sequence[Session], held_out: bool, rng: random.Random) -> tu
     words, wholes = [], []
     for session in sessions:
         query, truth = session.next_queries[0].split(), session.next_queries[1 if held_out else 0 :]
-        own = {w.lower() for text in (*session.next_queries, *searched(session)) for w in text.split()}
+        own = {w.lower() for text in (*session.next_queries, *searched(session.history)) for w in text.split()}
         other = rng.choice([s for s in sessions if s.user_id != session.user_id])
         foreign = [w for text in other.next_queries for w in text.split() if w.lower() not in own]
         if not foreign:
@@ -45,7 +45,7 @@ def plant(sessions: Sequence[Session], held_out: bool, rng: random.Random) -> tu
         unrelated = other.next_queries[0].split()
         words.append((truth, unrelated, [False] * len(unrelated)))
         wholes += [(truth, query, [True]), (truth, unrelated, [False])]
-        wholes.append((truth, [*searched(session)[-1].split(), strange], [False]))
+        wholes.append((truth, [*searched(session.history)[-1].split(), strange], [False]))
     return words, wholes
 
 

@@ -37,6 +37,7 @@ from tppo_fast.config import Config
 from tppo_fast.data.perturb import perturb
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.relevance import relevance
+from tppo_fast.data.rows import searched
 from tppo_fast.data.sessions import Session
 from tppo_fast.data_types import Rollout
 from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
@@ -44,7 +45,7 @@ from tppo_fast.labelling.judges import Item
 from tppo_fast.labelling.records import LabelledResponse, read_labels, write_labels
 from tppo_fast.metrics import read_metrics
 from tppo_fast.reward_model import quality
-from tppo_fast.reward_model.data import Example, encode, searches, split
+from tppo_fast.reward_model.data import Example, encode, split
 from tppo_fast.reward_model.exact_judge import as_probabilities, judges
 from tppo_fast.reward_model.run import score, train_reward_model
 from tppo_fast.reward_model.settings import RewardModelConfig
@@ -55,8 +56,8 @@ from tppo_fast.rollout import SamplingParams, build_engine
 from tppo_fast.sections import build_section
 
 LEXICAL = {"planted": ("hit", "mrr", "exact", "word_relevance"), "next": ("relevance",)}
-"""Labels -> the held-out metrics whose truth the lexical labeller never saw. ``relevance`` reads the world's relevant queries,
-the others what the users asked next; where no wider truth is known (a sessions file) the two are the same."""
+"""Labels -> the held-out metrics whose truth the lexical labeller never saw. ``relevance`` reads the relevant queries of the
+generated world, the others what the users asked next; a sessions file knows nothing wider, so there the two are the same."""
 EMBEDDING = ("relevance", "hit", "mrr", "word_relevance")
 """The held-out metrics that compare words and queries letter by letter, which the embedding judge does not."""
 
@@ -80,6 +81,7 @@ def main() -> None:
         rollout=options.rollout,
     )
     demo.open_folder(base)
+    _same_options(options)
     sessions, held_out = demo.sessions(base)
     start = demo.supervised(base, sessions, Console(stderr=True))
     labels = _labels(options, demo.run_config(base, start, "TPPO"), sessions)
@@ -119,6 +121,20 @@ def _policies(
     return found
 
 
+def _same_options(options: argparse.Namespace) -> None:
+    """Refuse to go on with stages that were made with other options; more seeds and other held-out sessions are none."""
+    path = options.out / "options.json"
+    wanted = {k: str(v) for k, v in vars(options).items() if k not in ("out", "seeds", "eval_sessions")}
+    found = json.loads(path.read_text()) if path.exists() else wanted
+    for name in wanted:
+        if found.get(name) != wanted[name]:
+            raise SystemExit(
+                f"--{name.replace('_', '-')} = {wanted[name]}, but {options.out} was begun with {found.get(name)}: give another "
+                "--out"
+            )
+    write_atomic(path, json.dumps(wanted, indent=2).encode())
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -151,12 +167,16 @@ def _arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.labeller == "embedding" and not options.judge:
         parser.error("--labeller embedding: give its sentence encoder's folder as --judge")
+    if options.labels == "planted" and (options.data != "synthetic" or options.labeller == "embedding"):
+        parser.error("--labels planted: only of generated sessions (--data synthetic), by the lexical labeller")
+    if options.labels == "next" and options.labeller == "lexical" and options.data != "synthetic" and not options.judge:
+        parser.error("--labels next of a file: nobody is left who did not label; give --judge")
     return options
 
 
 def _labels(options: argparse.Namespace, config: Config, sessions: Sequence[Session]) -> Path:
     """Sampled responses, a spoiled copy of each and with --copies the end of its history, labelled word by word."""
-    path = options.out / f"labels-{_kind(options)}.jsonl"
+    path = options.out / "labels.jsonl"
     if path.exists():
         return path
     rng = random.Random(0)
@@ -164,11 +184,11 @@ def _labels(options: argparse.Namespace, config: Config, sessions: Sequence[Sess
     items, owners = [], []
     for session, text in _sampled(options, config, _drawn(sessions, options.sessions)):
         queries = [query.strip() for query in text.split(config.data.separator.strip()) if query.strip()]
-        spoiled = perturb(queries, searches(session.history), pool, rng) if queries else []
-        copied = searches(session.history)[-rng.randint(1, 3) :] if options.copies else []
+        spoiled = perturb(queries, searched(session.history), pool, rng) if queries else []
+        copied = searched(session.history)[-rng.randint(1, 3) :] if options.copies else []
         truth = session.relevant_queries if options.labels == "planted" else session.next_queries
         for response in (text, *(" " + config.data.separator.join(wrong) for wrong in (spoiled, copied))):
-            items.append(Item(history=tuple(searches(session.history)), next_queries=tuple(truth), response=response))
+            items.append(Item(history=tuple(searched(session.history)), next_queries=tuple(truth), response=response))
             owners.append(session)
     judged = zip(owners, items, _judged(options, config.data.num_queries, items), strict=True)
     write_labels(path, [_row(*one, options) for one in judged if one[-1].spans])
@@ -182,10 +202,6 @@ def _judged(options: argparse.Namespace, num_queries: int, items: Sequence[Item]
         return EmbeddingJudge(SentenceEncoder(options.judge), own).label(items)
     labeller = LexicalLabeller(num_queries=num_queries)
     return [labeller(item.history, item.next_queries, item.response) for item in items]
-
-
-def _kind(options: argparse.Namespace) -> str:
-    return f"{options.labels}-{options.labeller}"
 
 
 def _drawn(sessions: Sequence[Session], count: int) -> Sequence[Session]:
@@ -222,7 +238,7 @@ def _sampled(options: argparse.Namespace, config: Config, sessions: Sequence[Ses
 
 
 def _reward_model(options: argparse.Namespace, labels: Path, start: Path) -> Path:
-    run_dir = options.out / f"reward-model-{_kind(options)}"
+    run_dir = options.out / "reward-model"
     if not (run_dir / "model").is_dir():
         values = {
             "run_dir": str(run_dir),
@@ -265,7 +281,7 @@ def _paid_by(options: argparse.Namespace, config: Config, reward_model: Path, se
         "samples_per_prompt": options.samples_per_prompt,
     }
     changed = {
-        "run_dir": str(options.out / f"tppo-{_kind(options)}-{options.value}-{options.scale}-{seed}"),
+        "run_dir": str(options.out / f"tppo-{seed}"),
         "seed": seed,
         "threads": 1,
         "rollout": config.rollout.model_dump(mode="json") | {k: v for k, v in batch.items() if v is not None},
@@ -308,10 +324,10 @@ def _spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) 
 
 def _filled_slots(examples: Sequence[Example], sessions: Sequence[Session]) -> list[float]:
     """The relevance of each response as the policies' tables measure it: the share of slots with a new relevant query."""
-    known = {(s.user_id, tuple(searches(s.history))): s.relevant_queries for s in sessions}
+    known = {(s.user_id, tuple(searched(s.history))): s.relevant_queries for s in sessions}
     shares = []
     for row in (example.row for example in examples):
-        history = searches(row.history)
+        history = searched(row.history)
         queries = [query.strip() for query in row.response.split(",") if query.strip()]
         truth = known[row.user_id, tuple(history)]
         shares.append(relevance(queries, relevant=truth, history=history, num_queries=3))
@@ -350,7 +366,8 @@ def _independent(options: argparse.Namespace) -> list[str]:
     """The held-out metrics of the judges that did not label."""
     if options.labeller == "embedding":
         return [*EMBEDDING]
-    return [*LEXICAL[options.labels], *(JUDGED if options.judge else ())]
+    truth = LEXICAL[options.labels] if options.data == "synthetic" else ()
+    return [*truth, *(JUDGED if options.judge else ())]
 
 
 def _second_opinion(folder: str, num_queries: int) -> demo.More:

@@ -49,6 +49,15 @@ def test_separators_and_words_that_only_one_cut_do_not_count() -> None:
     b = [replace(a[0], labels=two, labeller="y")]
     word = compare(a, b).levels[0]
     assert (word.count, word.agreement.value) == (2, 1.0)
+    assert compare(a, b).dropped == 1
+
+
+def test_a_response_that_one_file_labels_twice_is_refused() -> None:
+    a = [labelled("2222", 1), labelled("2222", 1)]  # sampled twice and labelled alike
+    other = [labelled("2211", 1, who="y")]
+    assert compare(a, other).responses == 1
+    with pytest.raises(UserError, match="'a b c d' of user 'u' is labelled twice in one file, by x and y"):
+        compare([*a, *other], other)
 
 
 def test_intervals_resample_users_whole() -> None:
@@ -92,3 +101,9 @@ def test_from_the_shell(tmp_path: Path) -> None:
     figures = json.loads(out.read_text())
     assert figures["word"]["agreement"]["value"] == 7 / 8
     assert figures["only_in_one"] == [1, 0]
+    kept = a.read_bytes()
+    for wrong in (a, tmp_path / "absent" / "agreement.json"):
+        done = CliRunner().invoke(cli.cli, ["label", "--agreement", str(a), str(b), "--out", str(wrong)])
+        assert isinstance(done.exception, UserError)
+        assert "give a name ending in .json, in a folder that exists" in str(done.exception)
+    assert a.read_bytes() == kept

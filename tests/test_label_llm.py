@@ -149,9 +149,8 @@ GARBAGE = {
     "truncated": Reply(content='{"words": {"1": 1', finish="length"),
     "wrong count": Reply(content='{"words": {"1": 1}, "sentence": 0}'),
     "empty": Reply(content=""),
-    "no choices": Reply(body=b'{"id": "x", "object": "chat.completion", "choices": []}'),
-    "html": Reply(body=b"<html>proxy</html>", headers={"Content-Type": "text/html"}),
-    "broken json": Reply(body=b'{"id": "x", "choi'),
+    "parts": Reply(body=b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}'),
+    "half a pair": Reply(content="\ud800"),
     "bad request": Reply(status=400, body=b'{"error": {"message": "context too long"}}'),
 }
 
@@ -161,12 +160,42 @@ def test_garbage_is_asked_again_and_then_set_aside_with_the_reason(reply: Reply)
     with serve(lambda request, n: reply if n < 2 else good(request)) as endpoint:
         assert isinstance(judge(endpoint.url).judge([ITEM])[0], Labels)
     assert len(endpoint.requests) == 3
-    assert "cannot be used" in endpoint.requests[1]["messages"][-1]["content"]
+    again = endpoint.requests[1]["messages"]
+    assert "cannot be used" in again[-1]["content"] or again == endpoint.requests[0]["messages"]
+    assert all(message["content"] for message in again)
     with serve(lambda *_: reply) as endpoint:
         (outcome,) = judge(endpoint.url).judge([ITEM])
     assert isinstance(outcome, Rejected)
     assert outcome.reason
     assert len(endpoint.requests) == 3
+
+
+NO_COMPLETION = {
+    "no choices": Reply(body=b'{"id": "x", "object": "chat.completion", "choices": []}'),
+    "null choice": Reply(body=b'{"choices": [null]}'),
+    "no message": Reply(body=b'{"choices": [{"message": null}]}'),
+    "html": Reply(body=b"<html>proxy</html>", headers={"Content-Type": "text/html"}),
+    "broken json": Reply(body=b'{"id": "x", "choi'),
+    "error": Reply(body=b'{"error": {"code": 429, "message": "slow down"}}'),
+    "nothing": Reply(body=b""),
+}
+
+
+@pytest.mark.parametrize("reply", NO_COMPLETION.values(), ids=NO_COMPLETION.keys())
+def test_what_is_no_completion_is_the_endpoints_failure_and_not_the_responses(reply: Reply) -> None:
+    usage = b'{"choices": [{"message": {"content": "{}"}}], "usage": {"prompt_tokens": "many"}}'
+    with serve(lambda request, n: [reply, Reply(body=usage), good(request)][n]) as endpoint:
+        assert isinstance(judge(endpoint.url).judge([ITEM])[0], Labels)
+    assert endpoint.requests[1]["messages"] == endpoint.requests[0]["messages"]
+    assert endpoint.times[1] - endpoint.times[0] > 0.4
+    with serve(lambda *_: reply) as endpoint:
+        one = judge(endpoint.url, attempts=2)
+        with pytest.raises(LabellingFailed, match="failed") as e:
+            one.judge([ITEM])
+        assert not e.value.final
+        with pytest.raises(LabellingFailed) as e:
+            one.check()
+        assert e.value.final
 
 
 FAILURES = {
@@ -240,11 +269,54 @@ def test_one_stubborn_response_costs_only_itself(tmp_path: Path, capsys: pytest.
 
         endpoint.script = good
         assert run(capsys, *label(tmp_path, endpoint.url))[0] == 0
-        assert len(endpoint.requests) == 12  # only the check: a reject stays set aside
-        assert run(capsys, *label(tmp_path, endpoint.url, "--retry-rejects"))[0] == 0
-        assert len(endpoint.requests) == 14
+        assert len(endpoint.requests) == 11  # a reject stays set aside, and there is nothing else to ask
+        code, said = run(capsys, *label(tmp_path, endpoint.url, "--retry-rejects"))
+        assert code == 0
+        assert "8 labelled already" in said
+        assert ": 1 requests" in said
+        assert len(endpoint.requests) == 13
     assert len(read_labels(tmp_path / "labels.jsonl")) == 10
     assert not (tmp_path / "labels.jsonl.rejects.jsonl").exists()
+
+
+def test_a_response_that_always_fails_costs_only_itself_and_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    too_large = Reply(status=413, body=b"{}")
+
+    def script(request: dict[str, Any], _: int) -> Reply:
+        return too_large if "map 3" in request["messages"][1]["content"] else good(request)
+
+    with serve(script) as endpoint:
+        for _ in range(2):
+            code, said = run(capsys, *label(tmp_path, endpoint.url))
+            assert code == 1
+            assert "413" in said
+            assert "1 of the responses set aside could not be judged this time" in said
+            assert len(read_labels(tmp_path / "labels.jsonl")) == 9
+            (reject,) = map(json.loads, (tmp_path / "labels.jsonl.rejects.jsonl").read_text().splitlines())
+            assert reject["reason"].startswith("not judged yet: ")
+        endpoint.script = good
+        assert run(capsys, *label(tmp_path, endpoint.url))[0] == 0
+    assert len(read_labels(tmp_path / "labels.jsonl")) == 10
+    assert not (tmp_path / "labels.jsonl.rejects.jsonl").exists()
+
+
+def test_a_typo_beside_fresh_destroys_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serve() as endpoint:
+        words = label(tmp_path, endpoint.url)
+        assert run(capsys, *words)[0] == 0
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        typo = [word.replace("responses.jsonl", "respones.jsonl") for word in words]
+        assert run(capsys, *typo, "--fresh")[0] == 2
+        endpoint.script = lambda *_: Reply(status=401, body=b"{}")
+        assert run(capsys, *words, "--fresh")[0] == 1
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        endpoint.script = good
+        asked = len(endpoint.requests)
+        assert run(capsys, *words, "--fresh")[0] == 0
+        assert len(endpoint.requests) == asked + 9
+        assert (tmp_path / "labels.jsonl").read_bytes() == before["labels.jsonl"]
 
 
 def test_an_endpoint_that_dies_and_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,12 +324,20 @@ def test_an_endpoint_that_dies_and_comes_back(tmp_path: Path, capsys: pytest.Cap
     with serve(lambda request, n: good(request) if n < 4 else down) as endpoint:
         code, said = run(capsys, *label(tmp_path, endpoint.url, "--concurrency", "1", "--retries", "0"))
         assert code == 1
-        assert "4 of 9 are done and saved" in said
-        assert not (tmp_path / "labels.jsonl").exists()
+        assert "5 of the responses set aside could not be judged this time" in said
+        assert len(read_labels(tmp_path / "labels.jsonl")) == 5
+        words = label(tmp_path, endpoint.url)
+        more = "".join(json.dumps({"session": 1, "user_id": "u1", "response": f" lisbon {n}"}) + "\n" for n in range(9))
+        (tmp_path / "responses.jsonl").write_text((tmp_path / "responses.jsonl").read_text() + more)
+        before = len(endpoint.requests)
+        endpoint.script = lambda request, n: good(request) if n < before + 2 else down  # the check and one response
+        code, said = run(capsys, *words, "--concurrency", "1", "--retries", "0")
+        assert "5 of 18 are done and saved" in said  # six failures in a row: not every response is tried
+        assert len(read_labels(tmp_path / "labels.jsonl")) == 5
         endpoint.script = good
         code, said = run(capsys, *label(tmp_path, endpoint.url))
         assert code == 0
-        assert "4 labelled already" in said
+        assert "5 labelled already" in said
     assert len(read_labels(tmp_path / "labels.jsonl")) == 10
 
 
@@ -287,6 +367,12 @@ def test_settings_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
         judge("http://me:secret@localhost/v1")
     with pytest.raises(UserError, match="start it with http"):
         judge("localhost:8000")
+    with pytest.raises(UserError, match="separator = ' '"):
+        judge("http://localhost:8000", separator=" ")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\N{RIGHT DOUBLE QUOTATION MARK}")
+    with pytest.raises(UserError, match=r"\$OPENAI_API_KEY holds a character"):
+        judge("http://localhost:8000")
+    monkeypatch.delenv("OPENAI_API_KEY")
     with (
         serve(lambda *_: Reply(status=404, body=b"{}")) as endpoint,
         pytest.raises(LabellingFailed, match="NotFound") as e,

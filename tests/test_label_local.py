@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,12 @@ def test_copies_repetitions_and_surplus_queries_never_pay(encoder: SentenceEncod
     labels = EmbeddingJudge(encoder, low)(["Lisbon  Hotels"], ["lisbon hotels"], " lisbon hotels, map, map, tram, rome")
     assert labels.classes == [1, 1, 0, 2, 0, 1, 0, 2, 0, 1]
     assert labels.sentence == 0
+    two = EmbeddingJudge(encoder, replace(low, num_queries=2))(["x"], ["lisbon"], ", tram,, map, rome")
+    assert [kind for kind in two.classes if kind] == [
+        2,
+        2,
+        1,
+    ]  # empty pieces are no queries, as for the lexical labeller
 
 
 def test_the_prefix_mode_is_causal_and_the_other_is_not(encoder: SentenceEncoder) -> None:
@@ -100,6 +107,8 @@ def test_settings_and_models_that_cannot_work(tmp_path: Path, encoder: SentenceE
         SentenceEncoder(tmp_path)
     with pytest.raises(UserError, match="leave-one-out or prefix"):
         EmbeddingJudge(encoder, EmbeddingSettings(mode="suffix"))
+    with pytest.raises(UserError, match=r"separator = '\\n'"):
+        EmbeddingJudge(encoder, EmbeddingSettings(separator="\n"))
     empty = EmbeddingJudge(encoder, EmbeddingSettings())(["a"], ["b"], "")
     assert (empty.spans, empty.sentence) == ([], 0)
 

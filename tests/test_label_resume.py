@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,35 @@ def test_scattered_failures_cost_only_themselves_and_a_dead_endpoint_stops(tmp_p
 
     keys = [str(n) for n in range(30)]
     with Journal(tmp_path / "j") as journal:
-        with pytest.raises(LabellingFailed, match="the line is down; 20 of 30 are done"):
-            fill(journal, keys, work, chunk=1, concurrency=2, verb="work", unit="item")
+        failed = fill(journal, keys, work, chunk=1, concurrency=2, verb="work", unit="item")
+        assert failed == {str(n): "the line is down" for n in range(0, 30, 3)}
+        assert len(journal.entries) == 20
         asked: list[int] = []
 
         def dead(numbers: Any) -> list[dict[str, Any]]:
             asked.append(numbers[0])
             raise LabellingFailed("refused", final=True)
 
-        with pytest.raises(LabellingFailed, match="refused"):
+        with pytest.raises(LabellingFailed, match="refused; 20 of 30 are done"):
             fill(journal, keys, dead, chunk=1, concurrency=1, verb="work", unit="item")
         assert len(asked) < 10
+
+
+def test_what_is_under_way_when_the_run_stops_is_kept(tmp_path: Path) -> None:
+    """A refusal stops the run, and answers to requests that were sent before it are paid for."""
+
+    def work(numbers: Any) -> list[dict[str, Any]]:
+        together.wait()
+        if numbers[0] == 0:
+            raise LabellingFailed("refused", final=True)
+        time.sleep(0.3)
+        return entries(numbers)
+
+    together = threading.Barrier(3)
+    with Journal(tmp_path / "j") as journal:
+        with pytest.raises(LabellingFailed, match="refused; 2 of 30 are done"):
+            fill(journal, [str(n) for n in range(30)], work, chunk=1, concurrency=3, verb="work", unit="item")
+        assert set(journal.entries) == {"1", "2"}
+    with Journal(tmp_path / "j", fresh=True) as journal:
+        assert not journal.entries
+    assert (tmp_path / "j").read_bytes() == b""

@@ -198,6 +198,13 @@ def test_what_cannot_work_is_said(reward_models: dict[str, Path], tmp_path: Path
         reward(tmp_path)
     with pytest.raises(UserError, match=r"sees later tokens"):
         reward(reward_models["encoder"], value="red")
+    with pytest.raises(UserError, match=r"data\.separator = ' \| ', but the reward model in .* was trained with ', '"):
+        build_reward(
+            RewardConfig(source="model", model=str(reward_models["decoder"])),
+            tokenizer(),
+            expected_length=1.0,
+            separator=" | ",
+        )
     (wrong,) = sampled([" tent"])
     with pytest.raises(UserError, match="not what its tokens decode to"):
         reward(reward_models["decoder"])([replace(wrong, text=" other")])

@@ -245,6 +245,14 @@ def test_batching_and_packing_do_not_change_the_scores(trained: RewardModelResul
                 assert torch.allclose(alone.logits[0][one.response].softmax(-1), a, atol=1e-5)
 
 
+def test_responses_without_a_token_of_the_reward_model_have_no_scores() -> None:
+    """A policy that ends at once; the longer one stands in a group of its own."""
+    empty = Encoded(input_ids=[1, 2], token_type_ids=None, response=[], spans=[])
+    full = Encoded(input_ids=range(1, 20), token_type_ids=None, response=range(5, 19), spans=[])
+    found = TokenModel(bert(300), reader()).probabilities([empty, full, empty], 10_000)
+    assert [tuple(rows.shape) for rows in found] == [(0, 3), (14, 3), (0, 3)]
+
+
 def test_padded_groups_hold_inputs_of_similar_length() -> None:
     lengths = [30, 8, 29, 100, 7, 80, 31, 6]
     inputs = [Encoded(input_ids=range(n), token_type_ids=None, response=[], spans=[]) for n in lengths]

@@ -132,6 +132,10 @@ def test_ending_a_copied_query_is_what_costs() -> None:
     assert last.tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, -5.0]
     (sentence,) = rewards(reject_copies=True, placement="sentence", **PLAIN)([given])
     assert sentence.tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
+    content = lambda _: [Labels(spans=[(1, 7), (9, 14), (16, 21)], classes=[2, 2, 2], sentence=1)]  # noqa: E731
+    for on, value in ((False, 1.0), (True, -1.0)):  # two of its three words are copies
+        (sentence,) = rewards(content, reject_copies=on, placement="sentence", **PLAIN)([given])
+        assert sentence[-1].item() == value
     with pytest.raises(UserError, match=r"reward\.reject_copies needs labels"):
         rewards(lambda _: [1.0], reject_copies=True)([given])
 

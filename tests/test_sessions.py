@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tppo_fast.data.rows import searched
 from tppo_fast.data.sessions import Session, read_sessions, split_by_user, write_sessions
 from tppo_fast.errors import UserError
 
@@ -71,6 +72,12 @@ def test_parquet_reads_the_same_as_jsonl(tmp_path: Path) -> None:
     ]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     assert read_sessions(parquet(tmp_path, columns)) == read_sessions(jsonl(tmp_path, *map(json.dumps, rows)))
+
+
+def test_what_was_searched_does_not_hang_on_the_order_of_kinds() -> None:
+    """Parquet gives every row the same order of kinds."""
+    assert searched({"visit": ["b"], "click": ["a1", "a2"]}) == ["a1", "a2", "b"]
+    assert searched({"click": ["a"], "search": ["c"]}) == ["c"]
 
 
 def test_parquet_name_is_taken_literally(tmp_path: Path) -> None:

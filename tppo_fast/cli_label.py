@@ -107,21 +107,20 @@ def _label(sessions_file: Path, options: dict[str, Any]) -> None:
     with contextlib.closing(_judge(options)) as judge:
         if not options["fresh"]:
             runs.check_out(out, judge.identity)
-        elif not options["dry_run"]:
-            runs.forget(out)
         responses, responses_file = _responses(sessions, sessions_file, options)
         files = {"sessions": sessions_file, "responses": responses_file}
         sources = runs.Sources(sessions=sessions, responses=responses, files=files)
         work = runs.plan(sources, judge.identity)
-        _estimate(work, judge, options)
+        pending = _estimate(work, judge, options)
         if options["dry_run"]:
             return
         concurrency = 0
         if options["labeller"] == "llm":
-            judge.check()  # type: ignore[attr-defined]
             concurrency = options["concurrency"]
-        result = runs.run(sources, judge, out, work, concurrency=concurrency, retry_rejects=options["retry_rejects"])
-        _say(result, judge, out)
+            if pending:
+                judge.check()  # type: ignore[attr-defined]
+        how = {name: options[name] for name in ("retry_rejects", "fresh")}
+        _say(runs.run(sources, judge, out, work, concurrency=concurrency, **how), judge, out)
 
 
 def _say(result: Result, judge: Judge, out: Path) -> None:
@@ -134,6 +133,11 @@ def _say(result: Result, judge: Judge, out: Path) -> None:
     if not result.labelled:
         raise LabellingFailed(f"no response could be labelled: every answer was set aside, see {result.rejects}")
     click.echo(f"labels: {result.labelled} responses in {out}")
+    if result.failed:
+        raise LabellingFailed(
+            f"{result.failed[-1]}; {len(result.failed)} of the responses set aside could not be judged this time: the same "
+            "command tries them again"
+        )
 
 
 def _judge(options: dict[str, Any]) -> Judge:
@@ -186,19 +190,21 @@ def _responses(
     return sampled_responses(settings, sessions, sessions_file, out, fresh=options["fresh"]), out
 
 
-def _estimate(work: Plan, judge: Judge, options: dict[str, Any]) -> None:
-    """What the run will take, printed before it begins."""
+def _estimate(work: Plan, judge: Judge, options: dict[str, Any]) -> int:
+    """How many responses are still to be judged; what that will take is printed before it begins."""
     from tppo_fast.labelling.cost import by_characters, estimate
     from tppo_fast.labelling.journal import read_journal
-    from tppo_fast.labelling.run import journal_path
+    from tppo_fast.labelling.run import journal_path, without_rejects
 
     done = {} if options["fresh"] else read_journal(journal_path(options["out"]))
+    if options["retry_rejects"]:
+        done = without_rejects(done)
     pending = work.pending(done)
     click.echo(
         f"{len(work.keys)} responses, {len(work.items)} distinct, {len(work.items) - len(pending)} labelled already"
     )
     if options["labeller"] != "llm":
-        return
+        return len(pending)
     count, rule = by_characters, "4 characters a token"
     if options["tokenizer"]:
         from tppo_fast.loading import load_tokenizer
@@ -211,6 +217,7 @@ def _estimate(work: Plan, judge: Judge, options: dict[str, Any]) -> None:
     if options["price_prompt"] is not None or options["price_completion"] is not None:
         line += f", {found.price(options['price_prompt'] or 0.0, options['price_completion'] or 0.0):.4f} by the given prices"
     click.echo(f"{line}; retries and answers asked again come on top")
+    return len(pending)
 
 
 def _compare(a: Path, b: Path, *, out: Path | None, seed: int) -> None:
@@ -220,6 +227,8 @@ def _compare(a: Path, b: Path, *, out: Path | None, seed: int) -> None:
     from tppo_fast.labelling.agreement import compare
     from tppo_fast.labelling.records import read_labels
 
+    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
+        raise UserError(f"--out {str(out)!r}: give a name ending in .json, in a folder that exists")
     comparison = compare(read_labels(a), read_labels(b), seed=seed)
     Console(width=None if Console().is_terminal else 120).print(comparison.table())
     if out is not None:

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from tppo_fast.sections import (
     Count,
     NonNegative,
+    NotBlank,
     Pluggable,
     Positive,
     Section,
@@ -79,7 +80,7 @@ class DataConfig(Section):
     """Prompt text. {history} is replaced by the rendered history and must occur exactly once."""
     response_prefix: str = " "
     """Text between prompt and response in supervision, part of the response."""
-    separator: str = ", "
+    separator: NotBlank = ", "
     """Text between the queries of one response."""
     max_prompt_tokens: Annotated[int, Field(ge=8)] = 512
     """Longer histories lose their OLDEST entries until the prompt fits."""
@@ -91,13 +92,6 @@ class DataConfig(Section):
     def _one_history(cls, value: str) -> str:
         if value.count("{history}") != 1:
             raise ValueError("must contain {history} exactly once")
-        return value
-
-    @field_validator("separator")
-    @classmethod
-    def _not_blank(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("must contain a character that is not a space")
         return value
 
 
@@ -153,7 +147,8 @@ class RewardConfig(Section):
     reject_copies: bool = False
     """Words of a query that repeats the history, or an earlier query of its response, are irrelevant, whatever the source says (a
     reward model has learned that of copies it was shown, and a policy finds others), and the token that ends such a query costs
-    what a relevant token pays more than an irrelevant one: to end it there was the mistake. Not for sources of numbers."""
+    what a relevant token pays more than an irrelevant one: to end it there was the mistake. A judgement of the whole response is
+    irrelevant where most of it are copies. Not for sources of numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the reward model scores; auto is the trainer's device."""
     batch_tokens: Annotated[int, Field(ge=16)] = 16384

@@ -30,6 +30,15 @@ def _module_function(value: str) -> str:
 Pluggable = Annotated[str, AfterValidator(_module_function)]
 
 
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must contain a character that is not a space")
+    return value
+
+
+NotBlank = Annotated[str, AfterValidator(_not_blank)]
+
+
 class Section(BaseModel):
     """Settings that go together. Numbers are written as numbers and switches as true or false: nothing stands for another."""
 

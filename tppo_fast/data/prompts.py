@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tppo_fast.config import DataConfig
-from tppo_fast.data.rows import Session, show
+from tppo_fast.data.rows import Session, searched, show
 from tppo_fast.data_types import Prompt
 from tppo_fast.errors import UserError
 
@@ -79,7 +79,7 @@ class PromptBuilder:
                 Prompt(
                     token_ids=[*self._start, *(ids if fits else self._truncated(history, session))],
                     user_id=session.user_id,
-                    history=history.get("search") or [entry for entries in history.values() for entry in entries],
+                    history=searched(history),
                     next_queries=next_queries,
                     relevant_queries=self._cleaned(session.relevant_queries, session, "relevant_queries"),
                 )

@@ -32,6 +32,11 @@ class Session:
             object.__setattr__(self, "relevant_queries", self.next_queries)
 
 
+def searched(history: Mapping[str, Sequence[str]]) -> list[str]:
+    """The queries of a history, oldest first; every entry, kind after kind, where nothing was searched."""
+    return list(history.get("search") or [entry for kind in sorted(history) for entry in history[kind]])
+
+
 def parse_row(row: object, where: str) -> Session:
     """The session one decoded row stands for.
 

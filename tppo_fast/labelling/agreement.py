@@ -7,13 +7,14 @@ own rates would give by chance. It is NaN where one of them never varies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from tppo_fast.data.rows import show
 from tppo_fast.errors import UserError
 from tppo_fast.labelling.records import LabelledResponse
 from tppo_fast.rewards.alignment import project
@@ -60,6 +61,8 @@ class Comparison:
     """Distinct responses in A alone and in B alone."""
     users: int
     """Users among the compared responses: what the bootstrap resamples."""
+    dropped: int
+    """Words of A in responses of both that B left unlabelled."""
     levels: list[Agreement]
     """Words, then sentences."""
 
@@ -70,6 +73,7 @@ class Comparison:
             "responses": self.responses,
             "only_in_one": list(self.only),
             "users": self.users,
+            "words_not_in_b": self.dropped,
             **{
                 level.level: {
                     "count": level.count,
@@ -98,7 +102,7 @@ class Comparison:
             table.add_row(f"paper, {name}, LLM and people", "", "", "", f"{value:.2%}", "", style="dim")
         table.caption = (
             f"{self.responses} responses of {self.users} users in both files, {self.only[0]} only in A, {self.only[1]} only in "
-            "B; 95 % intervals by bootstrap over users"
+            f"B; {self.dropped} words of A have no label in B; 95 % intervals by bootstrap over users"
         )
         return table
 
@@ -109,15 +113,16 @@ def compare(
     """Compare two labellers on the responses that both labelled, each distinct one once.
 
     Raises:
-        UserError: no response is in both.
+        UserError: no response is in both, or one is labelled twice and differently in a file.
     """
-    left, right = ({_key(label): label for label in side} for side in (a, b))
+    left, right = _by_response(a), _by_response(b)
     shared = [key for key in left if key in right]
     if not shared:
         raise UserError("--agreement: no response is in both files: label the same responses with both labellers")
     users = sorted({left[key].user_id for key in shared})
     place = {user: index for index, user in enumerate(users)}
     words, sentences = np.zeros((2, len(users), 2, 2))  # [U, A's label, B's label] counts
+    dropped = 0
     for key in shared:
         one, two = left[key], right[key]
         user = place[one.user_id]
@@ -126,14 +131,33 @@ def compare(
         for mine, theirs in zip(one.labels.classes, projected, strict=True):
             if mine in (IRRELEVANT, RELEVANT) and theirs in (IRRELEVANT, RELEVANT):
                 words[user, mine - 1, theirs - 1] += 1
+            else:
+                dropped += mine in (IRRELEVANT, RELEVANT)
     levels = [_level(name, counts, seed, resamples) for name, counts in (("word", words), ("sentence", sentences))]
     return Comparison(
-        labellers=(left[shared[0]].labeller, right[shared[0]].labeller),
+        labellers=(_labellers(left), _labellers(right)),
         responses=len(shared),
         only=(len(left) - len(shared), len(right) - len(shared)),
         users=len(users),
+        dropped=dropped,
         levels=levels,
     )
+
+
+def _by_response(labels: Sequence[LabelledResponse]) -> dict[tuple[Any, ...], LabelledResponse]:
+    found: dict[tuple[Any, ...], LabelledResponse] = {}
+    for label in labels:
+        other = found.setdefault(_key(label), label)
+        if (other.labels, other.labeller) != (label.labels, label.labeller):
+            raise UserError(
+                f"--agreement: {show(label.response)} of user {show(label.user_id)} is labelled twice in one file, by "
+                f"{other.labeller} and {label.labeller}: keep one labeller's rows"
+            )
+    return found
+
+
+def _labellers(labels: Mapping[tuple[Any, ...], LabelledResponse]) -> str:
+    return ", ".join(sorted({label.labeller for label in labels.values()}))
 
 
 def _level(name: str, counts: np.ndarray, seed: int, resamples: int) -> Agreement:

@@ -30,11 +30,13 @@ LIMIT = 5
 class Journal:
     """Entries by key in a JSON Lines file. What ``append`` returned from is on disk; a torn last line is cut off.
 
+    ``fresh`` forgets what it held.
+
     Raises:
         UserError: the file cannot be written, is no journal, or another process is writing it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self.path = path
         self.entries: dict[str, Entry] = {}
         try:
@@ -43,6 +45,8 @@ class Journal:
             raise UserError(f"{show(str(path))} cannot be written ({error.strerror}): choose another --out") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fresh:
+                self._file.truncate(0)
             self._load()
         except BlockingIOError:
             self._file.close()
@@ -99,8 +103,8 @@ def _parse(file: IO[bytes], path: Path) -> tuple[dict[str, Entry], int]:
 
 def fill(
     journal: Journal, keys: Sequence[str], work: Work, *, chunk: int, concurrency: int, verb: str, unit: str
-) -> None:
-    """Work until the journal holds every key.
+) -> dict[str, str]:
+    """Work until the journal holds every key that can be worked on now.
 
     Chunks are always the same ``chunk`` neighbours of ``keys``; a chunk that is only partly in the journal is worked on
     again as a whole and the missing part kept, so that a kill changes nothing of what a chunk gives.
@@ -114,23 +118,29 @@ def fill(
         verb: for the progress display.
         unit: for the progress display.
 
+    Returns:
+        The keys that were tried and failed, with the reason; a later call tries them again.
+
     Raises:
-        LabellingFailed: some chunks failed; what was done is in the journal.
+        LabellingFailed: a failure that repeating cannot help, or too many in a row; what was done is in the journal.
         Interrupted: SIGINT; what was done is in the journal.
     """
     chunks = [range(start, min(start + chunk, len(keys))) for start in range(0, len(keys), chunk)]
     missing = [c for c in chunks if not all(keys[i] in journal.entries for i in c)]
     done = sum(key in journal.entries for key in keys)
-    failures: list[LabellingFailed] = []
+    failed: dict[str, str] = {}
+    fatal: LabellingFailed | None = None
     in_a_row = 0
+    stop = threading.Event()
     with InterruptGuard() as guard, Progress(verb, len(keys), unit, start=done) as progress:
         try:
-            for numbers, outcome in _outcomes(missing, work, concurrency, guard):
+            for numbers, outcome in _outcomes(missing, work, concurrency, guard, stop):
                 if isinstance(outcome, LabellingFailed):
-                    failures.append(outcome)
+                    failed |= {keys[i]: str(outcome) for i in numbers if keys[i] not in journal.entries}
                     in_a_row += 1
-                    if outcome.final or in_a_row >= LIMIT + concurrency:
-                        break
+                    if fatal is None and (outcome.final or in_a_row >= LIMIT + concurrency):
+                        fatal = outcome
+                        stop.set()
                     continue
                 in_a_row = 0
                 pairs = zip(numbers, outcome, strict=True)
@@ -140,34 +150,46 @@ def fill(
         except Interrupted:
             kept = sum(key in journal.entries for key in keys)
             raise Interrupted(f"stopped with {kept} of {len(keys)} done and saved; the same command goes on") from None
-    if failures:
+    if fatal is not None:
         kept = sum(key in journal.entries for key in keys)
         raise LabellingFailed(
-            f"{failures[-1]}; {kept} of {len(keys)} are done and saved, the same command goes on with the rest"
+            f"{fatal}; {kept} of {len(keys)} are done and saved, the same command goes on with the rest"
         )
+    return failed
 
 
 def _outcomes(
-    chunks: Sequence[range], work: Work, concurrency: int, guard: InterruptGuard
+    chunks: Sequence[range], work: Work, concurrency: int, guard: InterruptGuard, stop: threading.Event
 ) -> Iterator[tuple[range, list[Entry] | LabellingFailed]]:
-    """(chunk, its entries or failure) as they are finished; what is under way at a Ctrl-C still comes, then ``Interrupted``."""
+    """(chunk, its entries or failure) as they are finished.
+
+    What is under way when ``stop`` is set, or at a Ctrl-C, still comes; after a Ctrl-C then ``Interrupted``.
+    """
     if concurrency == 0:
         for numbers in chunks:
             guard.check()
-            yield numbers, work(numbers)
+            if stop.is_set():
+                return
+            try:
+                outcome: Any = work(numbers)
+            except LabellingFailed as error:
+                outcome = error
+            yield numbers, outcome
         return
-    pool = _Pool(chunks, work, concurrency)
-    asked = None  # when Ctrl-C came
+    pool = _Pool(chunks, work, concurrency, stop)
+    asked = False  # whether Ctrl-C came
+    since = None  # when no more was begun
     try:
-        while pool.unfinished(new=asked is None):
-            if asked is None:
-                try:
-                    guard.check()
-                except Interrupted:
-                    asked = time.monotonic()
-                    pool.stop.set()
-            elif time.monotonic() - asked > GRACE:
-                break
+        while pool.unfinished():
+            try:
+                guard.check()
+            except Interrupted:
+                asked = True
+                stop.set()
+            if stop.is_set():
+                since = since or time.monotonic()
+                if time.monotonic() - since > GRACE:
+                    break
             try:
                 numbers, outcome = pool.results.get(timeout=0.1)
             except queue.Empty:
@@ -176,29 +198,29 @@ def _outcomes(
                 raise outcome
             yield numbers, outcome
     finally:
-        pool.stop.set()
-    if asked is not None:
+        stop.set()
+    if asked:
         raise Interrupted
 
 
 class _Pool:
     """Threads that take chunks in order. Daemons: a request nobody waits for must not keep the process alive."""
 
-    def __init__(self, chunks: Sequence[range], work: Work, concurrency: int) -> None:
+    def __init__(self, chunks: Sequence[range], work: Work, concurrency: int, stop: threading.Event) -> None:
         self._work = work
         self._tasks = iter(chunks)
         self._lock = threading.Lock()
         self._left = len(chunks)  # not yet taken
         self._busy = 0
         self.results: queue.Queue[tuple[range, Any]] = queue.Queue()
-        self.stop = threading.Event()
+        self._stop = stop
         for _ in range(min(concurrency, len(chunks))):
             threading.Thread(target=self._serve, daemon=True).start()
 
-    def unfinished(self, *, new: bool) -> bool:
-        """Whether results are still to come, from chunks under way or, with ``new``, from ones not yet begun."""
+    def unfinished(self) -> bool:
+        """Whether results are still to come, from chunks under way or, unless stopped, from ones not yet begun."""
         with self._lock:
-            return bool(self._busy or not self.results.empty() or (new and self._left))
+            return bool(self._busy or not self.results.empty() or (self._left and not self._stop.is_set()))
 
     def _serve(self) -> None:
         while (numbers := self._take()) is not None:
@@ -207,14 +229,14 @@ class _Pool:
             except BaseException as error:  # travels to the thread that waits for results
                 outcome = error
                 if isinstance(error, LabellingFailed) and error.final:
-                    self.stop.set()
+                    self._stop.set()
             with self._lock:
                 self.results.put((numbers, outcome))
                 self._busy -= 1
 
     def _take(self) -> range | None:
         with self._lock:
-            if self.stop.is_set() or not self._left:
+            if self._stop.is_set() or not self._left:
                 return None
             self._left -= 1
             self._busy += 1

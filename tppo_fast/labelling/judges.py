@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tppo_fast.data.rows import Session
 from tppo_fast.rewards.labels import Labeller, Labels
 
 
@@ -85,11 +84,6 @@ class OneByOne:
 def labeller_id(identity: Mapping[str, Any]) -> str:
     """Short name of a labeller: its kind and a hash of its whole identity."""
     return f"{identity['labeller']}/{digest(identity)[:12]}"
-
-
-def searched(session: Session) -> tuple[str, ...]:
-    """The part of a history that labellers read, as in ``Prompt.history``."""
-    return tuple(session.history.get("search") or [entry for entries in session.history.values() for entry in entries])
 
 
 def digest(value: object) -> str:

@@ -2,12 +2,12 @@
 
 The client retries connections, timeouts, 408, 409, 429 and 5xx with exponential backoff and honours Retry-After; every HTTP
 request, retries included, passes the shared ``RateLimiter``. An answer that is not what the schema asks for is asked again, with
-what was wrong, and then set aside. Not causal: the judge sees the whole response at once.
+what was wrong, and then set aside. One that is no chat completion at all is the endpoint's failure, not the response's: asked
+again after a pause, and in the next run. Not causal: the judge sees the whole response at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -20,7 +20,7 @@ from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.labelling.judges import Item, Rejected
 from tppo_fast.labelling.prompting import MalformedAnswer, Message, PromptTemplate
 from tppo_fast.rewards.labels import Labels
-from tppo_fast.rewards.segment import segment
+from tppo_fast.rewards.segment import check_separator, segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,10 @@ class LLMSettings:
     """Limit of the whole run; None sets none."""
     answer_tokens: int | None = None
     """Longest answer; None: 64 and 12 for every word, 0: no limit (for models that think first)."""
+
+
+class _NoCompletion(MalformedAnswer):
+    """What came back is no chat completion."""
 
 
 class RateLimiter:
@@ -85,8 +89,13 @@ class Usage:
     def add(self, usage: Any) -> None:
         with self.lock:
             self.requests += 1
-            self.prompt_tokens += getattr(usage, "prompt_tokens", 0) or 0
-            self.completion_tokens += getattr(usage, "completion_tokens", 0) or 0
+            self.prompt_tokens += _whole(getattr(usage, "prompt_tokens", 0))
+            self.completion_tokens += _whole(getattr(usage, "completion_tokens", 0))
+
+
+def _whole(value: Any) -> int:
+    """The client does not check what an endpoint sends."""
+    return value if isinstance(value, int) else 0
 
 
 class LLMJudge:
@@ -99,6 +108,7 @@ class LLMJudge:
     chunk = 1
 
     def __init__(self, settings: LLMSettings, template: PromptTemplate) -> None:
+        check_separator(settings.separator)
         self.settings, self.template, self.usage = settings, template, Usage()
         self._key = _key(settings)
         self._limiter = RateLimiter(settings.requests_per_minute)
@@ -145,8 +155,12 @@ class LLMJudge:
         """
         item = Item(history=("lisbon",), next_queries=("lisbon tram map",), response="lisbon map")
         parts = segment(item.response, self.settings.separator)
-        with contextlib.suppress(MalformedAnswer):  # the endpoint works; what the model is worth shows later
+        try:
             self._ask(self.template.messages(item, parts), len(parts.flat), first=True)
+        except _NoCompletion as error:
+            raise LabellingFailed(self._said(error), final=True) from None
+        except MalformedAnswer:
+            pass  # the endpoint works; what the model is worth shows later
 
     def judge(self, items: Sequence[Item]) -> list[Labels | Rejected]:
         return [self._judge(item) for item in items]
@@ -167,16 +181,24 @@ class LLMJudge:
         count = len(parts.flat)
         if not count:
             return parts.labels([[] for _ in parts.words], 0)  # nothing to judge, nothing to pay
-        messages = self.template.messages(item, parts)
+        asked = messages = self.template.messages(item, parts)
         reason = answer = ""
-        for _ in range(self.settings.attempts):
+        last = None
+        for attempt in range(self.settings.attempts):
             try:
                 answer = self._ask(messages, count)
                 return self.template.parse(answer, parts)
+            except _NoCompletion as error:
+                last = error
+                self._limiter.pause(0.5 * 2**attempt)
+                continue
             except MalformedAnswer as error:
-                reason, answer = str(error), getattr(error, "answer", answer)
+                last, reason, answer = error, str(error), getattr(error, "answer", answer)
             again = f"That answer cannot be used: {reason}. Answer the question again, with the JSON alone."
-            messages = [*messages[:2], {"role": "assistant", "content": answer}, {"role": "user", "content": again}]
+            turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": again}]
+            messages = [*asked, *turns] if answer else asked  # some endpoints refuse an empty turn
+        if isinstance(last, _NoCompletion):
+            raise LabellingFailed(self._said(last))
         return Rejected(reason=self._scrub(reason), answer=self._scrub(answer))
 
     def _ask(self, messages: list[Message], count: int, *, first: bool = False) -> str:
@@ -192,12 +214,15 @@ class LLMJudge:
             raise MalformedAnswer(self._said(error)) from None
         except openai.OpenAIError as error:
             raise LabellingFailed(self._said(error)) from None
+        except UnicodeEncodeError as error:
+            raise MalformedAnswer(f"what is to be judged is no text that can be sent: {error}") from None
         except ValueError as error:  # a body that is not the JSON it says it is
-            raise MalformedAnswer(f"the endpoint did not answer with JSON ({error})") from None
-        if not getattr(completion, "choices", None):
-            raise _malformed("the endpoint's answer holds no choice", str(completion))
+            raise _NoCompletion(f"it did not answer with JSON: {error}") from None
+        choices = getattr(completion, "choices", None)
+        if not isinstance(choices, list) or not choices or not getattr(choices[0], "message", None):
+            raise _NoCompletion(f"its answer holds no message: {completion}")
         self.usage.add(completion.usage)
-        return _text_of(completion.choices[0])
+        return _text_of(choices[0])
 
     def _request(self, messages: list[Message], count: int) -> dict[str, Any]:
         own = self.settings
@@ -233,8 +258,11 @@ def _text_of(choice: Any) -> str:
         MalformedAnswer: there is none, or it was cut off.
     """
     text = choice.message.content or ""
+    if not isinstance(text, str):
+        raise _malformed("the message's content is no text", str(text))
+    text = text.encode(errors="backslashreplace").decode()  # half of a surrogate pair fits in no file and no request
     if getattr(choice.message, "refusal", None):
-        raise _malformed("the model refused", choice.message.refusal)
+        raise _malformed("the model refused", str(choice.message.refusal))
     if choice.finish_reason == "length":
         raise _malformed("the answer was cut at its longest length (--answer-tokens)", text)
     if choice.finish_reason == "content_filter":
@@ -255,6 +283,8 @@ def _key(settings: LLMSettings) -> str | None:
     if settings.base_url and url.scheme not in ("http", "https"):
         raise UserError(f"--base-url {settings.base_url!r}: start it with http:// or https://")
     key = os.environ.get(settings.key_variable)
+    if key and not key.isascii():
+        raise UserError(f"${settings.key_variable} holds a character that no header can carry: copy the key again")
     if not key and not settings.base_url:
         raise UserError(f"${settings.key_variable} is not set: put the endpoint's key there, or give --base-url")
     return key

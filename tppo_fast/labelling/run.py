@@ -9,10 +9,10 @@ from typing import Any
 
 import tppo_fast
 from tppo_fast.data.files import write_rows
-from tppo_fast.data.rows import Session, show
+from tppo_fast.data.rows import Session, searched, show
 from tppo_fast.errors import UserError
 from tppo_fast.labelling.journal import Entry, Journal, fill
-from tppo_fast.labelling.judges import Item, Judge, Rejected, labeller_id, searched
+from tppo_fast.labelling.judges import Item, Judge, Rejected, labeller_id
 from tppo_fast.labelling.records import (
     LabelledResponse,
     Response,
@@ -40,7 +40,9 @@ class Sources:
     def item(self, response: Response) -> Item:
         """What a labeller sees of one response."""
         session = self.sessions[response.session - 1]
-        return Item(history=searched(session), next_queries=tuple(session.next_queries), response=response.text)
+        return Item(
+            history=tuple(searched(session.history)), next_queries=tuple(session.next_queries), response=response.text
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,8 @@ class Result:
     """Responses set aside with the reason, in ``rejects``."""
     rejects: Path
     """Where they are; there is no file without any."""
+    failed: Sequence[str]
+    """Why responses could not be judged this time, one reason each; they stand among the rejects, and the next run tries them."""
 
 
 def plan(sources: Sources, identity: Mapping[str, Any]) -> Plan:
@@ -77,7 +81,16 @@ def plan(sources: Sources, identity: Mapping[str, Any]) -> Plan:
     return Plan(keys=keys, items=dict(zip(keys, items, strict=True)))
 
 
-def run(sources: Sources, judge: Judge, out: Path, work: Plan, *, concurrency: int, retry_rejects: bool) -> Result:
+def run(
+    sources: Sources,
+    judge: Judge,
+    out: Path,
+    work: Plan,
+    *,
+    concurrency: int,
+    retry_rejects: bool = False,
+    fresh: bool = False,
+) -> Result:
     """Label everything and write ``out``; started again after any end, it goes on where it was.
 
     Args:
@@ -87,24 +100,37 @@ def run(sources: Sources, judge: Judge, out: Path, work: Plan, *, concurrency: i
         work: from ``plan``.
         concurrency: requests at once; 0 judges in this thread.
         retry_rejects: judge again what was set aside before.
+        fresh: forget an earlier run into ``out``, whoever's labels it held.
 
     Raises:
         UserError: ``out`` holds another labeller's labels.
-        LabellingFailed: the endpoint failed; what was judged is kept.
+        LabellingFailed: the endpoint is down or refuses everything; what was judged is kept.
         Interrupted: SIGINT; what was judged is kept.
     """
-    check_out(out, judge.identity)
+    if not fresh:
+        check_out(out, judge.identity)
     items = list(work.items.values())
     keys = list(work.items)
 
     def judge_chunk(numbers: Sequence[int]) -> list[Entry]:
         return [_entry(outcome) for outcome in judge.judge([items[i] for i in numbers])]
 
-    with Journal(journal_path(out)) as journal:
+    with Journal(journal_path(out), fresh=fresh) as journal:
+        if fresh:
+            for path in (out, record_path(out), rejects_path(out)):
+                path.unlink(missing_ok=True)
         if retry_rejects:
-            journal.entries = {key: entry for key, entry in journal.entries.items() if "rejected" not in entry}
-        fill(journal, keys, judge_chunk, chunk=judge.chunk, concurrency=concurrency, verb="label", unit="response")
-        return _write(sources, judge, out, work, journal.entries)
+            journal.entries = without_rejects(journal.entries)
+        failed = fill(
+            journal, keys, judge_chunk, chunk=judge.chunk, concurrency=concurrency, verb="label", unit="response"
+        )
+        unjudged = {key: {"rejected": f"not judged yet: {reason}", "answer": ""} for key, reason in failed.items()}
+        return _write(sources, judge, out, work, journal.entries | unjudged, [*failed.values()])
+
+
+def without_rejects(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries that hold labels."""
+    return {key: entry for key, entry in entries.items() if "rejected" not in entry}
 
 
 def check_out(out: Path, identity: Mapping[str, Any]) -> None:
@@ -119,12 +145,6 @@ def check_out(out: Path, identity: Mapping[str, Any]) -> None:
             f"--out {show(str(out))} holds labels of {record.get('labeller', {}).get('id')}, not {labeller_id(identity)}: "
             "choose another name, or use --fresh"
         )
-
-
-def forget(out: Path) -> None:
-    """Remove what an earlier run into ``out`` left."""
-    for path in (out, record_path(out), journal_path(out), rejects_path(out)):
-        path.unlink(missing_ok=True)
 
 
 def journal_path(out: Path) -> Path:
@@ -142,7 +162,9 @@ def _entry(outcome: Labels | Rejected) -> Entry:
     return {"spans": spans, "classes": outcome.classes, "sentence": outcome.sentence}
 
 
-def _write(sources: Sources, judge: Judge, out: Path, work: Plan, entries: Mapping[str, Entry]) -> Result:
+def _write(
+    sources: Sources, judge: Judge, out: Path, work: Plan, entries: Mapping[str, Entry], failed: Sequence[str]
+) -> Result:
     """The files, from the journal alone: the same bytes however often the run was stopped."""
     labeller = labeller_id(judge.identity)
     labels, rejects = [], []
@@ -170,7 +192,7 @@ def _write(sources: Sources, judge: Judge, out: Path, work: Plan, entries: Mappi
     if labels:
         write_labels(out, labels)
         write_record(out, _record(sources, judge.identity, out, len(labels), len(rejects), len(work.items)))
-    return Result(labelled=len(labels), rejected=len(rejects), rejects=rejects_path(out))
+    return Result(labelled=len(labels), rejected=len(rejects), rejects=rejects_path(out), failed=failed)
 
 
 def _record(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tppo_fast import figures, report
+from tppo_fast.data.rows import searched
 from tppo_fast.evaluate import Estimate
 from tppo_fast.labelling.records import sha256_of
 from tppo_fast.metrics import GLOSSARY, read_metrics
-from tppo_fast.reward_model.data import Example, searches
+from tppo_fast.reward_model.data import Example
 from tppo_fast.reward_model.quality import METRICS, Scored, reliability
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.rewards.token_model import RECORD, TokenModel
@@ -129,7 +130,7 @@ def _example(result: Result, index: int) -> report.Example:
     mine = result.scored.response == index
     relevant = result.scored.probabilities[mine, 2].tolist()
     text = example.row.response
-    past, true = " | ".join(searches(example.row.history)), " | ".join(example.row.next_queries)
+    past, true = " | ".join(searched(example.row.history)), " | ".join(example.row.next_queries)
     tokens = [
         (text[a:b], int(c), p)
         for (a, b), c, p in zip(example.encoded.spans, example.labels.tolist(), relevant, strict=True)

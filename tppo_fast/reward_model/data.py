@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from tppo_fast import seeding
+from tppo_fast.data.rows import searched
 from tppo_fast.data.sessions import split_by_user
 from tppo_fast.errors import UserError
 from tppo_fast.labelling.records import LabelledResponse
@@ -65,14 +66,9 @@ def split(rows: Sequence[LabelledResponse], config: LabelsConfig, seed: int) -> 
     return Parts(train=train, validation=validation, test=test)
 
 
-def searches(history: Mapping[str, Sequence[str]]) -> list[str]:
-    """The queries of a history, oldest first; every entry where nothing was searched, as in ``Prompt.history``."""
-    return list(history.get("search") or [entry for entries in history.values() for entry in entries])
-
-
 def encode(rows: Sequence[LabelledResponse], reader: Reader) -> list[Example]:
     """Every response with at least one token, with the labels of its words on its tokens."""
-    encoded = reader([searches(row.history) for row in rows], [row.response for row in rows])
+    encoded = reader([searched(row.history) for row in rows], [row.response for row in rows])
     examples = []
     for row, one in zip(rows, encoded, strict=True):
         if one.response:
@@ -84,7 +80,7 @@ def encode(rows: Sequence[LabelledResponse], reader: Reader) -> list[Example]:
 
 def _found_in_history(row: LabelledResponse) -> Labels:
     """Each word of the response: relevant when its stem stands in the history."""
-    known = {stem(query[a:b]) for query in searches(row.history) for a, b in word_spans(query)}
+    known = {stem(query[a:b]) for query in searched(row.history) for a, b in word_spans(query)}
     spans = word_spans(row.response)
     classes = [RELEVANT if stem(row.response[a:b]) in known else IRRELEVANT for a, b in spans]
     return Labels(spans=spans, classes=classes, sentence=int(RELEVANT in classes))

@@ -17,10 +17,11 @@ import numpy as np
 
 from tppo_fast.data import baselines
 from tppo_fast.data.lexicon import FACETS
+from tppo_fast.data.rows import searched
 from tppo_fast.data.sessions import Session
 from tppo_fast.data.synthetic import PERSONAS, forms, relevant_facets
 from tppo_fast.labelling.records import LabelledResponse
-from tppo_fast.reward_model.data import Example, searches
+from tppo_fast.reward_model.data import Example
 from tppo_fast.rewards.alignment import project
 from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, Labels
 from tppo_fast.rewards.lexical import LexicalLabeller
@@ -53,7 +54,7 @@ def exact(
     """P(a token's label is relevant | history, response): the labels themselves, averaged over ``belief``."""
     row, total = example.row, np.zeros(len(example.labels))
     for weight, relevant in _relevant_sets(row, belief):
-        labels = labeller(searches(row.history), relevant, row.response)
+        labels = labeller(searched(row.history), relevant, row.response)
         total += weight * (np.array(project(labels, example.encoded.spans)) == RELEVANT)
     return total
 
@@ -73,7 +74,7 @@ def causal(example: Example, labeller: LexicalLabeller, rates: Float[np.ndarray,
     place = np.searchsorted([start for start, _ in parts.separators], [start for start, _ in spans], side="right")
     total = np.zeros(len(spans))
     for weight, relevant in _relevant_sets(row, baselines.posterior):
-        history = searches(row.history)
+        history = searched(row.history)
         final = np.array(project(labeller(history, relevant, row.response), spans)) == RELEVANT
         unfinished = np.zeros(len(spans), dtype=bool)
         for number, (_, end) in enumerate(parts.queries):
@@ -106,7 +107,7 @@ def _new_at_place(rows: Iterable[LabelledResponse], separator: str) -> Float[np.
     """The share of new queries among those at each place of a response."""
     counts = np.zeros((PLACES, 2))
     for row in rows:
-        known = {normalise_query(query) for query in searches(row.history)}
+        known = {normalise_query(query) for query in searched(row.history)}
         parts = segment(row.response, separator)
         for place in range(len(parts.queries)):
             form = normalise_query(parts.query(place))

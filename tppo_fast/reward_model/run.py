@@ -11,13 +11,14 @@ import torch
 
 from tppo_fast import checkpoint
 from tppo_fast.atomic import atomic_folder
+from tppo_fast.data.rows import searched
 from tppo_fast.errors import UserError
 from tppo_fast.evaluate import Estimate
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.labelling.records import LabelledResponse, read_labels, read_record, sha256_of
 from tppo_fast.metrics import METRICS_FILE, MetricsLogger
 from tppo_fast.reward_model import backbone, card, quality
-from tppo_fast.reward_model.data import Example, encode, searches, split
+from tppo_fast.reward_model.data import Example, encode, split
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.reward_model.training import BEST, Learner, fit
 from tppo_fast.rewards.token_model import TokenModel
@@ -135,7 +136,7 @@ def score(model: TokenModel, examples: Sequence[Example], token_budget: int) -> 
 
 def _texts(rows: Sequence[LabelledResponse]) -> list[str]:
     """What a tokenizer made from nothing is trained on."""
-    return [" " + text.strip() for row in rows for text in (*searches(row.history), row.response)]
+    return [" " + text.strip() for row in rows for text in (*searched(row.history), row.response)]
 
 
 def _check_words(*parts: Sequence[Example]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tppo_fast.sections import Count, NonNegative, Positive, Section, Unit
+from tppo_fast.sections import Count, NonNegative, NotBlank, Positive, Section, Unit
 
 
 class BackboneConfig(Section):
@@ -30,8 +30,8 @@ class LabelsConfig(Section):
     """Share of the USERS that nothing but the final metrics reads; no user stands in two parts."""
     template: str = "History:\n{history}\nNext queries:"
     """Text of the history part. {history} is replaced by the queries and must occur exactly once."""
-    separator: str = ", "
-    """Text between the queries of a history."""
+    separator: NotBlank = ", "
+    """Text between the queries of a history and of a response."""
     max_tokens: Annotated[int, Field(ge=16)] = 2048
     """Longest input; a longer one loses the oldest part of its history. Lowered to what the backbone has (TPPO: 2048)."""
 

@@ -15,11 +15,12 @@ from transformers import get_scheduler
 
 from tppo_fast import checkpoint, seeding
 from tppo_fast.atomic import atomic_folder, write_atomic
+from tppo_fast.data.rows import searched
 from tppo_fast.errors import TrainingDiverged
 from tppo_fast.interrupt import InterruptGuard
 from tppo_fast.metrics import MetricsLogger
 from tppo_fast.progress import Progress
-from tppo_fast.reward_model.data import Example, searches
+from tppo_fast.reward_model.data import Example
 from tppo_fast.reward_model.losses import balanced, class_weights, global_loss, local_loss
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.rewards.token_model import TokenModel, batches
@@ -78,7 +79,7 @@ class Learner:
             return torch.randperm(len(self.examples), generator=generator).tolist()
         groups: dict[tuple[str, ...], list[int]] = {}
         for i, example in enumerate(self.examples):
-            groups.setdefault((example.row.user_id, *searches(example.row.history)), []).append(i)
+            groups.setdefault((example.row.user_id, *searched(example.row.history)), []).append(i)
         together = list(groups.values())
         return [i for g in torch.randperm(len(together), generator=generator).tolist() for i in together[g]]
 

@@ -16,7 +16,7 @@ from tppo_fast.errors import UserError
 from tppo_fast.plugins import load_object, raised
 from tppo_fast.rewards.alignment import project, token_spans
 from tppo_fast.rewards.copies import Copies, find_copies
-from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, Labeller, Labels, Span
+from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, SEPARATOR, Labeller, Labels, Span
 from tppo_fast.rewards.length_penalty import lwp
 from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.output import checked_items, checked_labels, checked_numbers, checked_probabilities
@@ -90,7 +90,7 @@ def build_reward(
     elif config.source == "model":
         from tppo_fast.rewards import model_source  # needs transformers
 
-        source = model_source.build(config, tokenizer, device)
+        source = model_source.build(config, tokenizer, device, separator)
     elif ":" not in config.source:
         raise UserError(f'reward.source = {config.source!r}: write "lexical", "model", or module:function for your own')
     else:
@@ -141,7 +141,8 @@ class TokenRewards:
             ]
             classes = [_irrelevant(c, found.words) for c, found in zip(classes, copies, strict=True)]
             table, scalar = np.array(SCALES[self.config.scale]), sentence
-            indices = [IRRELEVANT + given.sentence for given in labels] if sentence else classes
+            wholes = [_whole(*one) for one in zip(labels, classes, copies, strict=True)]
+            indices = wholes if sentence else classes
             arrays = [table[np.array(c, dtype=np.int64)] for c in indices]
         elif scores := checked_probabilities(items, rollouts, name):
             scores = [without_relevance(s, found.words) for s, found in zip(scores, copies, strict=True)]
@@ -201,6 +202,13 @@ class TokenRewards:
         rewards = torch.zeros(length)
         rewards[-1] = float(scaled.sum())
         return rewards
+
+
+def _whole(labels: Labels, classes: list[int], copies: Copies) -> int:
+    """The class of the whole response: irrelevant where most of its words' tokens stand in copies."""
+    words = sum(kind != SEPARATOR for kind in classes)
+    copied = sum(classes[i] != SEPARATOR for i in copies.words)
+    return IRRELEVANT if 2 * copied > words else IRRELEVANT + labels.sentence
 
 
 def _irrelevant(classes: list[int], tokens: Sequence[int]) -> list[int]:

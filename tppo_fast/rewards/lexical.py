@@ -27,7 +27,7 @@ import snowballstemmer
 
 from tppo_fast.errors import UserError
 from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, Labels
-from tppo_fast.rewards.segment import query_words, segment
+from tppo_fast.rewards.segment import check_separator, query_words, segment
 from tppo_fast.words import normalise_query, stem
 
 
@@ -99,8 +99,7 @@ class LexicalLabeller:
     """Snowball algorithm for the stems."""
 
     def __post_init__(self) -> None:
-        if not self.separator.strip():
-            raise UserError(f"separator = {self.separator!r}: give at least one character that is not a space")
+        check_separator(self.separator)
         if self.language not in snowballstemmer.algorithms():
             raise UserError(f"language = {self.language!r}: Snowball knows {', '.join(snowballstemmer.algorithms())}")
 

@@ -64,17 +64,25 @@ class ModelReward:
         return ClassProbabilities(values=carried)
 
 
-def build(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str) -> ModelReward:
+def build(
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str, separator: str
+) -> ModelReward:
     """The source of ``reward.model`` on ``reward.device`` (auto: the trainer's, ``device``).
 
     Raises:
-        UserError: no model is given or it cannot be loaded; the device is missing; "red" with a model of hindsight.
+        UserError: no model is given or it cannot be loaded; it knows another separator of queries; the device is missing; "red"
+            with a model of hindsight.
     """
     if not config.model:
         raise UserError('reward.source = "model" needs reward.model: the folder that tppo-fast reward-model wrote')
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError('reward.device = "cuda", but torch sees no CUDA device: use "auto" or "cpu"')
     model, _ = load(config.model, device if config.device == "auto" else config.device)
+    if model.reader.separator.strip() != separator.strip():
+        raise UserError(
+            f"data.separator = {separator!r}, but the reward model in {config.model!r} was trained with "
+            f"{model.reader.separator!r}: use the same"
+        )
     if config.value == "red" and model.hindsight:
         raise UserError(
             'reward.value = "red" scores prefixes, and this reward model sees later tokens: train one on a causal '

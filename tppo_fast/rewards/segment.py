@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tppo_fast.errors import UserError
 from tppo_fast.rewards.labels import SEPARATOR, Labels, Span
 from tppo_fast.words import normalise_word, word_spans
 
@@ -43,13 +44,24 @@ class Segments:
 
 
 def segment(text: str, separator: str) -> Segments:
-    """Cut ``text`` at the visible part of ``separator``, wherever it stands, as ``PromptBuilder.parse`` does."""
+    """Cut ``text`` at the visible part of ``separator``, wherever it stands, as ``PromptBuilder.parse`` does.
+
+    Raises:
+        UserError: a blank separator.
+    """
+    check_separator(separator)
     breaks = [match.span() for match in re.finditer(re.escape(separator.strip()), text)]
     starts = [0, *(end for _, end in breaks)]
     ends = [*(start for start, _ in breaks), len(text)]
     queries = list(zip(starts, ends, strict=True))
     words = [[(s + start, e + start) for s, e in query_words(text[start:end])] for start, end in queries]
     return Segments(text=text, separators=breaks, queries=queries, words=words)
+
+
+def check_separator(separator: str) -> None:
+    """Raise UserError for one without a visible part."""
+    if not separator.strip():
+        raise UserError(f"separator = {separator!r}: give at least one character that is not a space")
 
 
 def query_words(query: str) -> list[Span]:

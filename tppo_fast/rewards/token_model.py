@@ -277,5 +277,6 @@ def _padded_logits(classifier: Any, batch: Sequence[Encoded], device: torch.devi
     types = [e.token_type_ids for e in batch if e.token_type_ids is not None]
     if len(types) == len(batch):
         inputs["token_type_ids"] = rows(types, 0)
-    index = torch.tensor([n * width + i for n, e in enumerate(batch) for i in e.response], device=device)
+    places = [n * width + i for n, e in enumerate(batch) for i in e.response]
+    index = torch.tensor(places, dtype=torch.int64, device=device)
     return classifier(**inputs).logits.flatten(0, 1)[index]
