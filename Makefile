@@ -115,9 +115,9 @@ bench-step: smollm2 native peers ## whole PPO iterations on this CPU against TRL
 
 # On a GPU machine, which may be offline: uses its own python, torch and triton; missing peers come as wheels from .whl/.
 GPU_PYTHON ?= python3
-gpu-check: ## on a GPU: correctness gate, every op and one PPO step against peers (PART=1, 2 or 3: a third of them); results in $OUT or benchmarks/results/gpu
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks.gpu_check --wheels .whl $(if $(PART),--part $(PART)/3) \
-	  --out $(or $(OUT),benchmarks/results/gpu)/ops$(if $(PART),-$(PART)).json
+gpu-check: ## on a GPU: gate, ops and one PPO step against peers (ONLY=ops or step, PART=1/2, MINUTES=8); results in $OUT or benchmarks/results/gpu
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks.gpu_check --wheels .whl $(if $(ONLY),--only $(ONLY)) $(if $(PART),--part $(PART)) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) --out $(or $(OUT),benchmarks/results/gpu)/ops$(if $(PART),-$(firstword $(subst /, ,$(PART)))).json
 
 # QuACK also needs nvidia-cutlass-dsl (over 90 MB) on the machine itself. OURS: what tppo_fast and TRL need beyond torch,
 # transformers, accelerate, pandas and pyarrow.

@@ -147,8 +147,9 @@ def _merged(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def disagreement(row: Row, mine: Mapping[str, Any], other: Mapping[str, Any], tolerance: float = 1e-3) -> str | None:
-    """The first metric that differs by more than ``tolerance``, relative, in any iteration, or None."""
-    for i, (a, b) in enumerate(zip(mine.get("metrics", ()), other.get("metrics", ()), strict=False)):
+    """The first metric that differs by more than ``tolerance``, relative, in any iteration (``row.first``), or None."""
+    pairs = list(zip(mine.get("metrics", ()), other.get("metrics", ()), strict=False))
+    for i, (a, b) in enumerate(pairs[:1] if row.first else pairs):
         for key in row.metrics:
             if not abs(a[key] - b[key]) <= tolerance * abs(b[key]) + 1e-5:
                 return f"it disagrees with {row.like}: {key} of iteration {i} is {a[key]:.6g}, not {b[key]:.6g}"

@@ -48,6 +48,12 @@ def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str
             expect(f"gae {lengths[:4]} {names}", _gae(random_rollouts(lengths, device=device), names))
     for actions in (1, 1025, 100_000):
         expect(f"ppo {actions}", _ppo(random_ppo(actions, device=device)))
+    for estimator in ("k1", "k2", "k3"):
+        for kl_coef in (0.0, 0.1):
+            x = random_ppo(3000, device=device)
+            far = torch.arange(3000, device=device) % 7 == 0
+            x["ref_logp"] = torch.where(far, x["logp"] + (100.0 if estimator != "k3" else -100.0), x["ref_logp"])
+            expect(f"ppo, {estimator} x {kl_coef}, 100 nats apart", _ppo(x, kl_estimator=estimator, kl_coef=kl_coef))
     hidden, weight, targets = random_head(300, 64, 5003, device=device)
     expect("linear_token_loss", _loss_of_head(hidden, weight, targets, random_ppo(300, device=device)))
     for dtype in (torch.float32, torch.bfloat16):
@@ -55,6 +61,8 @@ def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str
             hidden, weight, targets = random_head(300, 200, 5003, dtype, device=device)
             live = torch.arange(300, device=device) < share * 300
             expect(f"compacted rows, {share:.0%} live, {dtype}", _compacted(hidden, weight, targets, live.roll(7)))
+    if device != "cpu":  # where the bounds are checked
+        problems += _uncovered_actions(device, backend)
     problems += _first_ratio(device, backend) + _packed_attention(device) + ([] if dry else _far_rows(device))
     return problems
 
@@ -103,10 +111,12 @@ def _gae(x: dict[str, Tensor], names: tuple[str, ...]) -> Callable[..., Outputs]
     return run
 
 
-def _ppo(x: dict[str, Tensor]) -> Callable[..., Outputs]:
+def _ppo(x: dict[str, Tensor], **options: Any) -> Callable[..., Outputs]:
+    options = {"kl_coef": 0.1, "entropy_coef": 0.01, "dual_clip": 2.0, **options}
+
     def run(backend: str | None, dtype: torch.dtype | None) -> Outputs:
         y: dict[str, Any] = leaves(x, LEARNED, dtype)
-        loss, metrics = tk.ppo_loss(**y, kl_coef=0.1, entropy_coef=0.01, dual_clip=2.0, backend=backend)
+        loss, metrics = tk.ppo_loss(**y, **options, backend=backend)
         return [loss, *metrics.values(), *torch.autograd.grad(loss, [y[k] for k in LEARNED])]
 
     return run
@@ -143,6 +153,24 @@ def _compacted(hidden: Tensor, weight: Tensor, targets: Tensor, live: Tensor) ->
     return run
 
 
+def _uncovered_actions(device: str, backend: str | None) -> list[str]:
+    """Actions after the last sequence have no advantage, count in no mean, and reach no other action."""
+    x, covered = random_rollouts([30, 2000, 70], device=device), 2030
+    problems = []
+    for mask in (None, x["mask"]):
+        whole, alone = (
+            tk.gae(
+                x["rewards"][:end], x["values"][:end], x["cu_seqlens"][:-1], gamma=0.99, return_stats=True, backend=backend,
+                mask=None if mask is None else mask[:end],
+            )
+            for end in (None, covered)
+        )  # fmt: skip
+        pairs = [(whole[0][:covered], alone[0]), (whole[1][:covered], alone[1]), (whole[2], alone[2])]
+        if whole[0][covered:].any() or not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs):
+            problems.append(f"gae with actions of no sequence is wrong{'' if mask is None else ', masked'}")
+    return problems
+
+
 def _first_ratio(device: str, backend: str | None) -> list[str]:
     hidden, weight, targets = random_head(500, 128, 5003, torch.bfloat16, device=device)
     seen: list[Tensor] = []
@@ -161,24 +189,46 @@ def _first_ratio(device: str, backend: str | None) -> list[str]:
 
 
 def _packed_attention(device: str) -> list[str]:
-    """Attention with shared prompts in bf16, by flash kernels where there are any, against SDPA in fp64."""
+    """Attention with shared prompts in bf16, by flash kernels where there are any, eager and compiled, against SDPA in fp64."""
+    problems = []
+    flash = attention.can_use_flash(torch.device(device), True) is None
+    for size, window, prefix in [
+        (64, None, [-1, -1, 0, 0, 1, 1]),
+        (128, None, [-1, -1, 0, 0, 1, 1]),
+        (128, 16, [-1] * 6),
+    ]:
+        for compiled in (False, True) if flash and size == 128 and window is None else (False,):
+            what = f"packed attention, heads of {size}, window {window}{', compiled' * compiled}"
+            try:
+                off = _attention_errors(device, size, window, prefix, flash=flash, compiled=compiled)
+            except Exception as error:
+                problems.append(f"{what} does not run: {type(error).__name__}: {str(error)[-300:]}")
+                continue
+            problems += [f"{what}, tensor {i}: off by {e:.1e} of the norm" for i, e in enumerate(off) if not e < 2e-2]
+    return problems
+
+
+def _attention_errors(
+    device: str, size: int, window: int | None, prefix: list[int], *, flash: bool, compiled: bool
+) -> list[float]:
+    """Of the output and the gradients of q, k, v, relative in norm."""
     lengths, heads = [70, 130, 20, 1, 33, 64], (4, 2, 2)
-    cu_seqlens, prefix = torch.tensor([0, *lengths]).cumsum(0).int(), torch.tensor([-1, -1, 0, 0, 1, 1])
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     tokens = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
-    batch: Any = SimpleNamespace(token_ids=tokens, cu_seqlens=cu_seqlens, prefix=prefix)
-    drawn = [torch.randn(1, h, sum(lengths), 64, device=device).bfloat16() for h in heads]
-    upstream = torch.randn(1, sum(lengths), heads[0], 64, device=device).bfloat16()
+    batch: Any = SimpleNamespace(token_ids=tokens, cu_seqlens=cu_seqlens, prefix=torch.tensor(prefix))
+    drawn = [torch.randn(1, h, sum(lengths), size, device=device).bfloat16() for h in heads]
+    upstream = torch.randn(1, sum(lengths), heads[0], size, device=device).bfloat16()
     attend: Any = attention.packed_attention
 
-    def run(dtype: torch.dtype, flash: bool) -> Outputs:
+    def run(dtype: torch.dtype, call: Any, flash: bool) -> Outputs:
         inputs = [x.to(dtype).requires_grad_() for x in drawn]
-        out, _ = attend(None, *inputs, None, layout=attention.build_layout(batch, flash=flash))
+        layout = attention.build_layout(batch, flash=flash)
+        out, _ = call(None, *inputs, None, layout=layout, sliding_window=window)
         return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
 
-    flash = attention.can_use_flash(torch.device(device), True) is None
-    pairs = zip(run(torch.bfloat16, flash), run(torch.float64, False), strict=True)
-    off = [float((got.double() - truth).norm() / truth.norm()) for got, truth in pairs]
-    return [f"packed attention, tensor {i}: off by {e:.1e} of the norm" for i, e in enumerate(off) if not e < 1e-2]
+    tried = run(torch.bfloat16, torch.compile(attend, dynamic=True) if compiled else attend, flash)
+    pairs = zip(tried, run(torch.float64, attend, False), strict=True)
+    return [float((got.detach().double() - truth.detach()).norm() / truth.detach().norm()) for got, truth in pairs]
 
 
 def _far_rows(device: str) -> list[str]:

@@ -1,14 +1,15 @@
 """One command on the GPU machine: correctness first, then every op and one PPO step against peers, as a share of ceilings.
 
     python -m benchmarks.gpu_check --out benchmarks/results/h200/ops.json [--wheels FOLDER] [--minutes 8]
-    python -m benchmarks.gpu_check --part 1/3 --out ...     (a third of the cases: three calls of a few minutes)
-    python -m benchmarks.gpu_check --dry                    (tiny shapes on the CPU: that this file runs)
+    python -m benchmarks.gpu_check --only step --part 1/2 --out ...     (half of the step's rows: for short slots)
+    python -m benchmarks.gpu_check --dry                                (tiny shapes on the CPU: that this file runs)
 
 Needs no network: peers that are missing (Liger, TRL, QuACK, CCE, verl) are installed from the wheels in FOLDER into a
 temporary folder, and those that are not there are left out by name. Nothing is timed while the gate is red, and a provider
 is timed only if it computes the same numbers. Exits with 1 when one of our ops fails the gate. The gate begins with the
 GEMM that everything else stands on. The cases are ``bench_ops.gpu_cases``, the peers in ``peers``, the
-step in ``gpu_step``; its result is written beside that of the ops.
+step in ``gpu_step``; its result is written beside that of the ops. Both files are written anew after every case and row, so that
+a machine that is taken away leaves what was measured. TRL's row and those with a critic of its own need an H200's memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tppo_kernels import native
@@ -25,7 +28,7 @@ from tppo_kernels import native
 from benchmarks import machine, peers, providers, results, tables
 from benchmarks.bench_ops import gpu_cases
 from benchmarks.gate import check_everything
-from benchmarks.measure import CpuMeter, GpuMeter, ceilings, gate, measure
+from benchmarks.measure import Case, CpuMeter, GpuMeter, Meter, ceilings, gate, measure
 from benchmarks.op_cases import Place
 from benchmarks.results import Options, Outcome, Result
 
@@ -49,8 +52,9 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--wheels", type=Path, help="a folder of peers' wheels")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no case starts after this")
+    parser.add_argument("--minutes", type=float, default=8.0, help="when everything must have ended")
     parser.add_argument("--part", type=part_of, default=(1, 1), help="such as 1/3: this third of the cases")
+    parser.add_argument("--only", choices=("ops", "step"), help="the ops alone, or the step")
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
@@ -67,44 +71,67 @@ def main() -> None:
     size, side = (1 << 20, 128) if dry else (1 << 30, 8192)
     measured = ceilings(device, torch.bfloat16, meter, size=size, side=side)
     place = Place(device=device, dtype=torch.bfloat16, backends=(backend,), ceilings=measured)
-    rows: list[Result] = []
-    skipped = 0
-    part, parts = options.part
-    for build in gpu_cases(place, dry=dry)[part - 1 :: parts]:
-        if time.monotonic() - started > 60 * options.minutes * OPS_SHARE:
-            skipped += 1
-            continue
-        torch.compiler.reset()  # a shape of an earlier case must not make this one's dynamic
-        small = build(True)
-        verdict = gate(small)
-        rows += measure(small if dry else build(False), meter, options.rounds, verdict)
-    settings = {"rounds": options.rounds, "part": f"{part}/{parts}", "ceilings": measured.description}
-    outcome = Outcome(results=rows, settings={**settings, "skipped_cases": skipped})
-    record = {"machine": machine.record(), "providers": providers.record(providers.chosen("ops", None))}
     command = f"python -m benchmarks.gpu_check{' --dry' if dry else ''}"
-    report = results.report("ops", command, Options(threads=torch.get_num_threads()), outcome, record)
-    print(tables.full(report))
-    if skipped:
-        print(f"{skipped} cases were left out: the time was over")
-    if options.out:
-        results.write(report, options.out)
-    from benchmarks import gpu_step  # its imports may be among the wheels
+    part, parts = options.part
+    settings = {"rounds": options.rounds, "part": f"{part}/{parts}", "ceilings": measured.description}
+    deadline = started + 60 * options.minutes
 
-    with tempfile.TemporaryDirectory() as folder:
-        step = gpu_step.run(
-            measured.gemm, Path(folder), part=part, parts=parts, deadline=started + 60 * options.minutes,
-            extra_path=installed, dry=dry,
-        )  # fmt: skip
-    record["providers"] = providers.record(providers.chosen("step", ["tppo_fast", "TRL PPO"]))
-    report = results.report(
-        "step", command, Options(threads=torch.get_num_threads()), Outcome(results=step, settings=settings), record
-    )
-    print(tables.full(report))
-    if options.out:
-        results.write(report, options.out.with_name(options.out.name.replace("ops", "step", 1)))
-    rows += step
+    def keep(suite: Literal["ops", "step"], rows: Sequence[Result]) -> dict[str, Any]:
+        shown = providers.chosen(suite, None if suite == "ops" else ["tppo_fast", "TRL PPO"])
+        record = {"machine": machine.record(), "providers": providers.record(shown)}
+        outcome = Outcome(results=rows, settings=settings)
+        report = results.report(suite, command, Options(threads=torch.get_num_threads()), outcome, record)
+        if options.out:
+            results.write(report, options.out.with_name(options.out.name.replace("ops", suite, 1)))
+        return report
+
+    rows: list[Result] = []
+    if options.only != "step":
+        until = deadline if options.only else started + 60 * options.minutes * OPS_SHARE
+        builds = gpu_cases(place, dry=dry)[part - 1 :: parts]
+        for number, build in enumerate(builds):
+            if time.monotonic() > until or not _answers(device):
+                print(f"{len(builds) - number} cases were left out: the time was over, or the GPU is in an error state")
+                break
+            rows += _measured(build, meter, options.rounds, dry=dry)
+            keep("ops", rows)
+        print(tables.full(keep("ops", rows)))
+    if options.only != "ops":
+        from benchmarks import gpu_step  # its imports may be among the wheels
+
+        with tempfile.TemporaryDirectory() as folder:
+            step = gpu_step.run(
+                measured.gemm, Path(folder), part=part, parts=parts, deadline=deadline, extra_path=installed, dry=dry,
+                keep=lambda found: keep("step", found),
+            )  # fmt: skip
+        print(tables.full(keep("step", step)))
+        rows += step
     if any(r.problem for r in rows if r.provider.startswith("tppo_fast")):
         sys.exit("one of our ops, or our step, failed its gate")
+
+
+def _measured(build: Callable[[bool], Case], meter: Meter, rounds: int, *, dry: bool) -> list[Result]:
+    """A case's rows; one that cannot be built or checked is one row that says why."""
+    torch.compiler.reset()  # a shape of an earlier case must not make this one's dynamic
+    name = "a case that could not be built"
+    try:
+        small = build(True)
+        name = small.name
+        return measure(small if dry else build(False), meter, rounds, gate(small))
+    except Exception as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(f"{name}: {problem}", flush=True)
+        return [Result(case=name, provider="tppo_fast", problem=problem)]
+
+
+def _answers(device: str) -> bool:
+    """Whether the device still works: after an error of its own, every later call fails with it."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -218,13 +218,21 @@ def _take_turns(case: Case, rows: Mapping[str, Result], meter: Meter, rounds: in
                 calls[name] = meter.calls(took if took > 0.2 else meter.time(run))
                 turns[name] = min(rounds, 3) if took > SLOW else rounds
             except Exception as error:  # out of memory, most likely: the others go on
-                rows[name].problem = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+                rows[name].problem = _short(error)
     order = list(calls)
     for k in range(rounds):
         case.refresh(seed + 1 + k)
         for name in order[k % max(len(order), 1) :] + order[: k % max(len(order), 1)]:
-            if k < turns[name]:
+            if k >= turns[name] or rows[name].problem:
+                continue
+            try:
                 rows[name].values.append(meter.time(case.runs[name], calls[name]))
+            except Exception as error:  # it ran once; the others go on
+                rows[name].problem, rows[name].values = _short(error), []
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

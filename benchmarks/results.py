@@ -173,12 +173,30 @@ def files(folder: Path, suite: str) -> list[Path]:
 
 
 def load_suite(folder: Path, suite: str) -> dict[str, Any] | None:
-    """The suite's report, its parts joined; None where nothing was measured yet."""
+    """The suite's report, its parts joined; None where nothing was measured yet.
+
+    What several parts measured (each has the row that the others are compared with) is taken from the first that has a ratio.
+
+    Raises:
+        ValueError: parts of several devices or commits.
+    """
     reports = [json.loads(path.read_text()) for path in files(folder, suite)]
     if not reports:
         return None
-    joined = {key: [row for report in reports for row in report[key]] for key in ("results", "exponents")}
-    return {**reports[0], **joined}
+    for key in ("device", "commit"):
+        if len(found := {report["machine"].get(key) for report in reports}) > 1:
+            raise ValueError(
+                f"{folder}/{suite}*.json: parts of several: {key} is {' and '.join(sorted(map(str, found)))}"
+            )
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in (row for report in reports for row in report["results"]):
+        key = row["case"], row["provider"]
+        if key not in rows or (rows[key]["ratio"] is None and row["ratio"] is not None):
+            rows[key] = row
+    return {
+        **reports[0], "results": [*rows.values()],
+        "exponents": [row for report in reports for row in report["exponents"]],
+    }  # fmt: skip
 
 
 def rows_of(report: Mapping[str, Any]) -> list[Result]:

@@ -69,6 +69,8 @@ class Row:
     """The row whose metrics it must reproduce."""
     metrics: tuple[str, ...] = ("reward", "kl", "policy_loss", "value_loss", "entropy")
     """Those of them that must agree."""
+    first: bool = False
+    """Only in the first iteration: after a step it is another function that learns."""
     baseline: bool = False
     """Ratios refer to it."""
     small_only: bool = False

@@ -73,7 +73,13 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
     results.write({**report, "results": report["results"][:1]}, tmp_path / "ops-2.json")
     joined = results.load_suite(tmp_path, "ops")
     assert joined is not None
-    assert results.rows_of(joined) == [*rows, rows[0]]
+    assert results.rows_of(joined) == rows
+    bare = [{**row, "ratio": None} for row in report["results"]]  # of a part without the baseline
+    results.write({**report, "results": bare}, tmp_path / "ops-0.json")
+    assert results.rows_of(results.load_suite(tmp_path, "ops") or {}) == rows
+    results.write({**report, "machine": {"commit": "another"}}, tmp_path / "ops-2.json")
+    with pytest.raises(ValueError, match=r"parts of several: commit is None and another"):
+        results.load_suite(tmp_path, "ops")
     assert "| c | QuACK | it needs a GPU |" in tables.table([rows])
 
 

@@ -7,13 +7,14 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import bench_step, gpu_step, peer_envs, step_ours
 from benchmarks.drivers.ruler import Stopwatch
 from benchmarks.results import Options
-from benchmarks.step_work import ALL_OFF, LEVERS, SHARED, UNSHARED_PROMPTS, WHOLE, inputs, works
+from benchmarks.step_work import ALL_OFF, LEVERS, SHARED, UNSHARED_PROMPTS, WHOLE, Row, inputs, works
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -54,6 +55,10 @@ def test_a_provider_that_computes_something_else_has_no_time() -> None:
     assert bench_step.disagreement(row, off, fine) == (
         "it disagrees with TRL PPO: value_loss of iteration 0 is 0.21, not 0.2"
     )
+    later = {"metrics": [*fine["metrics"], off["metrics"][0]]}
+    twice = {"metrics": fine["metrics"] * 2}
+    assert "of iteration 1" in (bench_step.disagreement(row, later, twice) or "")
+    assert bench_step.disagreement(replace(row, first=True), later, twice) is None
     assert {row.like for row in LEVERS} - {None} <= {row.provider for row in LEVERS}
 
 
@@ -64,6 +69,32 @@ def test_a_gpu_step_that_comes_too_late_is_left_out(tmp_path: Path, capsys: pyte
     seen = [{row.provider for row in gpu_step.rows_of(part, 3, dry=True)} for part in (1, 2, 3)]
     assert set.intersection(*seen) == {"tppo_fast: shared body"}
     assert len(set.union(*seen)) == len(gpu_step.OTHERS) - 2 + 1  # all, the two compiled ones aside, and the lean loop
+
+
+def test_a_gpu_row_has_no_time_where_the_row_it_must_agree_with_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(row: Row, *_: Any, **__: Any) -> dict[str, Any]:
+        phases = {f"{phase}_{what}": 1.0 for phase in ("prepare", "update") for what in ("seconds", "peak_gib")}
+        fine = {"iterations": [phases] * 2, "metrics": [{"value_loss": 1.0, "entropy": 1.0}] * 2}
+        return {"problem": "out of memory"} if row is gpu_step.LEAN else fine
+
+    kept: list[int] = []
+    monkeypatch.setattr(gpu_step, "answer_of", answer)
+    found = gpu_step.run(
+        1e12,
+        tmp_path,
+        part=1,
+        parts=1,
+        deadline=time.monotonic() + 1e6,
+        dry=True,
+        keep=lambda rows: kept.append(len(rows)),
+    )
+    assert kept == [*range(3, len(found) + 1, 3)]
+    problems = {row.provider: row.problem for row in found}
+    assert problems.pop("TRL PPO") is None
+    assert problems.pop("tppo_fast: shared body") == "out of memory"
+    assert set(problems.values()) == {"tppo_fast: shared body, which it must agree with, failed"}
 
 
 def test_needed_flops_are_those_that_the_trainer_counts(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "granite-scaled": (t.GraniteConfig, t.GraniteForCausalLM, {"logits_scaling": 3.0}),
     "cohere-scaled": (t.CohereConfig, t.CohereForCausalLM, {"logit_scale": 0.5}),
     "neox": (t.GPTNeoXConfig, t.GPTNeoXForCausalLM, {}),
+    "phi-biased-head": (t.PhiConfig, t.PhiForCausalLM, {}),
 }
 
 MODEL = actor_critic()
@@ -41,6 +42,8 @@ def build(name: str) -> Any:
     config, kind, extra = ARCHITECTURES[name]
     torch.manual_seed(0)
     lm = kind(config(**{**SMALL, **extra})).eval()
+    for bias in (parameter for name, parameter in lm.named_parameters() if name.endswith("bias")):
+        torch.nn.init.normal_(bias, std=0.3)  # zeros, which hide what is done with them, otherwise
     lm.set_attn_implementation("eager")
     return lm
 

@@ -96,6 +96,8 @@ def can_use_flash(device: torch.device, half_precision: bool) -> str | None:
         return 'it needs model.dtype = "bfloat16"'
     if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return f"flash kernels need an Ampere GPU or newer, not {torch.cuda.get_device_name(device)}"
+    if torch.version.hip is not None and importlib.util.find_spec("flash_attn") is None:
+        return "torch's flash kernels for AMD GPUs give log-sum-exps in another layout, and flash-attn is not installed"
     if importlib.util.find_spec("flash_attn") is None and not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no flash attention, and flash-attn is not installed"
     return None

@@ -100,10 +100,9 @@ class TorchFlash:
         part: Part, scale: float | None, window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See ``Kernel``."""
-        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
         return torch.ops.aten._flash_attention_backward(
             grad, q, k, v, out, lse, *_bounds(part), 0.0, part.causal and window is None,
-            no_dropout, torch.empty(0, device=q.device), scale=scale, **_window(part, window),
+            *_no_dropout(q.device), scale=scale, **_window(part, window),
         )  # fmt: skip
 
 
@@ -144,6 +143,12 @@ class FlashAttn:
             "softcap": 0.0,
             "alibi_slopes": None,
         }
+
+
+@cache
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The state of a generator that is never asked; made once, since every layer's backward wants it."""
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
 
 
 def _bounds(part: Part) -> tuple[Tensor, Tensor, int, int]:
@@ -280,10 +285,13 @@ def _(grad, q, k, v, *others):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, bounds, numbers, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # nor is a gradient of zeros made for it
     ctx.save_for_backward(q, k, v, *output, bounds, numbers)
 
 
-def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     return *_backward_op(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 

@@ -207,12 +207,15 @@ class ActorCritic(nn.Module):
         )
 
 
-def rounded_anyway(lm: nn.Module) -> Iterator[nn.Parameter]:
+def rounded_anyway(lm: nn.Module) -> Iterator[Tensor]:
     """The parameters that autocast rounds at every use: stored in its precision they give the same bits from less memory."""
     tables = {id(table.weight) for table in lm.modules() if isinstance(table, nn.Embedding)}
+    head: Any = getattr(lm, "get_output_embeddings", lambda: None)()
     for layer in lm.modules():
         if isinstance(layer, nn.Linear) and id(layer.weight) not in tables:
-            yield from layer.parameters(recurse=False)
+            yield layer.weight
+            if layer.bias is not None and layer is not head:  # the loss of the head adds its bias in fp32
+                yield layer.bias
 
 
 def layout_of(batch: RolloutBatch, config: ModelConfig) -> attention.Layout:
