@@ -60,3 +60,43 @@ def test_the_same_graphs_for_every_number_of_tokens(flash: bool, monkeypatch: py
     for a, b in zip(plain.actor.parameters(), compiled.actor.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     assert plain.actor.lm.state_dict().keys() == compiled.actor.lm.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_layer_keeps_results_of_gemms_and_attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth less than by the compiler's own choice; attention is not computed again; the gradients are those of eager."""
+    kernel = Plain()
+    monkeypatch.setattr(attention, "can_use_flash", lambda *_: None)
+    monkeypatch.setattr(attention_varlen, "best_kernel", lambda: kernel)
+    batch = batch_of(30, 3)
+    kept, calls, gradients = [], [], []
+    for own_choice in (None, True, False):
+        model = actor_critic()
+        if own_choice:
+            for layer in model.actor.lm.model.layers:
+                layer.compile(dynamic=True, backend="aot_eager_decomp_partition")
+        elif own_choice is False:
+            compile_layers([model.actor.lm], backend="aot_eager_decomp_partition")
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:  # noqa: B023
+                saved[storage.data_ptr()] = storage.nbytes()  # noqa: B023
+            held.append(tensor)  # noqa: B023
+            return tensor
+
+        held: list[torch.Tensor] = []  # so that no address is used twice
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hidden = model.actor.hidden(batch)
+        kernel.calls.clear()
+        hidden.sin().sum().backward()
+        kept.append(sum(saved.values()))
+        calls.append(len(kernel.calls))
+        gradients.append([p.grad for p in model.actor.parameters() if p.grad is not None])
+        torch.compiler.reset()
+    assert kept[2] < 0.8 * kept[1] < 0.8 * kept[0]
+    assert calls[0] == calls[2]
+    for a, b in zip(gradients[0], gradients[2], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)

@@ -51,7 +51,7 @@ class LLMSettings:
     """Longest answer; None: 64 and 12 for every word, 0: no limit (for models that think first)."""
 
 
-class _NoCompletion(MalformedAnswer):
+class NoCompletion(MalformedAnswer):
     """What came back is no chat completion."""
 
 
@@ -157,7 +157,7 @@ class LLMJudge:
         parts = segment(item.response, self.settings.separator)
         try:
             self._ask(self.template.messages(item, parts), len(parts.flat), first=True)
-        except _NoCompletion as error:
+        except NoCompletion as error:
             raise LabellingFailed(self._said(error), final=True) from None
         except MalformedAnswer:
             pass  # the endpoint works; what the model is worth shows later
@@ -188,7 +188,7 @@ class LLMJudge:
             try:
                 answer = self._ask(messages, count)
                 return self.template.parse(answer, parts)
-            except _NoCompletion as error:
+            except NoCompletion as error:
                 last = error
                 self._limiter.pause(0.5 * 2**attempt)
                 continue
@@ -197,7 +197,7 @@ class LLMJudge:
             again = f"That answer cannot be used: {reason}. Answer the question again, with the JSON alone."
             turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": again}]
             messages = [*asked, *turns] if answer else asked  # some endpoints refuse an empty turn
-        if isinstance(last, _NoCompletion):
+        if isinstance(last, NoCompletion):
             raise LabellingFailed(self._said(last))
         return Rejected(reason=self._scrub(reason), answer=self._scrub(answer))
 
@@ -217,10 +217,10 @@ class LLMJudge:
         except UnicodeEncodeError as error:
             raise MalformedAnswer(f"what is to be judged is no text that can be sent: {error}") from None
         except ValueError as error:  # a body that is not the JSON it says it is
-            raise _NoCompletion(f"it did not answer with JSON: {error}") from None
+            raise NoCompletion(f"it did not answer with JSON: {error}") from None
         choices = getattr(completion, "choices", None)
         if not isinstance(choices, list) or not choices or not getattr(choices[0], "message", None):
-            raise _NoCompletion(f"its answer holds no message: {completion}")
+            raise NoCompletion(f"its answer holds no message: {completion}")
         self.usage.add(completion.usage)
         return _text_of(choices[0])
 
