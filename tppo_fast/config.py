@@ -46,8 +46,9 @@ class ModelConfig(Section):
     """With ``gradient_checkpointing``, what is kept for recomputing (a hidden state per layer and token) waits in pinned main
     memory. GPU only; the copies take time."""
     compile: bool = False
-    """Compile every layer but its attention with torch.compile, once for any number of tokens (on a CPU it needs a C++
-    compiler). Passes with and without gradients then differ by rounding, and so does the first ratio from 1."""
+    """Compile every layer with torch.compile, once for any number of tokens (on a CPU it needs a C++ compiler): fewer and larger
+    kernels, and half of the activations kept, which ``tppo-fast plan`` does not count. Passes with and without gradients then
+    differ by rounding, and so does the first ratio from 1."""
     share_prompts: bool = True
     """Responses to one prompt share its tokens in every training pass: the same numbers to rounding, less compute."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
