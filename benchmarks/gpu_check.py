@@ -73,7 +73,7 @@ def main() -> None:
     place = Place(device=device, dtype=torch.bfloat16, backends=(backend,), ceilings=measured)
     command = f"python -m benchmarks.gpu_check{' --dry' if dry else ''}"
     part, parts = options.part
-    settings = {"rounds": options.rounds, "part": f"{part}/{parts}", "ceilings": measured.description}
+    settings: dict[str, Any] = {"rounds": options.rounds, "part": f"{part}/{parts}", "ceilings": measured.description}
     deadline = started + 60 * options.minutes
 
     def keep(suite: Literal["ops", "step"], rows: Sequence[Result]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def main() -> None:
         record = {"machine": machine.record(), "providers": providers.record(shown)}
         outcome = Outcome(results=rows, settings=settings)
         report = results.report(suite, command, Options(threads=torch.get_num_threads()), outcome, record)
-        if options.out:
+        if options.out and rows:
             results.write(report, options.out.with_name(options.out.name.replace("ops", suite, 1)))
         return report
 
@@ -91,11 +91,14 @@ def main() -> None:
         builds = gpu_cases(place, dry=dry)[part - 1 :: parts]
         for number, build in enumerate(builds):
             if time.monotonic() > until or not _answers(device):
+                settings["skipped_cases"] = len(builds) - number
                 print(f"{len(builds) - number} cases were left out: the time was over, or the GPU is in an error state")
                 break
             rows += _measured(build, meter, options.rounds, dry=dry)
             keep("ops", rows)
         print(tables.full(keep("ops", rows)))
+    if not _answers(device):
+        sys.exit("the GPU is in an error state: the step was not run")
     if options.only != "ops":
         from benchmarks import gpu_step  # its imports may be among the wheels
 
@@ -107,7 +110,7 @@ def main() -> None:
         print(tables.full(keep("step", step)))
         rows += step
     if any(r.problem for r in rows if r.provider.startswith("tppo_fast")):
-        sys.exit("one of our ops, or our step, failed its gate")
+        sys.exit("one of our rows has a problem instead of a time")
 
 
 def _measured(build: Callable[[bool], Case], meter: Meter, rounds: int, *, dry: bool) -> list[Result]:

@@ -175,7 +175,8 @@ def files(folder: Path, suite: str) -> list[Path]:
 def load_suite(folder: Path, suite: str) -> dict[str, Any] | None:
     """The suite's report, its parts joined; None where nothing was measured yet.
 
-    What several parts measured (each has the row that the others are compared with) is taken from the first that has a ratio.
+    What several parts measured (each has the row that the others are compared with) is taken from the first that has a ratio,
+    else a value. Ratios stay within a part: only there were both sides measured in one run.
 
     Raises:
         ValueError: parts of several devices or commits.
@@ -191,12 +192,16 @@ def load_suite(folder: Path, suite: str) -> dict[str, Any] | None:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in (row for report in reports for row in report["results"]):
         key = row["case"], row["provider"]
-        if key not in rows or (rows[key]["ratio"] is None and row["ratio"] is not None):
+        if key not in rows or _worth(row) > _worth(rows[key]):
             rows[key] = row
     return {
         **reports[0], "results": [*rows.values()],
         "exponents": [row for report in reports for row in report["exponents"]],
     }  # fmt: skip
+
+
+def _worth(row: Mapping[str, Any]) -> tuple[bool, bool]:
+    return row["ratio"] is not None, row["problem"] is None
 
 
 def rows_of(report: Mapping[str, Any]) -> list[Result]:

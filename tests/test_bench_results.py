@@ -75,6 +75,12 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
     assert joined is not None
     assert results.rows_of(joined) == rows
     bare = [{**row, "ratio": None} for row in report["results"]]  # of a part without the baseline
+    failed = [{**row, "problem": "out of memory"} for row in bare]
+    for name, part in (("ops-1.json", failed), ("ops-2.json", bare)):
+        results.write({**report, "results": part}, tmp_path / name)
+    kept = results.rows_of(results.load_suite(tmp_path, "ops") or {})
+    assert [row.problem for row in kept] == [None, None, "out of memory"]
+    results.write(report, tmp_path / "ops-1.json")
     results.write({**report, "results": bare}, tmp_path / "ops-0.json")
     assert results.rows_of(results.load_suite(tmp_path, "ops") or {}) == rows
     results.write({**report, "machine": {"commit": "another"}}, tmp_path / "ops-2.json")

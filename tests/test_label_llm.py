@@ -160,8 +160,11 @@ def test_garbage_is_asked_again_and_then_set_aside_with_the_reason(reply: Reply)
     with serve(lambda request, n: reply if n < 2 else good(request)) as endpoint:
         assert isinstance(judge(endpoint.url).judge([ITEM])[0], Labels)
     assert len(endpoint.requests) == 3
-    again = endpoint.requests[1]["messages"]
-    assert "cannot be used" in again[-1]["content"] or again == endpoint.requests[0]["messages"]
+    first, again = (endpoint.requests[i]["messages"] for i in (0, 1))
+    if reply.content:
+        assert "cannot be used" in again[-1]["content"]
+        assert again[-2]["role"] == "assistant"
+    assert again[: len(first)] == first
     assert all(message["content"] for message in again)
     with serve(lambda *_: reply) as endpoint:
         (outcome,) = judge(endpoint.url).judge([ITEM])
@@ -292,7 +295,9 @@ def test_a_response_that_always_fails_costs_only_itself_and_is_tried_again(
             code, said = run(capsys, *label(tmp_path, endpoint.url))
             assert code == 1
             assert "413" in said
-            assert "1 of the responses set aside could not be judged this time" in said
+            assert (
+                "1 of the responses set aside could not be judged this time: the same command, without --fresh" in said
+            )
             assert len(read_labels(tmp_path / "labels.jsonl")) == 9
             (reject,) = map(json.loads, (tmp_path / "labels.jsonl.rejects.jsonl").read_text().splitlines())
             assert reject["reason"].startswith("not judged yet: ")
@@ -314,6 +319,18 @@ def test_a_typo_beside_fresh_destroys_nothing(tmp_path: Path, capsys: pytest.Cap
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
         endpoint.script = good
         asked = len(endpoint.requests)
+        assert run(capsys, *words, "--fresh", "--dry-run")[0] == 0
+        for name in ("sessions.jsonl", "responses.jsonl"):
+            code, said = run(capsys, *words[:-1], str(tmp_path / name), "--fresh")
+            assert code == 2
+            assert "is what is to be labelled" in said
+        (tmp_path / "notes.jsonl").write_text("mine")
+        code, said = run(capsys, *words[:-1], str(tmp_path / "notes.jsonl"), "--fresh")
+        assert code == 2
+        assert "was not written by a labelling run" in said
+        (tmp_path / "notes.jsonl").unlink()
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert len(endpoint.requests) == asked
         assert run(capsys, *words, "--fresh")[0] == 0
         assert len(endpoint.requests) == asked + 9
         assert (tmp_path / "labels.jsonl").read_bytes() == before["labels.jsonl"]

@@ -283,3 +283,7 @@ def _say(sentence: str, code: int) -> int:
 def main() -> None:
     """Entry point of the ``tppo-fast`` command."""
     sys.exit(run(lambda: cli(standalone_mode=False)))
+
+
+if __name__ == "__main__":
+    main()

@@ -99,26 +99,28 @@ def _label(sessions_file: Path, options: dict[str, Any]) -> None:
     out: Path = options["out"]
     if out.suffix not in (".jsonl", ".parquet") or not out.parent.is_dir():
         raise UserError(f"--out {str(out)!r}: give a name ending in .jsonl or .parquet, in a folder that exists")
+    if out.resolve() in (sessions_file.resolve(), options["responses"].resolve()):
+        raise UserError(f"--out {str(out)!r} is what is to be labelled: choose another name")
     from tppo_fast.cli import quiet_libraries
 
     sessions = read_sessions(sessions_file)
     if options["labeller"] == "embedding" or options["responses"].is_dir():
         quiet_libraries()
     with contextlib.closing(_judge(options)) as judge:
-        if not options["fresh"]:
-            runs.check_out(out, judge.identity)
+        runs.check_out(out, judge.identity, fresh=options["fresh"])
+        llm, asks = options["labeller"] == "llm", not options["dry_run"]
+        if llm and asks and options["fresh"]:
+            judge.check()  # type: ignore[attr-defined]  # before anything is forgotten
         responses, responses_file = _responses(sessions, sessions_file, options)
         files = {"sessions": sessions_file, "responses": responses_file}
         sources = runs.Sources(sessions=sessions, responses=responses, files=files)
         work = runs.plan(sources, judge.identity)
         pending = _estimate(work, judge, options)
-        if options["dry_run"]:
+        if not asks:
             return
-        concurrency = 0
-        if options["labeller"] == "llm":
-            concurrency = options["concurrency"]
-            if pending:
-                judge.check()  # type: ignore[attr-defined]
+        if llm and pending and not options["fresh"]:
+            judge.check()  # type: ignore[attr-defined]
+        concurrency = options["concurrency"] if llm else 0
         how = {name: options[name] for name in ("retry_rejects", "fresh")}
         _say(runs.run(sources, judge, out, work, concurrency=concurrency, **how), judge, out)
 
@@ -130,14 +132,15 @@ def _say(result: Result, judge: Judge, out: Path) -> None:
         click.echo(f"used: {used.requests} answers, {counts}")
     if result.rejected:
         click.echo(f"set aside: {result.rejected} responses, with the reason: {result.rejects}")
-    if not result.labelled:
-        raise LabellingFailed(f"no response could be labelled: every answer was set aside, see {result.rejects}")
-    click.echo(f"labels: {result.labelled} responses in {out}")
+    if result.labelled:
+        click.echo(f"labels: {result.labelled} responses in {out}")
     if result.failed:
         raise LabellingFailed(
             f"{result.failed[-1]}; {len(result.failed)} of the responses set aside could not be judged this time: the same "
-            "command tries them again"
+            "command, without --fresh and --retry-rejects, tries them again"
         )
+    if not result.labelled:
+        raise LabellingFailed(f"no response could be labelled: every answer was set aside, see {result.rejects}")
 
 
 def _judge(options: dict[str, Any]) -> Judge:
@@ -178,7 +181,7 @@ def _responses(
 
     out: Path = options["out"].with_name(f"{options['out'].stem}.responses.jsonl")
     own = {name: options[name] for name in ("samples", "max_new_tokens", "seed", "engine", "separator")}
-    if options["dry_run"] and not out.exists():
+    if options["dry_run"] and (options["fresh"] or not out.exists()):
         policy_sha256(given)
         click.echo("nothing is sampled in a dry run: the estimate takes the true next queries for responses")
         texts = [(n, s, options["separator"].join(s.next_queries)) for n, s in enumerate(sessions, 1)]

@@ -82,7 +82,7 @@ class DataConfig(Section):
     response_prefix: str = " "
     """Text between prompt and response in supervision, part of the response."""
     separator: NotBlank = ", "
-    """Text between the queries of one response."""
+    """Text between the queries of one response; a reward model must have been trained with the same."""
     max_prompt_tokens: Annotated[int, Field(ge=8)] = 512
     """Longer histories lose their OLDEST entries until the prompt fits."""
     num_queries: Count = 3

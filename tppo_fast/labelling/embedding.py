@@ -121,6 +121,7 @@ class EmbeddingJudge:
         self._encode, self.settings = encoder, settings
         self.identity: Mapping[str, Any] = {
             "labeller": "embedding",
+            "rules": 2,
             "model": encoder.fingerprint(),
             **{name: getattr(settings, name) for name in EmbeddingSettings.__slots__},
             "causal": settings.mode == "prefix",

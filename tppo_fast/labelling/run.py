@@ -107,8 +107,7 @@ def run(
         LabellingFailed: the endpoint is down or refuses everything; what was judged is kept.
         Interrupted: SIGINT; what was judged is kept.
     """
-    if not fresh:
-        check_out(out, judge.identity)
+    check_out(out, judge.identity, fresh=fresh)
     items = list(work.items.values())
     keys = list(work.items)
 
@@ -133,14 +132,14 @@ def without_rejects(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     return {key: entry for key, entry in entries.items() if "rejected" not in entry}
 
 
-def check_out(out: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to replace another labeller's labels."""
+def check_out(out: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> None:
+    """Refuse to replace a file that no labelling run wrote or, unless ``fresh``, another labeller's labels."""
     if not out.exists():
         return
     record = read_record(out)
     if record is None and not journal_path(out).exists():
         raise UserError(f"--out {show(str(out))} exists and was not written by a labelling run: choose another name")
-    if record and record.get("labeller", {}).get("id") != labeller_id(identity):
+    if not fresh and record and record.get("labeller", {}).get("id") != labeller_id(identity):
         raise UserError(
             f"--out {show(str(out))} holds labels of {record.get('labeller', {}).get('id')}, not {labeller_id(identity)}: "
             "choose another name, or use --fresh"
@@ -165,7 +164,7 @@ def _entry(outcome: Labels | Rejected) -> Entry:
 def _write(
     sources: Sources, judge: Judge, out: Path, work: Plan, entries: Mapping[str, Entry], failed: Sequence[str]
 ) -> Result:
-    """The files, from the journal alone: the same bytes however often the run was stopped."""
+    """The files, from the journal and what failed now: the same bytes however often the run was stopped."""
     labeller = labeller_id(judge.identity)
     labels, rejects = [], []
     for response, key in zip(sources.responses, work.keys, strict=True):

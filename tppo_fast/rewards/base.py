@@ -133,12 +133,13 @@ class TokenRewards:
         items = checked_items(self._ask(rollouts), rollouts, name)
         scalar, classes, copies = False, None, [Copies([], []) for _ in rollouts]
         sentence = self.config.placement == "sentence"
-        if self.config.reject_copies:
-            copies = [find_copies(r, self._spans(r, i), self.separator) for i, r in enumerate(rollouts)]
-        if labels := checked_labels(items, rollouts, name):
-            classes = [
-                project(given, self._spans(r, i)) for i, (given, r) in enumerate(zip(labels, rollouts, strict=True))
-            ]
+        labels = checked_labels(items, rollouts, name)
+        reject = self.config.reject_copies
+        spans = [self._spans(r, i) for i, r in enumerate(rollouts)] if labels or reject else []
+        if reject:
+            copies = [find_copies(r, own, self.separator) for r, own in zip(rollouts, spans, strict=True)]
+        if labels:
+            classes = [project(*pair) for pair in zip(labels, spans, strict=True)]
             classes = [_irrelevant(c, found.words) for c, found in zip(classes, copies, strict=True)]
             table, scalar = np.array(SCALES[self.config.scale]), sentence
             wholes = [_whole(*one) for one in zip(labels, classes, copies, strict=True)]
@@ -149,7 +150,7 @@ class TokenRewards:
             classes, scalar = [s.classes for s in scores], sentence
             value = sentence_value if sentence else token_values
             arrays = [value(s, self.config).numpy() for s in scores]
-        elif self.config.reject_copies:
+        elif reject and rollouts:
             raise UserError(
                 f"reward.reject_copies needs labels or class probabilities, and reward {name!r} gives numbers: turn it off"
             )
