@@ -113,10 +113,7 @@ def _policies(
     names = [f"seed {seed}" for seed in range(len(runs))]
     more = _second_opinion(options.judge, config.data.num_queries) if options.judge else None
     scores = evaluation.scores({"start": start, **dict(zip(names, runs, strict=True))}, more)
-    found = {
-        "differences": _differences(scores, names, evaluation.users),
-        "independent": _independent(options),
-    }
+    found = {"differences": _differences(scores, names, evaluation.users), "independent": _independent(options)}
     _write_report(options, config, evaluation, {**so_far, **found}, runs)
     return found
 
@@ -276,10 +273,7 @@ def _paid_by(options: argparse.Namespace, config: Config, reward_model: Path, se
         "length_penalty": True,
         "reject_copies": options.reject_copies,
     }
-    batch = {
-        "prompts_per_step": options.prompts_per_step,
-        "samples_per_prompt": options.samples_per_prompt,
-    }
+    batch = {name: getattr(options, name) for name in ("prompts_per_step", "samples_per_prompt")}
     changed = {
         "run_dir": str(options.out / f"tppo-{seed}"),
         "seed": seed,
@@ -315,11 +309,8 @@ def _correlations(scored: quality.Scored, slots: Sequence[float]) -> dict[str, f
     """Spearman's rho of each response's mean soft value with the share of its words, and of its slots, that are relevant."""
     truth = replace(scored, probabilities=np.eye(3)[scored.labels]).sentence_scores()
     mean = scored.sentence_scores()
-    return {"words": _spearman(mean, truth), "slots": _spearman(mean, slots)}
-
-
-def _spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
-    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+    rank: Any = stats.spearmanr  # scipy's own types promise too little
+    return {name: float(rank(mean, other).statistic) for name, other in (("words", truth), ("slots", slots))}
 
 
 def _filled_slots(examples: Sequence[Example], sessions: Sequence[Session]) -> list[float]:

@@ -91,3 +91,40 @@ def test_learning_rows_are_samples_and_seconds_of_every_seed() -> None:
     ]  # fmt: skip
     missed = bench_learning._rows("GRPO", [curves[0], [[0, 0.0, 0.39], [640, 3.5, 0.42]]])
     assert [(r.values, r.problem) for r in missed[:2]] == [([], "1 of 2 seeds never reached it")] * 2
+
+
+def test_learning_from_feedback_runs_and_refuses_stages_of_other_options(tmp_path: Path) -> None:
+    words = [
+        "--out",
+        str(tmp_path / "run"),
+        "--labels",
+        "next",
+        "--backbone",
+        "encoder",
+        "--rm-test",
+        "0.3",
+        "--copies",
+    ]
+    small = [
+        "--sft-steps",
+        "2",
+        "--steps",
+        "2",
+        "--sessions",
+        "30",
+        "--samples",
+        "1",
+        "--seeds",
+        "1",
+        "--eval-sessions",
+        "6",
+    ]
+    batch = ["--prompts-per-step", "2", "--samples-per-prompt", "2", "--reject-copies"]
+    done = run("benchmarks.learning_from_feedback", *words, *small, *batch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["independent"] == ["relevance"]
+    assert len(result["differences"]["hit"]["trained"]) == 1
+    refused = run("benchmarks.learning_from_feedback", *words, *small, *batch, "--kl-coef", "0.1")
+    assert refused.returncode == 1
+    assert "--kl-coef = 0.1, but" in refused.stderr

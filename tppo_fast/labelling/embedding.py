@@ -26,8 +26,7 @@ from tppo_fast.data.rows import show
 from tppo_fast.errors import UserError
 from tppo_fast.labelling.judges import Item, Rejected
 from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, Labels
-from tppo_fast.rewards.segment import Segments, check_separator, segment
-from tppo_fast.words import normalise_query
+from tppo_fast.rewards.segment import Segments, admitted, check_separator, segment
 
 MODES = {"leave-one-out": (0.45, -0.01), "prefix": (0.3, -0.01)}
 """Mode -> default (query_threshold, word_threshold), from ``benchmarks/calibrate_embedding.py`` (dev/LOG.md, 2026-11-24)."""
@@ -147,23 +146,18 @@ class EmbeddingJudge:
         return [self._labels(*row, vectors) for row in zip(items, parts, queries, strict=True)]
 
     def _queries(self, item: Item, parts: Segments) -> list[_Query]:
-        known = {normalise_query(query) for query in item.history}
-        limit = len(parts.queries) if self.settings.num_queries is None else self.settings.num_queries
         found = []
-        place = -1
-        for index, spans in enumerate(parts.words):
+        for spans, novel in zip(
+            parts.words, admitted(item.history, parts.texts, self.settings.num_queries), strict=True
+        ):
             words = [parts.text[start:end] for start, end in spans]
-            form = normalise_query(parts.query(index))
-            place += bool(parts.query(index).strip())  # an empty piece is no query
             if self.settings.mode == "prefix":
                 with_word = [" ".join(words[: n + 1]) for n in range(len(words))]
                 without = [" ".join(words[:n]) for n in range(len(words))]
             else:
                 with_word = [" ".join(words)] * len(words)
                 without = [" ".join(words[:n] + words[n + 1 :]) for n in range(len(words))]
-            novel = form not in known and place < limit
             found.append(_Query(text=" ".join(words), with_word=with_word, without=without, novel=novel))
-            known.add(form)
         return found
 
     def _labels(

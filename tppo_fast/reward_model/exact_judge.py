@@ -25,8 +25,7 @@ from tppo_fast.reward_model.data import Example
 from tppo_fast.rewards.alignment import project
 from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, Labels
 from tppo_fast.rewards.lexical import LexicalLabeller
-from tppo_fast.rewards.segment import segment
-from tppo_fast.words import normalise_query
+from tppo_fast.rewards.segment import repetitions, segment
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -107,12 +106,9 @@ def _new_at_place(rows: Iterable[LabelledResponse], separator: str) -> Float[np.
     """The share of new queries among those at each place of a response."""
     counts = np.zeros((PLACES, 2))
     for row in rows:
-        known = {normalise_query(query) for query in searched(row.history)}
-        parts = segment(row.response, separator)
-        for place in range(len(parts.queries)):
-            form = normalise_query(parts.query(place))
-            counts[min(place, PLACES - 1)] += (1.0, form not in known)
-            known.add(form)
+        again = repetitions(searched(row.history), segment(row.response, separator).texts)
+        for place, repeated in enumerate(again):
+            counts[min(place, PLACES - 1)] += (1.0, not repeated)
     return counts[:, 1] / np.maximum(counts[:, 0], 1.0)
 
 

@@ -13,6 +13,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from tppo_fast.data_types import Rollout
+from tppo_fast.errors import UserError
 from tppo_fast.rewards.labels import SEPARATOR, Labels, Span
 
 if TYPE_CHECKING:
@@ -37,6 +39,21 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
     text = _decode(tokenizer, ids)
     spans = _spans_by_pieces(tokenizer, ids, text)
     return text, _spans_by_prefixes(tokenizer, ids, text) if spans is None else spans
+
+
+def rollout_spans(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, index: int) -> list[Span]:
+    """The characters of ``rollout.text`` that each of its tokens stands for.
+
+    Raises:
+        UserError: the text is not what the tokens decode to; ``index`` names the rollout.
+    """
+    text, spans = token_spans(tokenizer, rollout.token_ids)
+    if text != rollout.text:
+        raise UserError(
+            f"rollout {index}: its text {rollout.text!r} is not what its tokens decode to ({text!r}): "
+            "use the tokenizer and decoding of the rollout engine"
+        )
+    return spans
 
 
 def project(labels: Labels, spans: Sequence[Span]) -> list[int]:

@@ -14,9 +14,9 @@ from tppo_fast.config import RewardConfig
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.plugins import load_object, raised
-from tppo_fast.rewards.alignment import project, token_spans
+from tppo_fast.rewards.alignment import project, rollout_spans
 from tppo_fast.rewards.copies import Copies, find_copies
-from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, SEPARATOR, Labeller, Labels, Span
+from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, SEPARATOR, Labeller, Labels
 from tppo_fast.rewards.length_penalty import lwp
 from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.output import checked_items, checked_labels, checked_numbers, checked_probabilities
@@ -135,7 +135,7 @@ class TokenRewards:
         sentence = self.config.placement == "sentence"
         labels = checked_labels(items, rollouts, name)
         reject = self.config.reject_copies
-        spans = [self._spans(r, i) for i, r in enumerate(rollouts)] if labels or reject else []
+        spans = [rollout_spans(self.tokenizer, r, i) for i, r in enumerate(rollouts)] if labels or reject else []
         if reject:
             copies = [find_copies(r, own, self.separator) for r, own in zip(rollouts, spans, strict=True)]
         if labels:
@@ -146,7 +146,8 @@ class TokenRewards:
             indices = wholes if sentence else classes
             arrays = [table[np.array(c, dtype=np.int64)] for c in indices]
         elif scores := checked_probabilities(items, rollouts, name):
-            scores = [without_relevance(s, found.words) for s, found in zip(scores, copies, strict=True)]
+            if reject:
+                scores = [without_relevance(s, found.words) for s, found in zip(scores, copies, strict=True)]
             classes, scalar = [s.classes for s in scores], sentence
             value = sentence_value if sentence else token_values
             arrays = [value(s, self.config).numpy() for s in scores]
@@ -176,16 +177,6 @@ class TokenRewards:
             raise
         except Exception as error:
             raise UserError(f"reward {self.config.source!r} failed with {raised(error)}") from error
-
-    def _spans(self, rollout: Rollout, index: int) -> list[Span]:
-        """The characters of each token."""
-        text, spans = token_spans(self.tokenizer, rollout.token_ids)
-        if text != rollout.text:
-            raise UserError(
-                f"rollout {index}: its text {rollout.text!r} is not what its tokens decode to ({text!r}): "
-                "use the tokenizer and decoding of the rollout engine"
-            )
-        return spans
 
     def _penalty(self, longest: int, scalar: bool) -> np.ndarray:
         """[longest] factors: coefficient times lwp, which scalar rewards are spared."""

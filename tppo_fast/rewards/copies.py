@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from tppo_fast.data_types import Rollout
 from tppo_fast.rewards.labels import Span
-from tppo_fast.rewards.segment import segment
-from tppo_fast.words import normalise_query
+from tppo_fast.rewards.segment import repetitions, segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,5 @@ def find_copies(rollout: Rollout, spans: Sequence[Span], separator: str) -> Copi
 
 def repeated_queries(response: str, history: Sequence[str], separator: str) -> list[Span]:
     """Where the queries of a response stand that repeat one of the history, or one before them."""
-    parts, known, found = segment(response, separator), {normalise_query(query) for query in history}, []
-    for i, span in enumerate(parts.queries):
-        form = normalise_query(parts.query(i))
-        if form and form in known:
-            found.append(span)
-        known.add(form)
-    return found
+    parts = segment(response, separator)
+    return [span for span, again in zip(parts.queries, repetitions(history, parts.texts), strict=True) if again]

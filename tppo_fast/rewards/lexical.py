@@ -27,7 +27,7 @@ import snowballstemmer
 
 from tppo_fast.errors import UserError
 from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, Labels
-from tppo_fast.rewards.segment import check_separator, query_words, segment
+from tppo_fast.rewards.segment import admitted, check_separator, query_words, segment
 from tppo_fast.words import normalise_query, stem
 
 
@@ -44,20 +44,12 @@ def classify_queries(
     Returns:
         One list per query, one class (1 irrelevant, 2 relevant) per word of ``query_words(query)``.
     """
-    known = {normalise_query(query) for query in history}
     truth = _true_stems(tuple(next_queries), language)
     left = sum(truth, Counter())
     classes = []
-    place = -1
-    for query in queries:
-        form = normalise_query(query)
-        place += bool(query.strip())  # an empty piece is no query, as in PromptBuilder.parse
+    for query, fine in zip(queries, admitted(history, queries, num_queries), strict=True):
         stems = [stem(query[start:end], language) for start, end in query_words(query)]
-        if form in known or (num_queries is not None and place >= num_queries):
-            classes.append([IRRELEVANT] * len(stems))
-        else:
-            classes.append(_judge(stems, truth, left))
-        known.add(form)
+        classes.append(_judge(stems, truth, left) if fine else [IRRELEVANT] * len(stems))
     return classes
 
 
@@ -105,8 +97,9 @@ class LexicalLabeller:
 
     def __call__(self, history: Sequence[str], next_queries: Sequence[str], response_text: str, /) -> Labels:
         parts = segment(response_text, self.separator)
-        queries = [parts.query(index) for index in range(len(parts.queries))]
-        judged = classify_queries(history, next_queries, queries, num_queries=self.num_queries, language=self.language)
+        judged = classify_queries(
+            history, next_queries, parts.texts, num_queries=self.num_queries, language=self.language
+        )
         return parts.labels(judged, _sentence([kind for kinds in judged for kind in kinds]))
 
 

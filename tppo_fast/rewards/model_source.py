@@ -14,7 +14,7 @@ import torch
 from tppo_fast.config import RewardConfig
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.rewards.alignment import token_spans
+from tppo_fast.rewards.alignment import rollout_spans
 from tppo_fast.rewards.labels import Span
 from tppo_fast.rewards.token_model import TokenModel, load
 from tppo_fast.rewards.transfer import transfer
@@ -43,7 +43,9 @@ class ModelReward:
     def __call__(self, rollouts: Sequence[Rollout], /) -> list[ClassProbabilities]:
         contents = [(tuple(r.prompt.history), r.text) for r in rollouts]
         scores = self._scores(dict.fromkeys(contents))
-        return [self._on_policy_tokens(r, *scores[c]) for r, c in zip(rollouts, contents, strict=True)]
+        return [
+            self._on_policy_tokens(i, r, *scores[c]) for i, (r, c) in enumerate(zip(rollouts, contents, strict=True))
+        ]
 
     def _scores(self, contents: Iterable[Content]) -> dict[Content, Scored]:
         new = list(contents)
@@ -52,14 +54,11 @@ class ModelReward:
         self.scored += len(new)
         return {c: (p, e.spans) for c, p, e in zip(new, probabilities, inputs, strict=True)}
 
-    def _on_policy_tokens(self, rollout: Rollout, values: Tensor, spans: Sequence[Span]) -> ClassProbabilities:
-        text, own = token_spans(self._tokenizer, rollout.token_ids)
-        if text != rollout.text:
-            raise UserError(
-                f"the text {rollout.text!r} of a rollout is not what its tokens decode to ({text!r}): "
-                "use the tokenizer and decoding of the rollout engine"
-            )
-        carried = torch.from_numpy(transfer(values.numpy(), spans, own, text)).float()
+    def _on_policy_tokens(
+        self, index: int, rollout: Rollout, values: Tensor, spans: Sequence[Span]
+    ) -> ClassProbabilities:
+        own = rollout_spans(self._tokenizer, rollout, index)
+        carried = torch.from_numpy(transfer(values.numpy(), spans, own, rollout.text)).float()
         carried[carried.sum(-1) == 0.0, 0] = 1.0  # a token without visible text is a separator for certain
         return ClassProbabilities(values=carried)
 

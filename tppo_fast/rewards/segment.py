@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tppo_fast.errors import UserError
 from tppo_fast.rewards.labels import SEPARATOR, Labels, Span
-from tppo_fast.words import normalise_word, word_spans
+from tppo_fast.words import normalise_query, normalise_word, word_spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,11 @@ class Segments:
         """The text of one query."""
         start, end = self.queries[index]
         return self.text[start:end]
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each query."""
+        return [self.text[start:end] for start, end in self.queries]
 
     @property
     def flat(self) -> list[str]:
@@ -56,6 +62,28 @@ def segment(text: str, separator: str) -> Segments:
     queries = list(zip(starts, ends, strict=True))
     words = [[(s + start, e + start) for s, e in query_words(text[start:end])] for start, end in queries]
     return Segments(text=text, separators=breaks, queries=queries, words=words)
+
+
+def repetitions(history: Sequence[str], queries: Sequence[str]) -> list[bool]:
+    """Whether each query of a response repeats one of the history, or an earlier one of the response."""
+    known, found = {normalise_query(query) for query in history}, []
+    for form in map(normalise_query, queries):
+        found.append(bool(form) and form in known)
+        known.add(form)
+    return found
+
+
+def admitted(history: Sequence[str], queries: Sequence[str], num_queries: int | None) -> list[bool]:
+    """Whether words of each query can be relevant: it repeats nothing, and is among the first ``num_queries``.
+
+    An empty piece is no query, as in ``PromptBuilder.parse``.
+    """
+    places = accumulate(bool(query.strip()) for query in queries)
+    repeated = repetitions(history, queries)
+    return [
+        not again and (num_queries is None or place <= num_queries)
+        for again, place in zip(repeated, places, strict=True)
+    ]
 
 
 def check_separator(separator: str) -> None:
