@@ -1,8 +1,8 @@
 """How much memory a run will take, phase by phase, from its config alone: no weight is loaded, nothing is allocated.
 
 Parameters are counted on the model built without storage. Activations are not a formula per architecture: the body runs once
-on fake tensors, which have shapes and no data, and what autograd would keep for the backward pass is counted. ``tests/
-test_planner.py`` holds the update phase to within 15 % of a measured peak.
+on fake tensors, which have shapes and no data, and what autograd would keep for the backward pass is counted (of compiled
+layers, what their graphs keep). ``tests/test_planner.py`` holds the update phase to within 15 % of a measured peak.
 
 Not counted: what the allocator fragments, the libraries' own memory (a CUDA context is about 0.5 GiB), and activations of
 architectures whose attention keeps more than its inputs and output.
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tppo_kernels.head import chunk_rows
 
 from tppo_fast.algorithms import ALGORITHMS
+from tppo_fast.compiling import compile_layers
 from tppo_fast.config import Config
 from tppo_fast.errors import UserError
 from tppo_fast.model import enable_checkpointing, rounded_anyway
@@ -151,6 +152,8 @@ def measure(config: Config, sequence: int) -> Sizes:
         if config.model.gradient_checkpointing:
             lm.train()
             enable_checkpointing(lm, config.model.model_copy(update={"checkpoint_offload": False}))
+        if config.model.compile:  # what a graph keeps is decided before kernels are made of it
+            compile_layers([lm], backend="aot_eager_decomp_partition")
         body: Any = lm.base_model
         parameters, body_size = _count(lm), _count(body)
         rounded = sum(p.numel() for p in rounded_anyway(lm))
