@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -38,7 +39,11 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.command(help=__doc__)
 @click.option("--suite", "suites", default=",".join(providers.SUITES), callback=_suites, help="Which, by commas.")
 @click.option(
-    "--providers", "names", default=None, callback=_names, help="Which of benchmarks/providers.py, by commas."
+    "--providers",
+    "names",
+    default=None,
+    callback=_names,
+    help="Which of benchmarks/providers.py, by commas; kept apart from the results.",
 )
 @click.option("--threads", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), help="CPU threads of each.")
 @click.option("--rounds", type=click.IntRange(1), default=None, help="Turns of every provider.")
@@ -54,7 +59,8 @@ def main(
 ) -> None:  # fmt: skip
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    folder = out or (scratch / ("quick" if quick else "check") if quick or check else results.ROOT)
+    aside = "quick" if quick else "check" if check else "some" if names else None
+    folder = out or (scratch / aside if aside else results.ROOT)
     options = Options(
         providers=names, threads=threads, quick=quick, rounds=rounds, seed=seed, model=model, scratch=scratch,
     )  # fmt: skip
@@ -98,7 +104,7 @@ def run(suite: Suite, options: Options, folder: Path, check: bool) -> list[str]:
 
     began = time.monotonic()
     outcome = importlib.import_module(f"benchmarks.bench_{suite}").run(options)
-    command = f"python -m benchmarks --suite {suite} --threads {options.threads}"
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     record = {
         "machine": machine.record(),
         "providers": providers.record(providers.chosen(suite, options.providers)),

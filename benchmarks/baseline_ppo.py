@@ -48,7 +48,9 @@ class Baseline:
 
     def __init__(self, policy: Any, critic: Any, value_head: nn.Linear, reference: Any, lr: float) -> None:
         self.policy, self.critic, self.value_head, self.reference = policy, critic, value_head, reference
-        self.learned = [list(policy.parameters()), [*critic.parameters(), *value_head.parameters()]]
+        actor = set(policy.parameters())
+        own = [p for p in critic.parameters() if p not in actor]  # none, where one body serves both
+        self.learned = [[*actor], [*own, *value_head.parameters()]]
         self.optimizer = torch.optim.AdamW([p for group in self.learned for p in group], lr=lr, weight_decay=0.0)
 
     def inputs(self, batch: Padded) -> dict[str, Any]:

@@ -91,10 +91,10 @@ def run(options: Options) -> Outcome:
 
 
 def kept(case: Case, names: Sequence[str] | None) -> Case:
-    """The case with the providers of these names alone, its baseline always among them."""
+    """The case with the providers of these names alone, ours and its baseline always among them."""
     if names is None:
         return case
-    chosen = {p.name for p in providers.chosen("ops", names)} | {case.baseline}
+    chosen = {p.name for p in providers.chosen("ops", names)} | {"tppo_fast"}
     return replace(
         case, providers={n: run for n, run in case.providers.items() if n == case.baseline or n.split(":")[0] in chosen}
     )

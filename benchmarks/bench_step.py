@@ -6,12 +6,14 @@ Every provider is a process of its own, they take turns, and get the same prompt
 end-of-sequence token is forbidden), epochs, optimizer and fp32 weights. All sample by transformers' generate, so that the
 trainers are compared; what vLLM changes stands in rows of its own, since TRL's PPO trainer cannot use it. The first to sample
 decides the responses: what the others sample is only timed, and they learn from the same ones. Hence the gate: reward, KL,
-losses and entropy of every iteration must agree (GRPO: reward and entropy), and no time is kept where they do not.
+losses and entropy of every iteration must agree (GRPO: reward and entropy), and so must what the policy learned, the change in
+the log-probability of each response; no time is kept where they do not.
 
 What differs: TRL's critic is a body of its own, as in "own critic"; "shared body" is our switch for one body, which trains
-another function and is held to the reward and the KL. TRL computes the logits of prompts, too. We keep a second copy of the
-policy to sample from, as our trainer does. Gradients are not clipped, since TRL's are not. Memory of a whole iteration is the
-peak of what the process had resident, its libraries included.
+another function: it is held to the padded baseline with one body. TRL computes the logits of prompts, too. We keep a second
+copy of the policy to sample from, as our trainer does. Gradients are not clipped, since TRL's are not. Memory of a whole
+iteration is the peak of what the process had resident, its libraries included. With the real model one iteration is a turn:
+nothing has warmed up, for anybody.
 
 The levers are counted (FLOPs, peak of live bytes: ``counters``) and timed in one run each, whose clock the counter slows down
 alike; their losses must agree.
@@ -31,11 +33,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import peer_envs
+from benchmarks.drivers import ruler
 from benchmarks.drivers.ruler import PHASES
 from benchmarks.providers import ask, chosen, named
 from benchmarks.results import Options, Outcome, Result, summarise
 from benchmarks.step_ours import run as run_here
-from benchmarks.step_work import GRPO, LEVERS, WHOLE, Row, Work, inputs, works
+from benchmarks.step_work import GRPO, LEVERS, Row, Work, inputs, whole, works
+from tppo_fast import loading
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,8 +54,9 @@ def run(options: Options) -> Outcome:
     asked, record = works(options), {"model": options.model.name}
     results: list[Result] = []
     for work in reversed(asked):
-        for title, rows in (("PPO iteration", WHOLE), ("GRPO iteration", GRPO)):
-            fitting = [row for row in rows if work is asked[0] or not row.small_only]
+        small = work is asked[0]
+        for title, rows in (("PPO iteration", whole(small=small)), ("GRPO iteration", GRPO)):
+            fitting = [row for row in rows if small or not row.small_only]
             results += _compare(title, work, fitting, names, options, record) if fitting else []
     results += _compare("PPO levers", asked[-1], LEVERS, names, options, record, levers=True)
     summarise(results)
@@ -68,21 +73,26 @@ def _compare(
     """
     tensors, found = inputs(work, options.seed, responses=levers), {}
     one = {"count": True, "iterations": 1, "epochs": 1} if levers else {}
-    for _ in range(1 if levers else options.rounds or 1):
-        for row in [r for r in rows if r.name in names]:
-            answer = answer_of(row, work.request(options.threads, **one, **row.changes), tensors, options)
+    taking_part = [row for row in rows if row.name in names]
+    for turn in range(1 if levers else options.rounds or work.rounds):
+        for row in [*taking_part[turn:], *taking_part[:turn]]:
+            request = work.request(options.threads, learned=turn == 0, **one, **row.changes)
+            answer = answer_of(row, request, tensors, options)
             print(f"{title}, {work.name}, {row.provider}: {answer.get('problem') or _seconds(answer)}", flush=True)
             found.setdefault(row.provider, []).append(answer)
             if "sequences" in answer:
                 tensors.setdefault("sequences", answer["sequences"])
     answers = {name: _merged(several) for name, several in found.items()}
+    start = _start(work, tensors["sequences"][0 if levers else -1]) if "sequences" in tensors else None
     for row in rows:
         mine, other = answers.get(row.provider, {}), answers.get(row.like or "", {})
-        if "problem" not in mine and (problem := disagreement(row, mine, other)):
+        if "problem" in mine or "problem" in other:
+            continue
+        if problem := disagreement(row, mine, other) or unlike(row, mine, other, start):
             mine["problem"] = problem
     record[f"{title}, {work.name}"] = {
         "sizes": {**work.sizes, "epochs": 1 if levers else work.epochs, "microbatch": work.microbatch},
-        **{n: {k: v for k, v in a.items() if k != "sequences"} for n, a in answers.items()},
+        **{n: {k: v for k, v in a.items() if k not in ("sequences", "logprobs")} for n, a in answers.items()},
     }
     ordered = sorted((r for r in rows if r.provider in answers), key=lambda row: row.name != "tppo_fast")
     as_results = _counts if levers else _times
@@ -154,6 +164,27 @@ def disagreement(row: Row, mine: Mapping[str, Any], other: Mapping[str, Any], to
             if not abs(a[key] - b[key]) <= tolerance * abs(b[key]) + 1e-5:
                 return f"it disagrees with {row.like}: {key} of iteration {i} is {a[key]:.6g}, not {b[key]:.6g}"
     return None
+
+
+def unlike(
+    row: Row, mine: Mapping[str, Any], other: Mapping[str, Any], start: Tensor | None, tolerance: float = 5e-3
+) -> str | None:
+    """Says by how much the two policies moved apart, if by more than ``tolerance`` of the way the other one went; or None.
+
+    ``start``: the log-probability of each response before training, [B].
+    """
+    if not row.learned or start is None or "logprobs" not in mine or "logprobs" not in other:
+        return None
+    way, apart = (other["logprobs"] - start).norm(), (mine["logprobs"] - other["logprobs"]).norm()
+    if apart <= tolerance * way:
+        return None
+    return f"it disagrees with {row.like}: their policies are {apart / way:.1%} apart of what that one learned"
+
+
+def _start(work: Work, sequences: Tensor) -> Tensor:
+    """``ruler.thoughts`` of the policy before any step."""
+    lm = loading.load_causal_lm(str(work.model))
+    return ruler.thoughts(lm, sequences, {"learned": True, "new_tokens": work.new_tokens})["logprobs"]
 
 
 def _times(title: str, work: Work, row: Row, answer: Mapping[str, Any]) -> list[Result]:

@@ -128,7 +128,7 @@ def _sweep(axes: Axes, axis: str, members: Sequence[Result]) -> None:
     axes.set_xlabel(axis, fontsize=8)
     axes.set_ylabel({"s": "seconds"}.get(members[0].unit, members[0].unit), fontsize=8)
     axes.grid(color="#e4e4e4", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=6)
+    axes.legend(frameon=False, fontsize=6, loc="upper left")
 
 
 def learning(report: Mapping[str, Any]) -> Figure:
@@ -148,7 +148,7 @@ def _curves(axes: Axes, report: Mapping[str, Any], place: int, label: str) -> No
     axes.set_xlabel(label, fontsize=8)
     axes.set_ylabel("held-out relevance", fontsize=8)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="lower right")
     _title(axes, "Learning")
 
 
@@ -165,7 +165,7 @@ def summary() -> Figure:
         elif suite == "ops":
             _gains(axes, results.rows_of(kept[suite]))
         elif suite == "step":
-            _bars(axes, tables.heads(results.rows_of(kept[suite]))[0])
+            _bars(axes, tables.families(results.rows_of(kept[suite]))[0][0])
         else:
             _curves(axes, kept[suite], 0, "responses sampled")
     return figure
@@ -188,11 +188,11 @@ def bars(report: Mapping[str, Any]) -> Figure:
 def _gains(axes: Axes, rows: Sequence[Result]) -> None:
     """For each op ours and the best of the others."""
     labels, widths, found = [], [], []
-    for members in tables.whole(tables.heads(rows), "ops"):
-        other = tables.best_other(members)
-        for row in (members[0], other):
+    for usual, *_ in tables.whole(tables.families(rows), "ops"):
+        pair = tables.against(usual)
+        for row in (pair.ours, pair.other):
             if row is not None and row.ratio:
-                what = members[0].family.rpartition(", ")[0] if row is members[0] else ""
+                what = row.family.rpartition(", ")[0] if row is pair.ours else ""
                 labels.append(f"{what.removesuffix(' of every term and its gradients')}  {row.provider.split(',')[0]}")
                 widths.append(row.ratio)
                 found.append(row.provider)

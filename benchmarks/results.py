@@ -17,6 +17,7 @@ from tppo_fast.atomic import write_atomic
 
 ROOT = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured yet"
+LEFT_OUT = "left out: the time was over"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,14 +214,15 @@ def regressions(new: Sequence[Result], kept: Sequence[Result], tolerance: float 
 
     Ratios alone are compared: seconds belong to one machine. A row that was measured and no longer is, is one too.
     """
-    before = {(row.case, row.provider): row for row in kept if row.provider.startswith("tppo_fast")}
+    now = {(row.case, row.provider): row for row in new}
     found = []
-    for row in new:
-        old = before.get((row.case, row.provider))
-        if old is None or old.ratio is None:
+    for old in kept:
+        if old.ratio is None or not old.provider.startswith("tppo_fast"):
             continue
-        if row.ratio is None:
-            found.append(f"{row.case}, {row.provider}: {row.problem or 'was not measured'}, and was {old.ratio:.2f}x")
+        row = now.get((old.case, old.provider))
+        if row is None or row.ratio is None:
+            why = row.problem if row is not None and row.problem else "was not measured"
+            found.append(f"{old.case}, {old.provider}: {why}, and was {old.ratio:.2f}x")
         elif row.ratio < (1 - tolerance) * old.ratio:
             found.append(f"{row.case}, {row.provider}: {row.ratio:.2f}x the baseline, and was {old.ratio:.2f}x")
     return found

@@ -81,9 +81,11 @@ def lean(request: Mapping[str, Any], config: Config, ac: ActorCritic) -> Phases:
 def padded(request: Mapping[str, Any], config: Config, ac: ActorCritic) -> Phases:
     """The plain PyTorch baseline, on the same weights."""
     for lm in (ac.actor.lm, ac.critic.body):
-        lm.set_attn_implementation("sdpa")  # type: ignore[union-attr]
+        if lm is not None:
+            lm.set_attn_implementation("sdpa")  # type: ignore[union-attr]
     reference = copy.deepcopy(ac.actor.lm).requires_grad_(False)
-    baseline = Baseline(ac.actor.lm, ac.critic.body, ac.critic.value_head, reference, lr=request["lr"])
+    critic = ac.actor.lm.base_model if config.model.shared_body else ac.critic.body
+    baseline = Baseline(ac.actor.lm, critic, ac.critic.value_head, reference, lr=request["lr"])
     ppo = config.ppo
 
     def prepare(rollouts: list[Rollout], rewards: list[Tensor]) -> Any:
@@ -122,7 +124,7 @@ def run(request: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
                     prompts, SamplingParams(n=request["samples"], max_new_tokens=request["new_tokens"], seed=i)
                 )
                 watch.mark("rollout")
-            if "sequences" in tensors:
+            if replayed := "sequences" in tensors:
                 rollouts = _replayed(tensors["sequences"][i], prompts)
             ids = torch.tensor([[*r.prompt.token_ids, *r.token_ids] for r in rollouts])
             paid = ruler.even_share(ids[:, len(prompts[0].token_ids) :])
@@ -133,10 +135,12 @@ def run(request: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
             watch.end()
             found = {key.split("/")[1]: learned[key] for key in (*METRICS, *NEEDED) if key in learned}
             metrics.append({"reward": float(paid.mean()), **found})
-            sequences.append(ids)
+            sequences.append(tensors["sequences"][i] if replayed else ids)
             del train
     answer = {"iterations": watch.iterations, "metrics": metrics, "base_gib": base, **counts}
-    return answer, {"sequences": torch.stack(sequences)}
+    lm = loading.load_causal_lm(request["model"]).to(device)  # as its makers run it, whatever packs it here
+    lm.load_state_dict(dict(ac.actor.named_weights()))
+    return answer, {"sequences": torch.stack(sequences), **ruler.thoughts(lm, sequences[-1], request)}
 
 
 def _maybe_counted(name: str, phase: Callable[[], Any], counts: dict[str, Any], request: Mapping[str, Any]) -> Any:

@@ -35,6 +35,8 @@ class Work:
     epochs: int
     iterations: int
     """With more than one, the first warms up and is not kept."""
+    rounds: int
+    """Turns of every row."""
     microbatch: int
     """Responses in one forward and backward pass."""
     lr: float = 1e-5
@@ -69,6 +71,8 @@ class Row:
     """The row whose metrics it must reproduce."""
     metrics: tuple[str, ...] = ("reward", "kl", "policy_loss", "value_loss", "entropy")
     """Those of them that must agree."""
+    learned: bool = True
+    """Whether both must have taught the policy the same."""
     first: bool = False
     """Only in the first iteration: after a step it is another function that learns."""
     baseline: bool = False
@@ -82,30 +86,31 @@ class Row:
 
 
 TRL = Row(provider="TRL PPO", baseline=True)
-WHOLE = (
-    TRL,
-    Row(provider="tppo_fast: own critic", changes={"settings": OWN, "rollout": True}, like="TRL PPO"),
-    Row(
-        provider="tppo_fast: shared body",
-        changes={"settings": SHARED, "rollout": True},
-        like="TRL PPO",
-        metrics=("reward",),
-    ),
-    Row(provider="tppo_fast: own critic, vLLM", changes={"settings": OWN, "rollout": "vllm"}, like="TRL PPO"),
-    Row(
-        provider="tppo_fast: shared body, vLLM",
-        changes={"settings": SHARED, "rollout": "vllm"},
-        like="TRL PPO",
-        metrics=("reward",),
-    ),
-    Row(
-        provider="padded PyTorch",
-        changes={"settings": OWN, "padded": True, "rollout": True},
-        like="TRL PPO",
-        metrics=("reward", "policy_loss", "value_loss", "entropy"),
-        small_only=True,
-    ),
-)
+PADDED = {"metrics": ("reward", "policy_loss", "value_loss", "entropy"), "small_only": True}
+
+
+def whole(*, small: bool) -> tuple[Row, ...]:
+    """The rows of a PPO iteration. One body for policy and critic learns another function than TRL's two: the padded baseline
+    with one body is what it must reproduce; with the real model, which takes one step, it is held to that step's losses."""
+    one_body: dict[str, Any] = (
+        {"like": "padded PyTorch: shared body", "metrics": PADDED["metrics"]}
+        if small
+        else {"like": "TRL PPO", "learned": False}
+    )
+    own: dict[str, Any] = {"like": "TRL PPO"}
+    return (
+        TRL,
+        Row(provider="tppo_fast: own critic", changes={"settings": OWN, "rollout": True}, **own),
+        Row(provider="tppo_fast: shared body", changes={"settings": SHARED, "rollout": True}, **one_body),
+        Row(provider="tppo_fast: own critic, vLLM", changes={"settings": OWN, "rollout": "vllm"}, **own),
+        Row(provider="tppo_fast: shared body, vLLM", changes={"settings": SHARED, "rollout": "vllm"}, **one_body),
+        Row(provider="padded PyTorch", changes={"settings": OWN, "padded": True, "rollout": True}, **own, **PADDED),
+        Row(
+            provider="padded PyTorch: shared body", changes={"settings": SHARED, "padded": True, "rollout": True}, **PADDED
+        ),
+    )  # fmt: skip
+
+
 GRPO = (
     Row(provider="TRL GRPO", baseline=True, small_only=True),
     Row(
@@ -126,6 +131,7 @@ LEVERS = (
         changes={"settings": SHARED},
         like="tppo_fast: all levers off",
         metrics=ALIKE,
+        learned=False,
     ),
     Row(provider="tppo_fast: all levers off", changes={"settings": ALL_OFF, "row_local": False}, baseline=True),
     Row(
@@ -164,7 +170,9 @@ def works(options: Options) -> list[Work]:
         if options.quick
         else {"prompts": 16, "samples": 8, "microbatch": 64}
     )
-    first = Work(name="small Llama", model=small, epochs=2, iterations=2, **sizes, **few)
+    first = Work(
+        name="small Llama", model=small, epochs=2, iterations=2, rounds=1 if options.quick else 3, **sizes, **few
+    )
     if options.quick:
         return [first]
     if not (options.model / "config.json").exists():
@@ -180,6 +188,7 @@ def works(options: Options) -> list[Work]:
             new_tokens=32,
             epochs=1,
             iterations=1,
+            rounds=2,
             microbatch=8,
         ),
     ]

@@ -6,6 +6,7 @@ The root README gets one table and one plot, ``kernels/README.md`` the ops at th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ def value(x: float, unit: str) -> str:
     if unit == "s":
         return seconds(x)
     return f"{x:.3f}" if unit == "relevance" else f"{x:,.0f} {unit}" if x < 1e7 else f"{x:.3g} {unit}"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.2f}x"
 
 
 def size(count: int | None) -> str:
@@ -56,19 +61,19 @@ def by_case(rows: Sequence[Result]) -> dict[str, list[Result]]:
     return found
 
 
-def heads(rows: Sequence[Result]) -> list[list[Result]]:
-    """The first case of each family: its usual size."""
-    found: dict[str, list[Result]] = {}
+def families(rows: Sequence[Result]) -> list[list[list[Result]]]:
+    """The cases of each family, its usual size first."""
+    found: dict[str, list[list[Result]]] = {}
     for case, members in by_case(rows).items():
-        found.setdefault(members[0].family or case, members)
+        found.setdefault(members[0].family or case, []).append(members)
     return list(found.values())
 
 
 def table(cases: Sequence[Sequence[Result]]) -> str:
     """One block of rows for each case."""
     lines = [
-        "| what | provider | median | 20-80 % | ratio | of the ceiling | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| what | provider | median | 20-80 % | turns | ratio | of the ceiling | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     said: set[tuple[str, str, str | None]] = set()
     for rows in cases:
@@ -77,14 +82,16 @@ def table(cases: Sequence[Sequence[Result]]) -> str:
                 if (why := (row.family or row.case, row.provider, row.problem)) in said:
                     continue  # once for all sizes
                 said.add(why)
-                lines.append(f"| {row.case} | {row.provider} | {row.problem or 'not measured'} | | | | |")
+                lines.append(f"| {row.case} | {row.provider} | {row.problem or 'not measured'} | | | | | |")
                 continue
             ratio = f"{row.ratio:.2f}x" if row.ratio else ""
             share = f"{row.share_of_ceiling:.0%}" if row.share_of_ceiling else ""
             memory = size(row.device_peak_bytes if row.device_peak_bytes is not None else row.host_peak_bytes)
+            turns = len(row.values)
+            spread = f"{value(row.q20, row.unit)} - {value(row.q80, row.unit)}" if turns > 1 else ""
             lines.append(
-                f"| {row.case} | {row.provider} | {value(row.median, row.unit)} | {value(row.q20, row.unit)} - "
-                f"{value(row.q80, row.unit)} | {ratio} | {share} | {memory} |"
+                f"| {row.case} | {row.provider} | {value(row.median, row.unit)} | {spread} | {turns} | {ratio} | {share} | "
+                f"{memory} |"
             )
     return "\n".join(lines)
 
@@ -108,6 +115,11 @@ def full(report: Mapping[str, Any]) -> str:
     absent = [f"- {name}: {p['missing']}" for name, p in report["providers"].items() if p["missing"]]
     versions = ", ".join(f"{name} {p['version']}" for name, p in report["providers"].items() if p["version"])
     parts = [f"{caption(report)}. Providers: {versions}.", table(list(by_case(rows).values()))]
+    if note := report.get("note"):
+        parts.append(note)
+    settings = report["settings"]
+    if left := settings.get("skipped_cases") or settings.get("skipped_rows"):
+        parts.append(f"{left} {'cases' if 'skipped_cases' in settings else 'rows'} were left out: the time was over.")
     if absent:
         parts.append("Not here:\n\n" + "\n".join(absent))
     if growth := exponents(report):
@@ -130,25 +142,52 @@ def gpus() -> list[str]:
     )
 
 
+def is_ours(row: Result) -> bool:
+    return row.provider.startswith("tppo_fast")
+
+
 def best_other(rows: Sequence[Result]) -> Result | None:
-    """The best measured row beside the first (ours): of another provider, or of another method where all are ours."""
-    ours = rows[0].provider.split(":")[0]
-    measured = [row for row in rows[1:] if row.median is not None]
-    others = [row for row in measured if row.provider.split(":")[0] != ours] or (
-        measured if all(row.provider.split(":")[0] == ours for row in rows) else []
-    )
-    if not others:
+    """The best measured row beside ours: of another provider, or of another method where all are ours."""
+    others = [row for row in rows if not is_ours(row)] or rows[1:]
+    measured = [row for row in others if row.median is not None]
+    if not measured:
         return None
-    pick = max if results.more_is_better(others[0].unit) else min
-    return pick(others, key=lambda row: row.median or 0.0)
+    pick = max if results.more_is_better(measured[0].unit) else min
+    return pick(measured, key=lambda row: row.median or 0.0)
 
 
-def _cell(row: Result | None, named: bool) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Against:
+    """Ours, the first of our rows, beside the best other one of a case."""
+
+    ours: Result
+    other: Result | None
+    ratio: float | None
+    """How many times better ours is."""
+    told_apart: bool
+    """The 20 to 80 % bands of the two do not overlap."""
+
+
+def against(rows: Sequence[Result]) -> Against:
+    ours, other = next((row for row in rows if is_ours(row)), rows[0]), best_other(rows)
+    if other is None or not ours.median or not other.median:
+        return Against(ours=ours, other=other, ratio=None, told_apart=False)
+    apart = (ours.q80 or 0.0) < (other.q20 or 0.0) or (other.q80 or 0.0) < (ours.q20 or 0.0)
+    more = results.more_is_better(ours.unit)
+    return Against(
+        ours=ours,
+        other=other,
+        ratio=ours.median / other.median if more else other.median / ours.median,
+        told_apart=apart,
+    )
+
+
+def _cell(row: Result | None) -> str:
     if row is None or row.median is None:
         return NOT_MEASURED if row is None or not row.problem else row.problem
     memory = row.device_peak_bytes if row.device_peak_bytes is not None else row.host_peak_bytes
-    name = f"{row.provider.removeprefix('tppo_fast: ')}: " if named else ""
-    return f"{name}{value(row.median, row.unit)}{f', {size(memory)}' if memory and row.unit == 's' else ''}"
+    name = row.provider.removeprefix("tppo_fast: ")
+    return f"{name}: {value(row.median, row.unit)}{f', {size(memory)}' if memory and row.unit == 's' else ''}"
 
 
 def summary() -> str:
@@ -157,12 +196,12 @@ def summary() -> str:
     for device in ("cpu", *gpus()):
         reports = kept(device)
         measured += reports.values()
-        lines = [f"| {device.upper()} | tppo_fast | best other | ratio |", "|---|---|---|---|"]
+        lines = [f"| {device.upper()} | tppo_fast | best other | ratio | other sizes |", "|---|---|---|---|---|"]
         for suite in SUITES:
             if suite in reports:
-                lines += [_summary_line(rows) for rows in whole(heads(results.rows_of(reports[suite])), suite)]
+                lines += [_summary_line(cases) for cases in whole(families(results.rows_of(reports[suite])), suite)]
             elif device == "cpu":
-                lines.append(f"| {suite} | {NOT_MEASURED} | {NOT_MEASURED} | |")
+                lines.append(f"| {suite} | {NOT_MEASURED} | {NOT_MEASURED} | | |")
         parts.append("\n".join(lines))
     if not gpus():
         parts.append(f"GPU: {NOT_MEASURED}.")
@@ -176,33 +215,34 @@ def summary() -> str:
     )
     parts.append(
         f"<sub>`make bench` (GPU: `make gpu-check`): {note}. Best other: the best provider that passed the same run's "
-        "correctness gate; memory: an op's peak beyond its inputs, a step's whole process. Learning rows compare methods "
-        "that are all ours, on two seeds; TPPO discounts by 0.7 there, the others not; five seeds and both discounts are "
-        "below. All rows: [RESULTS](benchmarks/RESULTS.md).</sub>"
+        "correctness gate; ~: the 20 to 80 % bands of the two overlap; other sizes: the ratios there; memory: an op's peak "
+        "beyond its inputs, a step's whole process. Iterations on the CPU sample by transformers' generate on both sides. The "
+        "GPU's PPO step leaves sampling out and is not held to TRL's by that gate: a shared body is one body for policy and "
+        "critic, TRL trains two. Its padded GAE is a loop over time. Learning rows compare methods that are all ours, on two "
+        "seeds; TPPO discounts by 0.7 there, the others not; five seeds and both discounts are below. All rows: "
+        "[RESULTS](benchmarks/RESULTS.md).</sub>"
     )
     return "\n\n".join(parts)
 
 
-def whole(cases: Sequence[Sequence[Result]], suite: str) -> list[Sequence[Result]]:
+def whole(found: Sequence[list[list[Result]]], suite: str) -> list[list[list[Result]]]:
     """Without the phases of another case, and without those where only our own variants are compared."""
-    families = {rows[0].family for rows in cases}
+    names = {cases[0][0].family for cases in found}
     return [
-        rows for rows in cases
-        if not any(rows[0].family.startswith(f"{family}, ") for family in families if family)
-        and (suite == "learning" or {row.provider.split(":")[0] for row in rows} != {"tppo_fast"})
+        cases for cases in found
+        if not any(cases[0][0].family.startswith(f"{name}, ") for name in names if name)
+        and (suite == "learning" or not all(map(is_ours, cases[0])))
     ]  # fmt: skip
 
 
-def _summary_line(rows: Sequence[Result]) -> str:
-    ours, other = rows[0], best_other(rows)
-    ratio = ""
-    if other is not None and ours.median and other.median:
-        better = ours.median / other.median if results.more_is_better(ours.unit) else other.median / ours.median
-        ratio = f"{better:.2f}x"
-    beside = (
-        _cell(other, True) if other is not None else next((f"none: {r.problem}" for r in rows[1:] if r.problem), "none")
-    )
-    return f"| {ours.case} | {_cell(ours, False)} | {beside} | {ratio} |"
+def _summary_line(cases: Sequence[Sequence[Result]]) -> str:
+    first, *others = map(against, cases)
+    beside = next((f"none: {row.problem}" for row in cases[0][1:] if row.problem), "none")
+    ratios = sorted(case.ratio for case in others if case.ratio and case.ours.sizes != first.ours.sizes)
+    elsewhere = f"{times(ratios[0])} - {times(ratios[-1])}" if ratios else ""
+    ratio = f"{'' if first.told_apart else '~ '}{times(first.ratio)}" if first.ratio else ""
+    other = _cell(first.other) if first.other else beside
+    return f"| {first.ours.case} | {_cell(first.ours)} | {other} | {ratio} | {elsewhere} |"
 
 
 def kernels() -> str:
@@ -210,7 +250,11 @@ def kernels() -> str:
     blocks = []
     for device in ("cpu", *gpus()):
         report = kept(device).get("ops")
-        text = f"{caption(report)}.\n\n{table(heads(results.rows_of(report)))}" if report else f"CPU: {NOT_MEASURED}."
+        text = (
+            f"{caption(report)}.\n\n{table([cases[0] for cases in families(results.rows_of(report))])}"
+            if report
+            else f"CPU: {NOT_MEASURED}."
+        )
         blocks.append(text)
     if not gpus():
         blocks.append(f"GPU: {NOT_MEASURED}.")

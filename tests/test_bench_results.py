@@ -57,12 +57,14 @@ def test_a_regression_is_a_fallen_ratio_or_a_row_that_is_gone() -> None:
     old = [row("torch eager", [4.0]), row("tppo_fast: a", [1.0]), row("tppo_fast: b", [1.0])]
     slower_machine = [row("torch eager", [8.0]), row("tppo_fast: a", [2.1]), row("tppo_fast: b", [2.0])]
     worse = [row("torch eager", [4.0]), row("tppo_fast: a", [2.0]), row("tppo_fast: b", [], problem="it disagrees")]
+    gone = worse[:2]
     for rows in (old, slower_machine, worse):
         results.summarise(rows)
     assert results.regressions(slower_machine, old) == []
     first, second = results.regressions(worse, old)
     assert "2.00x the baseline, and was 4.00x" in first
     assert "it disagrees" in second
+    assert "was not measured, and was 4.00x" in results.regressions(gone, old)[1]
 
 
 def test_a_report_survives_its_file(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_plot_carries_the_hash_of_its_results(tmp_path: Path, monkeypatch: pyt
     assert svg == found["ops.svg"].svg()  # drawn again, the same bytes
     assert plots.embedded(svg) == plots.digest([tmp_path / "cpu" / "ops.json"])
     assert plots.embedded(found["summary.svg"].svg()) == plots.embedded(svg)
-    assert "4.00x" in tables.summary()
+    assert "| native: 10.50 s | torch eager: 42.00 s | 4.00x | 4.00x - 4.00x |" in tables.summary()
     assert "not measured yet" in tables.summary()  # the other suites, and every GPU
 
 

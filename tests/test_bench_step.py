@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import bench_step, gpu_step, peer_envs, step_ours
 from benchmarks.drivers.ruler import Stopwatch
 from benchmarks.results import Options
-from benchmarks.step_work import ALL_OFF, LEVERS, SHARED, UNSHARED_PROMPTS, WHOLE, Row, inputs, works
+from benchmarks.step_work import ALL_OFF, LEVERS, OWN, SHARED, UNSHARED_PROMPTS, Row, inputs, whole, works
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -48,7 +49,7 @@ def test_the_step_suite_runs_at_a_tiny_size(tmp_path: Path) -> None:
 
 
 def test_a_provider_that_computes_something_else_has_no_time() -> None:
-    row = WHOLE[1]
+    row = whole(small=True)[1]
     fine = {"metrics": [{"reward": 0.5, "kl": 0.0, "policy_loss": 0.1, "value_loss": 0.2, "entropy": 3.0}]}
     off = {"metrics": [{**fine["metrics"][0], "value_loss": 0.21}]}
     assert bench_step.disagreement(row, fine, fine) is None
@@ -59,13 +60,42 @@ def test_a_provider_that_computes_something_else_has_no_time() -> None:
     twice = {"metrics": fine["metrics"] * 2}
     assert "of iteration 1" in (bench_step.disagreement(row, later, twice) or "")
     assert bench_step.disagreement(replace(row, first=True), later, twice) is None
-    assert {row.like for row in LEVERS} - {None} <= {row.provider for row in LEVERS}
+    for rows in (LEVERS, whole(small=True), whole(small=False)):
+        assert {row.like for row in rows} - {None} <= {row.provider for row in rows}
+
+
+def test_a_provider_that_learns_something_else_has_no_time() -> None:
+    row, start = whole(small=True)[1], torch.tensor([-10.0, -12.0])
+    theirs = {"logprobs": start + torch.tensor([3.0, -4.0])}
+    near = {"logprobs": theirs["logprobs"] + torch.tensor([0.0, 0.02])}
+    assert bench_step.unlike(row, near, theirs, start) is None
+    assert bench_step.unlike(row, {"logprobs": start}, theirs, start) == (
+        "it disagrees with TRL PPO: their policies are 100.0% apart of what that one learned"
+    )
+    assert bench_step.unlike(replace(row, learned=False), {"logprobs": start}, theirs, start) is None
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.0}, {"gamma": 0.5}, {"value_coef": 3.0, "settings": SHARED}])
+def test_what_is_learned_tells_trainers_apart(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """One iteration of one epoch, whose losses precede the step; with one body the value loss moves the policy, too."""
+    work = replace(works(Options(quick=True, scratch=tmp_path))[0], epochs=1, iterations=1)
+    given, start = inputs(work, 0, responses=True), None
+    row = Row(provider="tppo_fast", like="itself", metrics=())
+    settings = {"settings": OWN, "learned": True, **{k: v for k, v in changes.items() if k == "settings"}}
+    _, one = step_ours.run(work.request(1, **settings), given)
+    _, same = step_ours.run(work.request(1, **settings), given)
+    _, other = step_ours.run(work.request(1, **settings) | changes, given)
+    start = bench_step._start(work, given["sequences"][0])
+    assert bench_step.unlike(row, same, one, start) is None
+    assert "apart of what that one learned" in (bench_step.unlike(row, other, one, start) or "")
 
 
 def test_a_gpu_step_that_comes_too_late_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each part has the lean loop and its share of the others; test_benchmarks.py runs them dry."""
-    assert gpu_step.run(1e12, tmp_path, part=1, parts=3, deadline=time.monotonic() - 1, dry=True) == []
-    assert "TRL PPO: left out, the time was over" in capsys.readouterr().out
+    found = gpu_step.run(1e12, tmp_path, part=1, parts=3, deadline=time.monotonic() - 1, dry=True)
+    assert {row.problem for row in found} == {"left out: the time was over"}
+    assert {row.provider for row in found} == {row.provider for row in gpu_step.rows_of(1, 3, dry=True)}
+    assert "TRL PPO: left out: the time was over" in capsys.readouterr().out
     seen = [{row.provider for row in gpu_step.rows_of(part, 3, dry=True)} for part in (1, 2, 3)]
     assert set.intersection(*seen) == {"tppo_fast: shared body"}
     assert len(set.union(*seen)) == len(gpu_step.OTHERS) - 2 + 1  # all, the two compiled ones aside, and the lean loop
@@ -102,7 +132,7 @@ def test_needed_flops_are_those_that_the_trainer_counts(tmp_path: Path) -> None:
     work = replace(works(Options(quick=True, scratch=tmp_path))[0], epochs=1, iterations=1)
     for settings in (SHARED, ALL_OFF, UNSHARED_PROMPTS):
         answer, _ = step_ours.run(work.request(1, settings=settings), inputs(work, 0, responses=True))
-        needed = gpu_step.needed_flops(replace(WHOLE[1], changes={"settings": settings}), work)
+        needed = gpu_step.needed_flops(replace(whole(small=True)[1], changes={"settings": settings}), work)
         assert answer["metrics"][0]["prepare_tflop"] == pytest.approx(needed["prepare"] / 1e12)
         assert answer["metrics"][0]["update_tflop"] == pytest.approx(needed["update"] / 1e12)
 

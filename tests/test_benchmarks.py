@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tppo_fast.data_types import Rollout
 
 bench_rollout = pytest.importorskip("benchmarks.bench_rollout")
 bench_learning = pytest.importorskip("benchmarks.bench_learning")
+from benchmarks.op_cases import blocked_gae, padded_gae  # noqa: E402
 from benchmarks.results import Options  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +59,15 @@ def test_the_ops_suite_runs_quick(tmp_path: Path) -> None:
     assert [r["problem"] for r in rows if r["provider"] == "QuACK"] == ["its kernel needs a GPU"]
 
 
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_blocked_gae_is_the_loops(length: int) -> None:
+    rewards, values = torch.randn(2, 3, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(
+        blocked_gae(rewards, values, 0.99, 0.95), padded_gae(rewards, values, 0.99, 0.95), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_the_rollout_suite_runs_quick(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our engine and TRL's own sampling on the same weights: both report the trainer's log-probabilities."""
     monkeypatch.setattr(bench_rollout, "ENGINES", {"tppo_fast: transformers": "hf"})
@@ -85,11 +96,11 @@ def test_an_engine_of_other_weights_is_not_timed(tiny_model: Path, monkeypatch: 
 def test_learning_rows_are_samples_and_seconds_of_every_seed() -> None:
     bench_learning.experiment(Options(quick=True)), bench_learning.experiment(Options())  # valid settings
     curves = [[[0, 0.0, 0.39], [640, 3.0, 0.43]], [[0, 0.0, 0.39], [640, 3.5, 0.44]]]
-    rows = bench_learning._rows("TPPO", curves)
+    rows = bench_learning._rows("TPPO", curves, 0.39)
     assert [(r.unit, r.values, r.problem) for r in rows] == [
         ("responses", [640, 640], None), ("s", [3.0, 3.5], None), ("relevance", [0.43, 0.44], None),
     ]  # fmt: skip
-    missed = bench_learning._rows("GRPO", [curves[0], [[0, 0.0, 0.39], [640, 3.5, 0.42]]])
+    missed = bench_learning._rows("GRPO", [curves[0], [[0, 0.0, 0.39], [640, 3.5, 0.42]]], 0.39)
     assert [(r.values, r.problem) for r in missed[:2]] == [([], "1 of 2 seeds never reached it")] * 2
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from tppo_fast import evaluate
 from tppo_fast.data_types import Prompt, Rollout
@@ -203,13 +204,13 @@ def test_the_difference_is_antisymmetric_and_zero_against_itself() -> None:
 
 
 def test_several_runs_widen_the_interval_by_their_own_spread() -> None:
-    """Runs that differ by a constant: the users' spread is tiny, the runs' spread is all there is."""
+    """Runs that differ by a constant: the users' spread is tiny, and Student's t knows how few the runs are."""
     noise = 0.01 * np.random.default_rng(7).normal(size=(4, 100))
     a = noise + np.array([[-1.0], [0.0], [1.0], [2.0]])
     gap = paired_difference(a, np.zeros_like(a), users(100))
     assert gap.mean == pytest.approx(0.5, abs=0.01)
-    assert gap.low < -0.4
-    assert gap.high > 1.4
+    half = stats.t.ppf(0.975, 3) * np.sqrt(5 / 3) / 2  # of -1, 0, 1, 2
+    assert (gap.low, gap.high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.02)
     alone = paired_difference(a[1], np.zeros(100), users(100))
     assert alone.high - alone.low < 0.01
 

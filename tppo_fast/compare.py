@@ -23,7 +23,7 @@ from tppo_fast.evaluate_command import show
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import SFTConfig
 from tppo_fast.jobs import Job, merged, pick
-from tppo_fast.metrics import read_metrics
+from tppo_fast.metrics import read_metrics, recorded
 from tppo_fast.runs import load_sessions
 from tppo_fast.sections import build_section
 
@@ -142,13 +142,10 @@ def samples_to_target(done: Sequence[Job], target: float) -> dict[str, Reach]:
     found: dict[str, Reach] = {}
     for job in done:
         reach = found.setdefault(job.method.name, Reach(samples=[], seconds=[], missed=0))
-        seconds = 0.0
-        for row in read_metrics(job.config.run_dir):
-            seconds += row.get("time/step") or 0.0
-            relevance = row.get("eval/relevance")
-            if relevance is not None and relevance >= target:
-                reach.samples.append(row["step"] * job.samples_per_step)
-                reach.seconds.append(round(seconds, 3))
+        for point in recorded(read_metrics(job.config.run_dir), "eval/relevance", job.samples_per_step):
+            if point.value >= target:
+                reach.samples.append(point.samples)
+                reach.seconds.append(point.seconds)
                 break
         else:
             found[job.method.name] = replace(reach, missed=reach.missed + 1)

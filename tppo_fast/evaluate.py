@@ -133,6 +133,9 @@ def summarise(
 ) -> dict[str, Estimate]:
     """Mean and bootstrap interval of every metric; users are resampled whole, with all their responses.
 
+    Of several runs the interval is at least as wide as Student's t makes it of the runs' means: a bootstrap of few of them is
+    too narrow (at 5 runs whose spread outweighs the users', it covers 80 % instead of 95 %).
+
     Args:
         scores: name -> [B], or [R, B] from R runs that differ in their seed (runs are then resampled too).
         users: who each of the B responses belongs to.
@@ -163,7 +166,8 @@ def paired_difference(
     Args:
         a: [B] numbers, response i of both sides answering the same prompt; or [R, B], run r of both sides sharing
             seed r. Over several runs, runs and users are resampled independently (the bootstrap of crossed factors,
-            Owen 2007, "The pigeonhole bootstrap"), so the interval covers another seed as well as another user.
+            Owen 2007, "The pigeonhole bootstrap"), so the interval covers another seed as well as another user; it is
+            widened as in ``summarise``.
         b: the other side, of the same shape.
         users: who each of the B responses belongs to.
         seed: of the resampling.
@@ -193,6 +197,9 @@ def _estimate(
     if np.ptp(values) == 0.0:  # every resample is the same: no interval to compute
         return Estimate(mean=mean, low=mean, high=mean, users=len(counts))
     low, high = _interval(sums, counts, seed=seed, confidence=confidence, resamples=resamples)
+    if len(values) > 1:
+        half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values.mean(1))
+        low, high = min(low, mean - half), max(high, mean + half)
     return Estimate(mean=mean, low=low, high=high, users=len(counts))
 
 

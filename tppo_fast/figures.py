@@ -30,7 +30,7 @@ def curves(
             x, y = zip(*points, strict=True)
             marker = "o" if len(points) <= 25 else ""
             axes.plot(x, y, STYLES[order], color=COLOURS[order], marker=marker, markersize=4, label=label)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -44,7 +44,7 @@ def reliability(bins: Sequence[tuple[float, float, int]], title: str = "Reliabil
         axes.scatter(x, y, s=[12 + 160 * n / max(tokens) for n in tokens], color=COLOURS[0], label="held-out tokens")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
     return figure
 
 
@@ -55,7 +55,7 @@ def reward_histogram(rewards: Mapping[str, Sequence[float]], title: str = "Rewar
     if kept:
         colours = [_CLASS_COLOURS.get(name, COLOURS[-1]) for name in kept]
         axes.hist(list(kept.values()), bins=30, stacked=True, color=colours, label=list(kept))
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="upper center")
     return figure
 
 

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,29 @@ GLOSSARY: dict[str, str] = {
     "perf/peak_memory_gib": "Peak memory since the run began, of the GPU, or of the process on a CPU, in GiB.",
 }
 """Every metric a run may log, with its unit. ``MetricsLogger.log`` refuses a name that is not defined here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One recording of a metric."""
+
+    samples: int
+    """Responses that the run had learned from."""
+    seconds: float
+    """It had trained, evaluations left out."""
+    value: float
+    """NaN where it was not finite."""
+
+
+def recorded(rows: Sequence[Mapping[str, Any]], name: str, samples_per_step: int) -> list[Point]:
+    """Where a metric was recorded, of the rows of ``read_metrics``."""
+    points, seconds = [], 0.0
+    for row in rows:
+        seconds += row.get("time/step") or 0.0
+        if name in row:
+            value = math.nan if row[name] is None else float(row[name])
+            points.append(Point(samples=row["step"] * samples_per_step, seconds=round(seconds, 3), value=value))
+    return points
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:

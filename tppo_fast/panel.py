@@ -222,7 +222,13 @@ def write(folder: Path, panel: Panel, duels: Sequence[Duel], record: Mapping[str
     whole = {
         "record": dict(record),
         "metrics": {**evaluate.METRICS, **EXTRA},
-        "table": {name: {metric: _finite(asdict(e)) for metric, e in row.items()} for name, row in table.items()},
+        "table": {
+            name: {
+                metric: _finite(asdict(e)) | {"runs": panel.scores[name][metric].mean(1).tolist()}
+                for metric, e in row.items()
+            }
+            for name, row in table.items()
+        },
         "duels": [
             {key: _finite(value) if isinstance(value, dict) else value for key, value in asdict(duel).items()}
             for duel in duels

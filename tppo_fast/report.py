@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tppo_fast.atomic import write_atomic
 from tppo_fast.errors import UserError
-from tppo_fast.metrics import GLOSSARY
+from tppo_fast.metrics import GLOSSARY, recorded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -284,15 +284,8 @@ def visible(token: str) -> str:
 
 
 def _points(metric: str, run: Run, axis: Axis = "samples") -> list[tuple[float, float]]:
-    """(samples or seconds, value) where the metric was recorded, NaN where it was not finite."""
-    points, seconds = [], 0.0
-    for row in run.rows:
-        seconds += row.get("time/step") or 0.0
-        if metric in row:
-            x = seconds if axis == "seconds" else float(row["step"] or 0) * run.samples_per_step
-            y = row[metric]
-            points.append((x, math.nan if y is None else float(y)))
-    return points
+    """(samples or seconds, value) where the metric was recorded."""
+    return [(getattr(p, axis), p.value) for p in recorded(run.rows, metric, run.samples_per_step)]
 
 
 def draw(curve: Curve, runs: Sequence[Run], axis: Axis = "samples") -> Figure:
@@ -307,8 +300,8 @@ def draw(curve: Curve, runs: Sequence[Run], axis: Axis = "samples") -> Figure:
     seeds: dict[str, list[Run]] = {}
     for run in runs:
         seeds.setdefault(run.name, []).append(run)
-    many = len(seeds) > 4
-    figure = Figure(figsize=(6.4, 4.9 if many else 3.9), dpi=150, layout="constrained")
+    rows_of_legend = -(-len(seeds) // 2)
+    figure = Figure(figsize=(6.4, 3.9 + 0.2 * rows_of_legend), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for order, (name, group) in enumerate(seeds.items()):
@@ -320,8 +313,7 @@ def draw(curve: Curve, runs: Sequence[Run], axis: Axis = "samples") -> Figure:
     note = f"\nline: mean of up to {most} seeds, band: lowest to highest" if most > 1 else ""
     _decorate(axes, label(curve.metric), AXIS_LABELS[axis] + note)
     if axes.lines:
-        where: dict[str, Any] = {"loc": "outside lower center", "ncols": 2} if many else {}
-        (figure if many else axes).legend(frameon=False, fontsize=9, **where)
+        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -9,11 +9,13 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 
 PHASES = ("rollout", "prepare", "update")
 
@@ -38,6 +40,18 @@ def write(folder: Path, answer: dict[str, Any], tensors: dict[str, torch.Tensor]
 def even_share(responses: torch.Tensor) -> torch.Tensor:
     """The reward of every trainer: the share of even ids in each response, [B, R] -> [B]. It costs nothing."""
     return (responses % 2 == 0).float().mean(1)
+
+
+@torch.no_grad()
+def thoughts(lm: Any, sequences: torch.Tensor, request: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """{"logprobs": what the trained policy gives each response in the end, [B]}, where the request asks for it."""
+    if not request.get("learned"):
+        return {}
+    found, width = [], request["new_tokens"]
+    for rows in sequences.to(lm.device).split(8):
+        logits = lm(input_ids=rows, logits_to_keep=width + 1).logits[:, :-1].float()
+        found.append(-cross_entropy(logits.transpose(1, 2), rows[:, -width:], reduction="none").sum(1))
+    return {"logprobs": torch.cat(found).cpu()}
 
 
 def peak_gib() -> float:
