@@ -379,7 +379,7 @@ def _second_opinion(folder: str, num_queries: int) -> demo.More:
 
 
 def _differences(scores: dict[str, evaluate.Scores], names: Sequence[str], users: Sequence[str]) -> dict[str, Any]:
-    """Metric -> start, trained policies, and their paired difference over users and seeds with its 95 % interval."""
+    """Metric -> start, trained policies, and their paired difference over users and seeds with its 95 % interval, and how many users."""
     table = {}
     for metric in (*METRICS, *(name for name in JUDGED if name in scores["start"])):
         after = np.stack([scores[name][metric] for name in names])  # [R, B]
@@ -389,6 +389,7 @@ def _differences(scores: dict[str, evaluate.Scores], names: Sequence[str], users
             "start": float(before.mean()),
             "trained": [float(run.mean()) for run in after],
             "difference": [gap.mean, gap.low, gap.high],
+            "users": gap.users,
         }
     return table
 

@@ -210,9 +210,8 @@ def test_seeds_of_one_method_are_one_line_with_a_band():
         return Run(name=name, rows=[{"step": i, "ppo/kl": v} for i, v in enumerate(values)], samples_per_step=2)
 
     runs = [run("a", 1.0, 2.0, None), run("b", 5.0, 6.0), run("a", 3.0, 6.0, 7.0), run("a", 2.0)]
-    axes = draw(Curve("kl", "ppo/kl"), runs).axes[0]
-    legend = axes.get_legend()
-    assert legend is not None
+    figure = draw(Curve("kl", "ppo/kl"), runs)
+    (axes,), (legend,) = figure.axes, figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
     a, b = (next(line for line in axes.lines if line.get_label() == name) for name in "ab")
     assert a.get_color() != b.get_color()
