@@ -41,7 +41,7 @@ def seed_everything(seed: int) -> None:
 
 
 def global_state() -> dict[str, Any]:
-    """The global generators' states as JSON values."""
+    """The global generators' states as JSON values; of the GPUs, the one in use."""
     version, internal, gauss = random.getstate()
     numpy_state: Any = np.random.get_state(legacy=False)
     state = {
@@ -50,7 +50,7 @@ def global_state() -> dict[str, Any]:
         "torch": torch.get_rng_state().tolist(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = [s.tolist() for s in torch.cuda.get_rng_state_all()]
+        state["cuda"] = [torch.cuda.get_rng_state().tolist()]
     return state
 
 
@@ -63,4 +63,4 @@ def set_global_state(state: dict[str, Any]) -> None:
     np.random.set_state(numpy_state)
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"][0], dtype=torch.uint8))
