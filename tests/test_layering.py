@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrows go one way
     "errors": set(),
-    "atomic": set(),
+    "atomic": {"errors"},
+    "hashing": set(),
     "overrides": {"errors"},
     "sections": {"errors", "overrides"},
     "vllm_config": {"sections"},
@@ -53,7 +54,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "finetune_config": {"config", "sections"},
     "experiment_config": {"sections"},
     "planner": {"algorithms", "config", "errors", "model", "optimizers"},
-    "runs": {"checkpoint", "config", "data", "errors", "metrics", "rollout", "seeding"},
+    "runs": {"atomic", "checkpoint", "config", "data", "errors", "hashing", "metrics", "rollout", "sections", "seeding"},
     "finetune": {
         "atomic", "checkpoint", "compiling", "config", "data", "data_types", "errors", "evaluate", "finetune_config", "interrupt",
         "metrics", "model", "progress", "rollout", "runs", "seeding",
@@ -68,12 +69,12 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"attention", "config", "data_types", "errors", "plugins", "words"},
     "labelling": {
-        "atomic", "config", "data", "data_types", "errors", "interrupt", "loading", "progress", "rewards", "rollout",
+        "atomic", "config", "data", "data_types", "errors", "hashing", "interrupt", "loading", "progress", "rewards", "rollout",
         "seeding", "words",
     },
     "reward_model": {
-        "atomic", "checkpoint", "data", "errors", "evaluate", "figures", "interrupt", "labelling", "metrics", "progress",
-        "report", "rewards", "runs", "scratch", "sections", "seeding", "words",
+        "atomic", "checkpoint", "data", "errors", "evaluate", "figures", "hashing", "interrupt", "labelling", "metrics",
+        "progress", "report", "rewards", "runs", "scratch", "sections", "seeding", "words",
     },
     "scratch": set(),
     "figures": {"report"},

@@ -237,7 +237,7 @@ def test_responses_to_one_session_stay_together_only_where_that_saves_work(
     model = TokenModel(bert(300), reader())
     model.packed = packed
     examples = encode(planted.rows(200), model.reader)
-    order = training.Learner(config(tmp_path, labels), model, examples, "")._order(torch.Generator().manual_seed(0))
+    order = training.Learner(config(tmp_path, labels), model, examples)._order(torch.Generator().manual_seed(0))
     assert sorted(order) == list(range(len(examples)))
     histories = [(examples[i].row.user_id, examples[i].row.history["search"]) for i in order]
     changes = sum(a != b for a, b in pairwise(histories))

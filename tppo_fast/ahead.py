@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from torch import Tensor
@@ -74,13 +74,12 @@ class RolloutSource:
         return rollouts, time.perf_counter() - began
 
     def settle(self) -> None:
-        """Wait until the engine is free for something else."""
-        for rollouts in self._rollouts.values():
-            rollouts.result()
+        """Wait until the engine is free for something else; what failed meanwhile is raised by ``take``."""
+        wait(self._rollouts.values())
 
     def state(self, step: int) -> dict[str, Any] | None:
-        """What a resumed run needs to train ``step`` on the same rollouts, as JSON values."""
-        if not self._staleness or step not in self._rollouts:
+        """What a resumed run needs to train ``step`` on the same rollouts, as JSON values; None: it samples them itself."""
+        if not self._staleness or step not in self._rollouts or self._rollouts[step].exception() is not None:
             return None
         names = ("token_ids", "logprobs", "text", "finish_reason", "policy_version")
         rollouts, seconds = self._rollouts[step].result()

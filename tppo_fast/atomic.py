@@ -1,10 +1,18 @@
-"""Files and folders that appear complete or not at all, whatever kills the process."""
+"""Files and folders that appear complete or not at all, whatever kills the process; and that one process writes at a time."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import IO, Any
+
+from tppo_fast.errors import UserError
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What a file system without locks answers; there, nothing is locked."""
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -43,6 +51,22 @@ class atomic_folder:
             shutil.rmtree(self._path)
         self._temporary.rename(self._path)
         _fsync(self._path.parent)
+
+
+def lock(file: IO[Any], refusal: str) -> None:
+    """Lock an open file until it is closed or this process ends; processes that it forks do not keep the lock.
+
+    Raises:
+        UserError: saying ``refusal``, another process has locked it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(refusal) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    os.register_at_fork(after_in_child=file.close)
 
 
 def _fsync(path: Path) -> None:

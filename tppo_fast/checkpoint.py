@@ -5,9 +5,10 @@ A checkpoint holds what learns: with ``model.lora_rank`` the adapters alone (pef
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +21,94 @@ from tppo_fast import lora, optimizers, seeding
 from tppo_fast.atomic import atomic_folder
 from tppo_fast.config import Config
 from tppo_fast.errors import UserError
-from tppo_fast.loading import load_causal_lm
+from tppo_fast.loading import in_short, read_causal_lm
 from tppo_fast.ppo import PPO
 from tppo_fast.sections import Section
 
-FREE = {"run_dir", "threads", "train"}
-"""Settings that may differ when a run is resumed; all others would change what the run computes."""
+FREE = {
+    "run_dir", "threads", "train", "rollout.parity_gate", "rollout.parity_mean_limit", "rollout.parity_max_limit", "vllm.url",
+    "vllm.transfer", "vllm.trainer_address", "vllm.bucket_mib", "vllm.timeout", "vllm.retries",
+}  # fmt: skip
+"""Settings and sections that may differ when a run is resumed; all others would change what the run computes."""
+COMPLETE = "state.json"
+"""A folder without it is no checkpoint."""
 
 
 def save(run_dir: Path, ppo: PPO, tokenizer: Any, config: Config, pending: dict[str, Any] | None = None) -> Path:
-    """Write ``run_dir/checkpoints/step_N`` atomically, then drop all but the newest ``keep_checkpoints``.
+    """Write a checkpoint of a PPO run, see ``write``; ``pending`` is what ``load`` gives back."""
 
-    ``pending`` is what ``load`` gives back. A step's state is a function of the run, so a complete checkpoint of this step
-    is left as it is.
-    """
-    folder = run_dir / "checkpoints" / f"step_{ppo.step:06d}"
-    if folder in list_checkpoints(run_dir):
-        return folder
-    with atomic_folder(folder) as temporary:
+    def fill(folder: Path) -> dict[str, Any]:
         if config.model.lora_rank:
-            lora.save_adapter(ppo.model.actor.lm, temporary / "adapter")
+            lora.save_adapter(ppo.model.actor.lm, folder / "adapter")
         else:
-            ppo.model.actor.save(temporary / "policy", tokenizer)
-        save_file(contiguous(_learned(ppo.model.critic)), temporary / "critic.safetensors")
-        tensors, groups = flatten(ppo.optimizer.state_dict())
-        save_file(tensors, temporary / "optimizer.safetensors")
-        state = {
-            "ppo": ppo.state(),
-            "param_groups": groups,
-            "rng": seeding.global_state(),
-            "config": config.model_dump(mode="json"),
-            "pending": pending,
-        }
-        (temporary / "state.json").write_text(json.dumps(state))
-    for old in list_checkpoints(run_dir)[: -config.train.keep_checkpoints]:
+            ppo.model.actor.save(folder / "policy", tokenizer)
+        save_file(contiguous(_learned(ppo.model.critic)), folder / "critic.safetensors")
+        return {"ppo": ppo.state(), "pending": pending}
+
+    return write(run_dir, ppo.step, fill, ppo.optimizer, config, keep=config.train.keep_checkpoints)
+
+
+def write(
+    run_dir: Path,
+    step: int,
+    fill: Callable[[Path], dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    config: Section,
+    *,
+    keep: int,
+) -> Path:
+    """Write ``run_dir/checkpoints/step_N`` atomically, then drop all but the newest ``keep``.
+
+    A step's state is a function of the run, so a complete checkpoint of this step is left as it is.
+
+    Args:
+        run_dir: of the run.
+        step: N.
+        fill: writes into the folder what is not written for every kind of run; returns the JSON values that go with it.
+        optimizer: its state is written, too, and the random generators'.
+        config: of the run, for ``check_resumable``.
+        keep: how many checkpoints stay.
+    """
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    if folder not in list_checkpoints(run_dir):
+        with atomic_folder(folder) as temporary:
+            state = fill(temporary)
+            tensors, groups = flatten(optimizer.state_dict())
+            save_file(tensors, temporary / "optimizer.safetensors")
+            state |= {"param_groups": groups, "rng": seeding.global_state(), "config": config.model_dump(mode="json")}
+            (temporary / COMPLETE).write_text(json.dumps(state))
+    kept = list_checkpoints(run_dir)[-keep:]
+    for old in [p for p in _steps(run_dir) if p not in kept]:
+        (old / COMPLETE).unlink(missing_ok=True)  # first: what a kill leaves of the folder is then no checkpoint
         shutil.rmtree(old)
     return folder
 
 
+def _steps(run_dir: Path) -> list[Path]:
+    """Folders of checkpoints, oldest first; some may be what a kill left of dropped ones."""
+    return sorted((p for p in (run_dir / "checkpoints").glob("step_*") if p.name[5:].isdigit()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint is of."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if (p / "state.json").is_file())
+    return [p for p in _steps(run_dir) if (p / COMPLETE).is_file()]
+
+
+def by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a dumped config under their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 def check_resumable(run_dir: Path, config: Section, free: Collection[str] = FREE) -> Path:
-    """The newest checkpoint, if ``config`` may continue it; the settings in ``free`` may differ.
+    """The newest checkpoint, if ``config`` may continue it; the settings and sections in ``free`` may differ.
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or a setting that changes the result differs.
@@ -74,35 +118,28 @@ def check_resumable(run_dir: Path, config: Section, free: Collection[str] = FREE
         raise UserError(
             f"run_dir = {str(run_dir)!r}: there is no checkpoint to resume; leave out --resume to start afresh"
         )
-    saved = read_state(checkpoints[-1])["config"]
-    now = config.model_dump(mode="json")
-    for section in {**saved, **now}:
-        was, is_now = saved.get(section), now.get(section)
-        if section in free or was == is_now:
-            continue
-        if isinstance(is_now, dict) and isinstance(was, dict):
-            key = next(k for k in {**was, **is_now} if was.get(k) != is_now.get(k))
-            section, was, is_now = f"{section}.{key}", was.get(key), is_now.get(key)
-        raise UserError(
-            f"{section} = {is_now!r}, but the run in {str(run_dir)!r} has {was!r}: use the same value to resume, or "
-            "another run_dir"
-        )
-    _check_length(checkpoints[-1], saved, now)
+    saved, now = by_name(read_state(checkpoints[-1])["config"]), by_name(config.model_dump(mode="json"))
+    for name in {**saved, **now}:
+        was, is_now = saved.get(name), now.get(name)
+        if was != is_now and name not in free and name.partition(".")[0] not in free:
+            raise UserError(
+                f"{name} = {is_now!r}, but the run in {str(run_dir)!r} has {was!r}: use the same value to resume, or "
+                "another run_dir"
+            )
+    _check_length(step_of(checkpoints[-1]), saved, now)
     return checkpoints[-1]
 
 
-def _check_length(newest: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_length(done: int, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Whether the run can end at ``train.steps``: not before it stands there, nor elsewhere than its schedule says."""
-    was, steps = (values.get("train", {}).get("steps") for values in (saved, now))
-    done = int(newest.name.removeprefix("step_"))
+    was, steps = saved.get("train.steps"), now.get("train.steps")
     if steps is not None and steps < done:
         raise UserError(f"train.steps = {steps}, but the run stands at step {done}: give at least as many to resume")
-    for section, values in now.items():
-        schedule = values.get("lr_schedule", "constant") if isinstance(values, dict) else "constant"
-        if schedule != "constant" and steps != was:
+    for name, schedule in now.items():
+        if name.endswith(".lr_schedule") and schedule != "constant" and steps != was:
             raise UserError(
-                f"train.steps = {steps}, but the run has {was}, over which {section}.lr_schedule = {schedule!r} is laid: use the "
-                "same value to resume, or another run_dir"
+                f"train.steps = {steps}, but the run has {was}, over which {name} = {schedule!r} is laid: use the same value to "
+                "resume, or another run_dir"
             )
 
 
@@ -112,32 +149,44 @@ def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
     Raises:
         UserError: the checkpoint is damaged or belongs to another model.
     """
-    state = read_state(folder)
-    try:
+    with reading(folder, ppo.optimizer) as state:
         if (folder / "adapter").is_dir():
             lora.load_adapter(ppo.model.actor.lm, folder / "adapter")
         else:
             trusted = ppo.config.model.trust_remote_code
-            policy = load_causal_lm(str(folder / "policy"), trust_remote_code=trusted)
+            policy = read_causal_lm(str(folder / "policy"), trust_remote_code=trusted)
             ppo.model.actor.lm.load_state_dict(policy.state_dict())
         critic = ppo.model.critic
         critic.load_state_dict({**critic.state_dict(), **load_file(folder / "critic.safetensors")})
-        optimizers.load(ppo.optimizer, unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
         ppo.load_state(state["ppo"])
-        seeding.set_global_state(state["rng"])
-        return state.get("pending")
-    except (UserError, torch.OutOfMemoryError):
+    return state.get("pending")
+
+
+@contextlib.contextmanager
+def reading(folder: Path, optimizer: torch.optim.Optimizer) -> Iterator[dict[str, Any]]:
+    """What ``write`` wrote: gives the JSON values, and puts optimizer and generators in place after the body has the rest.
+
+    Raises:
+        UserError: the checkpoint is damaged or belongs to another model.
+    """
+    state = read_state(folder)
+    try:
+        yield state
+        optimizers.load(optimizer, unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
+        if "rng" in state:
+            seeding.set_global_state(state["rng"])
+    except torch.OutOfMemoryError:
         raise
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"checkpoint {str(folder)!r} cannot be loaded ({error}): remove it to resume the one before"
+            f"checkpoint {str(folder)!r} cannot be loaded ({in_short(error)}): remove it to resume the one before"
         ) from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's ``state.json``."""
     try:
-        return json.loads((folder / "state.json").read_text())
+        return json.loads((folder / COMPLETE).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"checkpoint {str(folder)!r} is damaged ({error}): remove it to resume the one before"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import get_scheduler
@@ -23,7 +22,7 @@ from tppo_fast.compiling import compile_layers
 from tppo_fast.config import RunConfig
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data_types import Prompt, Rollout
-from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.errors import TrainingDiverged
 from tppo_fast.evaluate import held_out
 from tppo_fast.finetune_config import LearnConfig
 from tppo_fast.interrupt import Interrupted, InterruptGuard
@@ -113,25 +112,15 @@ class Learner:
         return metrics
 
     def save(self, config: RunConfig) -> Path:
-        """Write ``run_dir/checkpoints/step_N``, then drop all but the newest ``keep_checkpoints``."""
-        folder = config.run_dir / "checkpoints" / f"step_{self.step:06d}"
-        if folder not in checkpoint.list_checkpoints(config.run_dir):
-            with atomic_folder(folder) as temporary:
-                save_file(checkpoint.contiguous(dict(self.parameters)), temporary / "learned.safetensors")
-                tensors, groups = checkpoint.flatten(self.optimizer.state_dict())
-                save_file(tensors, temporary / "optimizer.safetensors")
-                state = {
-                    "step": self.step,
-                    "best": {"step": self.best.step, "evaluation": self.best.evaluation},
-                    "param_groups": groups,
-                    "scheduler": self.scheduler.state_dict(),
-                    "rng": seeding.global_state(),
-                    "config": config.model_dump(mode="json"),
-                }
-                (temporary / "state.json").write_text(json.dumps(state))
-        for old in checkpoint.list_checkpoints(config.run_dir)[: -config.train.keep_checkpoints]:
-            shutil.rmtree(old)
-        return folder
+        """Write a checkpoint, see ``checkpoint.write``."""
+
+        def fill(folder: Path) -> dict[str, Any]:
+            save_file(checkpoint.contiguous(dict(self.parameters)), folder / "learned.safetensors")
+            best = {"step": self.best.step, "evaluation": self.best.evaluation}
+            return {"step": self.step, "best": best, "scheduler": self.scheduler.state_dict()}
+
+        keep = config.train.keep_checkpoints
+        return checkpoint.write(config.run_dir, self.step, fill, self.optimizer, config, keep=keep)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -140,22 +129,14 @@ class Learner:
         Raises:
             UserError: it is damaged or belongs to another model.
         """
-        state = checkpoint.read_state(folder)
-        try:
+        with checkpoint.reading(folder, self.optimizer) as state:
             saved = load_file(folder / "learned.safetensors")
             if saved.keys() != self.parameters.keys():
                 raise ValueError("it holds other parameters than the model")
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved[name])
-            tensors = load_file(folder / "optimizer.safetensors")
-            self.optimizer.load_state_dict(checkpoint.unflatten(tensors, state["param_groups"]))
             self.scheduler.load_state_dict(state["scheduler"])
             self.step, self.best = state["step"], Best(**state["best"])
-            seeding.set_global_state(state["rng"])
-        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise UserError(
-                f"checkpoint {str(folder)!r} cannot be loaded ({error}): remove it to resume the one before"
-            ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

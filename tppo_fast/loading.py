@@ -37,22 +37,27 @@ def load_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implement
     if not path:
         raise UserError("model.path = '': give the folder of a transformers causal LM (tppo-fast demo makes one)")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.0)  # the ratio needs log-probabilities that do not depend on a coin
-        lm = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
-        _make_savable(lm)
-        return lm
+        return read_causal_lm(path, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation)
     except Exception as error:
         raise _unreadable(path, "causal language model", error) from None
+
+
+def read_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implementation: str = "sdpa") -> Any:
+    """``load_causal_lm`` of a folder that no setting names: what transformers raises is left as it is."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)  # the ratio needs log-probabilities that do not depend on a coin
+    lm = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    _make_savable(lm)
+    return lm
 
 
 def _make_savable(lm: Any) -> None:
@@ -66,9 +71,12 @@ def _make_savable(lm: Any) -> None:
 
 
 def _unreadable(path: str, what: str, error: Exception) -> UserError:
-    if Path(path).is_dir():
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason if len(reason) < 200 else reason[:200] + "..."
-    else:
-        reason = "no such folder, and no such model on the hub; give the path of a model folder"
+    missing = "no such folder, and no such model on the hub; give the path of a model folder"
+    reason = in_short(error) if Path(path).is_dir() else missing
     return UserError(f"model.path = {path!r}: no {what} could be loaded ({reason})")
+
+
+def in_short(error: Exception) -> str:
+    """What an exception of a library says, as a part of one sentence."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return reason if len(reason) < 200 else reason[:200] + "..."

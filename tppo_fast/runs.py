@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from tppo_fast import checkpoint, seeding
+from tppo_fast.atomic import lock
 from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import Session, read_sessions, split_by_user
 from tppo_fast.data.synthetic import generate_sessions
 from tppo_fast.errors import UserError
+from tppo_fast.hashing import sha256_of
 from tppo_fast.metrics import METRICS_FILE
 from tppo_fast.rollout import SamplingParams
+from tppo_fast.sections import Section
 
 MARKER = ".tppo-fast"
-"""Says that what else lies in a folder without a checkpoint is a run's, which never saved any."""
+"""Says that what else lies in a folder without a checkpoint is a run's, which never saved any. It holds the hashes of the files
+that the run starts from, and is locked while it runs."""
+INPUTS = ("model.path", "reward.model", "backbone.path", "data.train", "data.eval", "data.labels")
+"""Settings that name those files."""
 
 
 @contextlib.contextmanager
@@ -34,7 +41,7 @@ def open_run_dir(
 ) -> Iterator[Path | None]:
     """The checkpoint to start from, or None for a new run in a folder that holds no other run.
 
-    A run that ends by bad input before it has written anything leaves nothing behind.
+    No other run can open the folder meanwhile. A run that ends by bad input before it has written anything leaves nothing behind.
 
     Args:
         config: its ``run_dir`` is opened.
@@ -44,11 +51,16 @@ def open_run_dir(
         free: settings that may differ on resume.
 
     Raises:
-        UserError: the folder holds a run, or none that could be resumed, or files of another kind, or cannot be made.
+        UserError: the folder holds a run, or none that could be resumed, or files of another kind, is in use or cannot be made,
+            or the files that its run began with have changed.
     """
     run_dir: Path = config.run_dir
+    marker = run_dir / MARKER
     if resume:
-        yield checkpoint.check_resumable(run_dir, config, free)
+        start_from = checkpoint.check_resumable(run_dir, config, free)
+        with _locked(marker) as file:
+            _check_inputs(config, json.loads(file.read() or "{}"))
+            yield start_from
         return
     if checkpoint.list_checkpoints(run_dir) or (run_dir / result).exists():
         raise UserError(f"run_dir = {str(run_dir)!r} holds a run already: continue it with --resume, or choose another")
@@ -57,23 +69,52 @@ def open_run_dir(
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run_dir = {str(run_dir)!r} cannot be made ({error.strerror}): choose another") from None
-    marker = run_dir / MARKER
     left = [path for name in unsaved for path in run_dir.glob(name)]
     if left and not marker.exists():
         raise UserError(
             f"run_dir = {str(run_dir)!r} has a {left[0].name!r} that no unfinished run left: choose another, or remove it"
         )
-    for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    marker.touch()
-    try:
-        yield None
-    except UserError:
-        if [path.name for path in run_dir.iterdir()] == [MARKER]:
-            marker.unlink()
-            if new:
-                run_dir.rmdir()
-        raise
+    with _locked(marker) as file:
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            file.truncate(0)
+            file.write(json.dumps(_inputs(config)))
+            file.flush()
+            yield None
+        except UserError:
+            if [path.name for path in run_dir.iterdir()] == [MARKER]:
+                marker.unlink()
+                if new:
+                    run_dir.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def _locked(marker: Path) -> Iterator[TextIO]:
+    with marker.open("a+") as file:
+        lock(
+            file, f"run_dir = {str(marker.parent)!r} is in use by another run: wait for it, stop it, or choose another"
+        )
+        file.seek(0)
+        yield file
+
+
+def _inputs(config: Section) -> dict[str, str]:
+    """Hashes of the files and model folders that settings name, under ``setting = path``."""
+    values = checkpoint.by_name(config.model_dump(mode="json"))
+    named = {name: values[name] for name in INPUTS if values.get(name) not in (None, "", "synthetic", "scratch")}
+    return {f"{name} = {path!r}": sha256_of(Path(path)) for name, path in named.items() if Path(path).exists()}
+
+
+def _check_inputs(config: Any, began_with: dict[str, str]) -> None:
+    """Refuse to resume from other files than the run began with, as far as it noted them."""
+    for name, digest in _inputs(config).items():
+        if began_with.get(name, digest) != digest:
+            raise UserError(
+                f"{name} has changed since the run in {str(config.run_dir)!r} began: put back what it was, or start again in "
+                "another run_dir"
+            )
 
 
 def growing_segments(config: RunConfig) -> None:

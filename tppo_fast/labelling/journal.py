@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import queue
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from tppo_fast.atomic import lock
 from tppo_fast.data.rows import show
 from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.interrupt import Interrupted, InterruptGuard
@@ -44,13 +44,10 @@ class Journal:
         except OSError as error:
             raise UserError(f"{show(str(path))} cannot be written ({error.strerror}): choose another --out") from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file, f"{show(str(path))} is being written by another run: wait for it, or stop it")
             if fresh:
                 self._file.truncate(0)
             self._load()
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(f"{show(str(path))} is being written by another run: wait for it, or stop it") from None
         except BaseException:
             self._file.close()
             raise

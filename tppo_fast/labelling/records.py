@@ -18,7 +18,6 @@ that row's, so that a reordered sessions file is noticed:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,12 +135,6 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
 
 def record_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.record.json")
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_label_row(label: LabelledResponse) -> Row:

@@ -11,6 +11,7 @@ import tppo_fast
 from tppo_fast.data.files import write_rows
 from tppo_fast.data.rows import Session, searched, show
 from tppo_fast.errors import UserError
+from tppo_fast.hashing import sha256_of
 from tppo_fast.labelling.journal import Entry, Journal, fill
 from tppo_fast.labelling.judges import Item, Judge, Rejected, labeller_id
 from tppo_fast.labelling.records import (
@@ -19,7 +20,6 @@ from tppo_fast.labelling.records import (
     parse_labels,
     read_record,
     record_path,
-    sha256_of,
     write_labels,
     write_record,
 )

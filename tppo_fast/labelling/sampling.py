@@ -14,15 +14,9 @@ from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.rows import Session, show
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
+from tppo_fast.hashing import sha256_of
 from tppo_fast.labelling.journal import Journal, fill
-from tppo_fast.labelling.records import (
-    Response,
-    read_record,
-    read_responses,
-    sha256_of,
-    write_record,
-    write_responses,
-)
+from tppo_fast.labelling.records import Response, read_record, read_responses, write_record, write_responses
 from tppo_fast.rollout import SamplingParams, build_engine
 from tppo_fast.seeding import derive
 
@@ -92,12 +86,11 @@ def policy_sha256(folder: Path) -> str:
     Raises:
         UserError: it is no model folder.
     """
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
-    if not (folder / "config.json").is_file() or not any(f.suffix == ".safetensors" for f in files):
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise UserError(
             f"--responses {show(str(folder))}: give a .jsonl or .parquet file, or a folder with a causal LM (safetensors)"
         )
-    return hashlib.sha256("".join(f"{f.name} {sha256_of(f)}\n" for f in files).encode()).hexdigest()
+    return sha256_of(folder)
 
 
 class _Sampler:

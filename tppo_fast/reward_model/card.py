@@ -12,7 +12,7 @@ from typing import Any
 from tppo_fast import figures, report
 from tppo_fast.data.rows import searched
 from tppo_fast.evaluate import Estimate
-from tppo_fast.labelling.records import sha256_of
+from tppo_fast.hashing import sha256_of
 from tppo_fast.metrics import GLOSSARY, read_metrics
 from tppo_fast.reward_model.data import Example
 from tppo_fast.reward_model.quality import METRICS, Scored, reliability

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tppo_fast import checkpoint
 from tppo_fast.atomic import atomic_folder
 from tppo_fast.data.rows import searched
 from tppo_fast.errors import UserError
 from tppo_fast.evaluate import Estimate
+from tppo_fast.hashing import sha256_of
 from tppo_fast.interrupt import Interrupted, InterruptGuard
-from tppo_fast.labelling.records import LabelledResponse, read_labels, read_record, sha256_of
+from tppo_fast.labelling.records import LabelledResponse, read_labels, read_record
 from tppo_fast.metrics import METRICS_FILE, MetricsLogger
 from tppo_fast.reward_model import backbone, card, quality
 from tppo_fast.reward_model.data import Example, encode, split
@@ -66,13 +66,8 @@ def _train(config: RewardModelConfig, start_from: Path | None) -> RewardModelRes
     model = backbone.build(config, _texts(parts.train), resolve_device(config.device))
     train, validation, test = (encode(part, model.reader) for part in (parts.train, parts.validation, parts.test))
     _check_words(train, validation, test)
-    learner = Learner(config, model, train, data_hash)
+    learner = Learner(config, model, train)
     if start_from is not None:
-        if checkpoint.read_state(start_from)["data"] != data_hash:
-            raise UserError(
-                f"data.labels = {config.data.labels!r} has changed since the run in {str(config.run_dir)!r} began: "
-                "start again in another run_dir"
-            )
         learner.load(start_from)
     _learn(learner, validation)
     facts = {

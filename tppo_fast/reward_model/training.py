@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save, save_file
@@ -14,7 +12,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from tppo_fast import checkpoint, seeding
-from tppo_fast.atomic import atomic_folder, write_atomic
+from tppo_fast.atomic import write_atomic
 from tppo_fast.data.rows import searched
 from tppo_fast.errors import TrainingDiverged
 from tppo_fast.interrupt import InterruptGuard
@@ -34,11 +32,8 @@ BEST = "best.safetensors"
 class Learner:
     """Model, optimizer and counters. ``step`` counts optimizer steps; randomness depends on (seed, step) alone."""
 
-    def __init__(
-        self, config: RewardModelConfig, model: TokenModel, examples: Sequence[Example], data_hash: str
-    ) -> None:
-        """``data_hash`` identifies the labels in checkpoints, so that none is continued on others."""
-        self.config, self.model, self.examples, self.data_hash = config, model, examples, data_hash
+    def __init__(self, config: RewardModelConfig, model: TokenModel, examples: Sequence[Example]) -> None:
+        self.config, self.model, self.examples = config, model, examples
         self.step = 0
         self.best_loss, self.best_step, self.looks_without_gain = float("inf"), 0, 0
         self.labels = torch.cat([e.labels for e in examples])
@@ -135,37 +130,26 @@ class Learner:
     # ------------------------------------------------------------------------------------------ state on disk
 
     def save(self) -> Path:
-        """Write ``run_dir/checkpoints/step_N`` atomically and drop the older ones."""
-        folder = self.config.run_dir / "checkpoints" / f"step_{self.step:06d}"
-        before = checkpoint.list_checkpoints(self.config.run_dir)
-        if folder in before:
-            return folder
-        with atomic_folder(folder) as temporary:
-            save_file(checkpoint.contiguous(self.model.classifier.state_dict()), temporary / "model.safetensors")
-            tensors, groups = checkpoint.flatten(self.optimizer.state_dict())
-            save_file(tensors, temporary / "optimizer.safetensors")
-            state = {
-                "step": self.step,
-                "best": [self.best_loss, self.best_step, self.looks_without_gain],
-                "scheduler": self.scheduler.state_dict(),
-                "param_groups": groups,
-                "config": self.config.model_dump(mode="json"),
-                "data": self.data_hash,
-            }
-            (temporary / "state.json").write_text(json.dumps(state))
-        for old in before:
-            shutil.rmtree(old)
-        return folder
+        """Write a checkpoint, see ``checkpoint.write``; it replaces the one before."""
+
+        def fill(folder: Path) -> dict[str, Any]:
+            save_file(checkpoint.contiguous(self.model.classifier.state_dict()), folder / "model.safetensors")
+            best = [self.best_loss, self.best_step, self.looks_without_gain]
+            return {"step": self.step, "best": best, "scheduler": self.scheduler.state_dict()}
+
+        return checkpoint.write(self.config.run_dir, self.step, fill, self.optimizer, self.config, keep=1)
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint that ``save`` wrote."""
-        state = checkpoint.read_state(folder)
-        self.model.classifier.load_state_dict(load_file(folder / "model.safetensors"))
-        tensors = load_file(folder / "optimizer.safetensors")
-        self.optimizer.load_state_dict(checkpoint.unflatten(tensors, state["param_groups"]))
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.step = state["step"]
-        self.best_loss, self.best_step, self.looks_without_gain = state["best"]
+        """Continue from a checkpoint that ``save`` wrote.
+
+        Raises:
+            UserError: it is damaged or belongs to another model.
+        """
+        with checkpoint.reading(folder, self.optimizer) as state:
+            self.model.classifier.load_state_dict(load_file(folder / "model.safetensors"))
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.step = state["step"]
+            self.best_loss, self.best_step, self.looks_without_gain = state["best"]
 
     def keep_if_best(self, loss: float) -> None:
         """Count a look at the validation users; the best weights so far go to ``run_dir``."""
