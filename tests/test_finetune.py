@@ -282,7 +282,7 @@ def test_an_error_after_the_engine_started_ends_it(tiny_model: Path, tmp_path: P
             raise UserError("broken")
 
         monkeypatch.setattr(module, "build_engine", watched)
-        monkeypatch.setattr("tppo_fast.finetune.MetricsLogger", broken)
+        monkeypatch.setattr("tppo_fast.runs.MetricsLogger", broken)
         with pytest.raises(UserError, match="broken"):
             run(build_section(values(tiny_model, tmp_path / section, section), kind))
     assert closed == ["dpo", "sft"]

@@ -54,7 +54,9 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "finetune_config": {"config", "sections"},
     "experiment_config": {"sections"},
     "planner": {"algorithms", "config", "errors", "model", "optimizers"},
-    "runs": {"atomic", "checkpoint", "config", "data", "errors", "hashing", "metrics", "rollout", "sections", "seeding"},
+    "runs": {
+        "atomic", "checkpoint", "config", "data", "errors", "hashing", "interrupt", "metrics", "rollout", "sections", "seeding",
+    },
     "finetune": {
         "atomic", "checkpoint", "compiling", "config", "data", "data_types", "errors", "evaluate", "finetune_config", "interrupt",
         "metrics", "model", "progress", "rollout", "runs", "seeding",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -17,7 +16,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from tppo_fast import checkpoint, model, seeding
-from tppo_fast.atomic import atomic_folder, write_atomic
+from tppo_fast.atomic import atomic_folder
 from tppo_fast.compiling import compile_layers
 from tppo_fast.config import RunConfig
 from tppo_fast.data.prompts import PromptBuilder
@@ -25,12 +24,12 @@ from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import TrainingDiverged
 from tppo_fast.evaluate import held_out
 from tppo_fast.finetune_config import LearnConfig
-from tppo_fast.interrupt import Interrupted, InterruptGuard
+from tppo_fast.interrupt import InterruptGuard
 from tppo_fast.metrics import MetricsLogger
 from tppo_fast.model import Actor
 from tppo_fast.progress import Progress
 from tppo_fast.rollout import RolloutEngine
-from tppo_fast.runs import eval_sampling, growing_segments, resolve_device
+from tppo_fast.runs import due, eval_sampling, growing_segments, logged, resolve_device
 
 Metrics = dict[str, float]
 
@@ -191,23 +190,8 @@ def run(
     """
     if start_from is not None:
         learner.load(start_from)
-    logger = MetricsLogger(
-        config.run_dir,
-        start_step=learner.step,
-        tensorboard=config.train.tensorboard,
-        wandb_project=config.train.wandb_project,
-        config=config.model_dump(mode="json"),
-    )
-    with logger, InterruptGuard() as guard:
-        try:
-            last = _loop(config, learner, objective, held, tokenizer, logger, guard, name)
-        except Interrupted:
-            saved = learner.save(config)
-            raise Interrupted.after(learner.step, saved) from None
-        except TrainingDiverged as error:
-            report = config.run_dir / f"diverged_step_{error.report['step']:06d}.json"
-            write_atomic(report, json.dumps(error.report, indent=2).encode())
-            raise
+    with logged(config, learner.step, lambda: learner.save(config)) as (logger, guard):
+        last = _loop(config, learner, objective, held, tokenizer, logger, guard, name)
     policy, best = config.run_dir / "policy", config.run_dir / "best"
     chosen = learner.best if learn.select == "best" else Best(step=learner.step, evaluation=last)
     with atomic_folder(policy) as temporary:
@@ -251,18 +235,14 @@ def _loop(
             began = time.perf_counter()
             metrics = learner.take(objective.gradient)
             metrics["time/step"] = time.perf_counter() - began
-            if _due(learner.step, train.eval_every, train.steps):
+            if due(learner.step, train.eval_every, train.steps):
                 evaluation = look()
                 metrics |= evaluation
             logger.log(learner.step, metrics)
-            if _due(learner.step, train.save_every, train.steps):
+            if due(learner.step, train.save_every, train.steps):
                 learner.save(config)
             shown = {"loss": metrics["fit/loss"]}
             if evaluation:
                 shown |= {"held-out": evaluation["eval/loss"], "relevance": evaluation["eval/relevance"]}
             progress.update(1, **shown)
     return evaluation or look()
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)

@@ -6,20 +6,21 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from tppo_fast import checkpoint, seeding
-from tppo_fast.atomic import lock
+from tppo_fast.atomic import lock, write_atomic
 from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import Session, read_sessions, split_by_user
 from tppo_fast.data.synthetic import generate_sessions
-from tppo_fast.errors import UserError
+from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.hashing import sha256_of
-from tppo_fast.metrics import METRICS_FILE
+from tppo_fast.interrupt import Interrupted, InterruptGuard
+from tppo_fast.metrics import METRICS_FILE, MetricsLogger
 from tppo_fast.rollout import SamplingParams
 from tppo_fast.sections import Section
 
@@ -115,6 +116,36 @@ def _check_inputs(config: Any, began_with: dict[str, str]) -> None:
                 f"{name} has changed since the run in {str(config.run_dir)!r} began: put back what it was, or start again in "
                 "another run_dir"
             )
+
+
+@contextlib.contextmanager
+def logged(config: RunConfig, start: int, save: Callable[[], Path]) -> Iterator[tuple[MetricsLogger, InterruptGuard]]:
+    """The log of a run that goes on from step ``start``; what stops the run leaves a checkpoint or a report behind.
+
+    ``save`` writes a checkpoint of the last finished step.
+    """
+    logger = MetricsLogger(
+        config.run_dir,
+        start_step=start,
+        tensorboard=config.train.tensorboard,
+        wandb_project=config.train.wandb_project,
+        config=config.model_dump(mode="json"),
+    )
+    with logger, InterruptGuard() as guard:
+        try:
+            yield logger, guard
+        except Interrupted:
+            saved = save()
+            raise Interrupted.after(checkpoint.step_of(saved), saved) from None
+        except TrainingDiverged as error:
+            report = config.run_dir / f"diverged_step_{error.report['step']:06d}.json"
+            write_atomic(report, json.dumps(error.report, indent=2).encode())
+            raise
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether what is done every so many steps and after the last one is due; ``every`` 0: after the last one alone."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 def growing_segments(config: RunConfig) -> None:

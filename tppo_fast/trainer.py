@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from tppo_fast.compiling import compile_layers
 from tppo_fast.config import Config
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data_types import Prompt, Rollout
-from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.errors import UserError
 from tppo_fast.evaluate import held_out
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.metrics import MetricsLogger, read_metrics
@@ -34,7 +33,7 @@ from tppo_fast.rewards.display import examples_table
 from tppo_fast.rewards.token_model import RECORD
 from tppo_fast.rewards.watch import HackingWatch, repetition_and_copies
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
-from tppo_fast.runs import eval_sampling, growing_segments, load_sessions, open_run_dir, resolve_device
+from tppo_fast.runs import due, eval_sampling, growing_segments, load_sessions, logged, open_run_dir, resolve_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,27 +98,17 @@ def _train(config: Config, start_from: Path | None, profile: int) -> TrainResult
 
 
 def _logged(run: Run, profile: int) -> Metrics:
-    """The PPO loop with its log; what stops it leaves a checkpoint or a report behind."""
-    config = run.config
-    first = run.ppo.step
-    logger = MetricsLogger(
-        config.run_dir,
-        start_step=first,
-        tensorboard=config.train.tensorboard,
-        wandb_project=config.train.wandb_project,
-        config=config.model_dump(mode="json"),
-    )
-    with logger, InterruptGuard() as guard:
-        try:
-            with profiling.StepTrace(config.run_dir, profile) as trace:
-                return _loop(run, logger, guard, trace, evaluate_first=first == 0)
-        except Interrupted:
-            saved = checkpoint.save(config.run_dir, run.ppo, run.tokenizer, config, run.source.state(run.ppo.step))
-            raise Interrupted.after(run.ppo.step, saved) from None
-        except TrainingDiverged as error:
-            report = config.run_dir / f"diverged_step_{error.report['step']:06d}.json"
-            write_atomic(report, json.dumps(error.report, indent=2).encode())
-            raise
+    """The PPO loop with its log."""
+    start, run_dir = run.ppo.step, run.config.run_dir
+    with (
+        logged(run.config, start, lambda: _save(run)) as (logger, guard),
+        profiling.StepTrace(run_dir, profile) as trace,
+    ):
+        return _loop(run, logger, guard, trace, evaluate_first=start == 0)
+
+
+def _save(run: Run) -> Path:
+    return checkpoint.save(run.config.run_dir, run.ppo, run.tokenizer, run.config, run.source.state(run.ppo.step))
 
 
 def _loop(
@@ -145,14 +134,14 @@ def _loop(
                     before
                 )  # the step will be taken again, and a user's reward may have drawn numbers
                 raise
-            if _due(ppo.step, config.train.eval_every, steps):
+            if due(ppo.step, config.train.eval_every, steps):
                 evaluation = evaluate(run)
                 metrics |= evaluation
             logger.log(ppo.step, metrics)
             for warning in watch(metrics):
                 Console(stderr=True).print(f"[yellow]step {ppo.step}: {warning}[/]")
-            if _due(ppo.step, config.train.save_every, steps):
-                checkpoint.save(config.run_dir, ppo, run.tokenizer, config, run.source.state(ppo.step))
+            if due(ppo.step, config.train.save_every, steps):
+                _save(run)
             shown = {"reward": metrics["rollout/reward_per_token"]}
             if "ppo/kl" in metrics:
                 shown["kl"] = metrics["ppo/kl"]
@@ -194,10 +183,6 @@ def _step(run: Run, guard: InterruptGuard, peak_rate: float) -> Metrics:
     if step == 0 and config.train.show_examples:
         show_examples(run, rollouts, rewards, classes)
     return metrics
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
 
 
 # -------------------------------------------------------------------- parts
