@@ -53,7 +53,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     },
     "finetune_config": {"config", "sections"},
     "experiment_config": {"sections"},
-    "planner": {"algorithms", "config", "errors", "model", "optimizers"},
+    "planner": {"algorithms", "compiling", "config", "errors", "model", "optimizers"},
     "runs": {
         "atomic", "checkpoint", "config", "data", "errors", "hashing", "interrupt", "metrics", "rollout", "sections", "seeding",
     },
