@@ -23,11 +23,12 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from tppo_fast import seeding
 from tppo_fast.errors import UserError
 from tppo_fast.rollout.base import SamplingParams
-from tppo_fast.rollout.publish import LiveSettings, fingerprint_input, fingerprint_values
+from tppo_fast.rollout.publish import LiveSettings, fingerprint, spread
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core lives in this process: zero-copy updates
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads share this process
@@ -165,7 +166,7 @@ class ServerExtension:
         return {"updating": bool(self._weight_update_active)}  # type: ignore[attr-defined]
 
     def tppo_fingerprint(self, shapes: str) -> dict[str, str]:
-        """``publish.fingerprint`` by name as base64 of fp32; of split models only the vectors, the probe covers the rest."""
+        """``publish.fingerprint`` by name as base64 of fp32; of split models the norms alone, the probe covers the rest."""
         wanted = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
         if self.vllm_config.parallel_config.world_size > 1:  # type: ignore[attr-defined]
             wanted = {name: shape for name, shape in wanted.items() if len(shape) == 1 and "norm" in name}
@@ -359,31 +360,28 @@ class LiveVLLM:
 @torch.no_grad()
 def _fingerprint(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     found = {name: _live_values(model, name, shape) for name, shape in shapes.items()}
-    return {name: values.float().cpu() for name, values in found.items() if values is not None}
+    return {name: values for name, values in found.items() if values is not None}
 
 
 def _live_values(model: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor | None:
     """The fingerprint of one parameter under its checkpoint name, or None where vLLM arranges it in another way.
 
-    Matrices are asked through the layer's own GEMM: the CPU backend keeps packed copies, and those must be new too.
+    Columns of matrices are products with unit vectors, exact in any dtype, by the layer's own GEMM: the CPU backend keeps
+    packed copies, and those must be new too.
     """
     path, _, leaf = name.rpartition(".")
     layer, first = _find(model, path)
-    if layer is None:
+    if layer is None or (len(shape) == 2 and leaf != "weight"):
         return None
+    rows = slice(first, first + shape[0])
+    plain = isinstance(layer, VocabParallelEmbedding) and path != "lm_head"
+    method: Any = getattr(layer, "quant_method", None)
+    if len(shape) == 2 and not plain and hasattr(method, "apply"):
+        some = next(model.parameters())
+        units = one_hot(spread(shape[1], 4), shape[1]).to(some.device, some.dtype)
+        return method.apply(layer, units, None)[:, rows].flatten().float().cpu()
     weight = getattr(layer, leaf, None)
-    if len(shape) == 2 and leaf == "weight":
-        x = fingerprint_input(shape[1])
-        plain = isinstance(layer, VocabParallelEmbedding) and path != "lm_head"
-        method: Any = getattr(layer, "quant_method", None)
-        dtype = next(model.parameters()).dtype
-        x = x.to(next(model.parameters()).device, dtype)
-        if plain or not hasattr(method, "apply"):
-            return None if weight is None or weight.ndim != 2 else (weight @ x)[first : first + shape[0]]
-        return method.apply(layer, x[None], None)[0, first : first + shape[0]]
-    if weight is None or weight.ndim != 1 or len(shape) != 1 or weight.numel() < first + shape[0]:
-        return None
-    return fingerprint_values(weight[first : first + shape[0]])
+    return fingerprint(weight[rows]) if weight is not None and weight[rows].shape == shape else None
 
 
 def _find(model: nn.Module, path: str) -> tuple[Any, int]:

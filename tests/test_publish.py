@@ -1,0 +1,98 @@
+"""What is published is checked entry by entry, in the engine's own arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from support import tokenizer
+from torch import Tensor
+
+from tppo_fast import loading
+from tppo_fast.errors import EngineError
+from tppo_fast.rollout.base import SamplingParams
+from tppo_fast.rollout.publish import Policy, PublishedEngine, fingerprint
+
+
+class Live:
+    """A live engine that computes with transformers, in the dtype it is sent."""
+
+    alive = True
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.weights: dict[str, Tensor] = {}
+        self.deaf: tuple[str, ...] = ()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, stop: Sequence[int]
+    ) -> list[tuple[list[int], list[float]]]:
+        del sampling
+        return [([stop[0]], [-1.0]) for _ in prompts]
+
+    def probe(self, token_ids: Sequence[int]) -> Tensor:
+        del token_ids
+        return self._policy.probe(self.weights)
+
+    def start_update(self) -> None:
+        pass
+
+    def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        self.weights |= {name: tensor.clone() for name, tensor in bucket if not name.endswith(self.deaf)}
+
+    def finish_update(self, version: int) -> None:
+        pass
+
+    def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        found = {name: fingerprint(self.weights[name]) for name in shapes if name in self.weights}
+        return {name: values for name, values in found.items() if values is not None}
+
+    def sleep(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def weights(wide_model: Path) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in loading.load_causal_lm(str(wide_model)).state_dict().items()}
+
+
+@pytest.fixture
+def engine(wide_model: Path) -> PublishedEngine:
+    policy = Policy(str(wide_model), "bfloat16")
+    return PublishedEngine(Live(policy), policy, tokenizer(), [0])
+
+
+def moved(weights: dict[str, Tensor], step: float) -> dict[str, Tensor]:
+    """The weights after one update of every entry by ``step``, up or down."""
+    generator = torch.Generator().manual_seed(0)
+    new = {
+        name: tensor + step * torch.randn(tensor.shape, generator=generator).sign() for name, tensor in weights.items()
+    }
+    return new | {"lm_head.weight": new["model.embed_tokens.weight"]}  # tied
+
+
+@pytest.mark.parametrize("deaf", ["", "layers.1.self_attn.k_proj.weight", "layers.0.mlp.down_proj.weight"])
+def test_in_bfloat16_a_publication_that_does_not_arrive_is_named(
+    engine: PublishedEngine, weights: dict[str, Tensor], deaf: str
+) -> None:
+    """After one small step: the probe cannot tell the two policies apart."""
+    engine.load_weights(weights.items(), 0)
+    engine.live.deaf = (deaf,)  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match=rf"weight '.*{deaf}' of the rollout engine is not the published one"):
+        engine.load_weights(moved(weights, 1e-5).items(), 1)
+
+
+def test_in_bfloat16_a_step_that_rounding_swallows_is_no_error(
+    engine: PublishedEngine, weights: dict[str, Tensor]
+) -> None:
+    halves = {name: tensor.bfloat16().float() for name, tensor in weights.items()}
+    engine.load_weights(halves.items(), 0)
+    after = moved(halves, 1e-12)
+    assert not torch.equal(after["model.embed_tokens.weight"], halves["model.embed_tokens.weight"])
+    engine.live.deaf = ("",)  # type: ignore[attr-defined]
+    engine.load_weights(after.items(), 1)
