@@ -320,6 +320,21 @@ def test_an_update_that_broke_off_does_not_stop_the_next(
     assert gap(actor, engine, prompts, params()) < 1e-3
 
 
+def test_a_failure_within_vllm_does_not_stop_the_next_update(
+    engine: Any, actor: model.Actor, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tppo_fast.rollout.vllm_engine import LocalTransfer
+
+    engine.load_weights(actor.named_weights(), 0)
+    disturb(actor, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalTransfer, "receive_weights", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.load_weights(actor.named_weights(), 1)
+    engine.load_weights(actor.named_weights(), 2)
+    assert gap(actor, engine, prompts, params()) < 1e-3
+
+
 def test_tied_weights_that_differ_are_refused(folder: Path, engine: Any, actor: model.Actor) -> None:
     if folder.name != "tied":
         pytest.skip("the head is its own")

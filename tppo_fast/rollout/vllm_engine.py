@@ -215,7 +215,7 @@ class LiveVLLM:
         LiveVLLM._alive = True
         self._max_model_len = settings.max_model_len
         self._sleep_level = 0 if cpu else settings.sleep_level
-        self._asleep = self._updating = False
+        self._asleep = False
 
     @staticmethod
     def _start(settings: LiveSettings, memory: dict[str, Any]) -> Any:
@@ -309,9 +309,8 @@ class LiveVLLM:
 
     def start_update(self) -> None:
         self.wake()
-        if self._updating:  # broken off by an error; vLLM refuses a second start
+        if self._llm.collective_rpc(lambda worker: worker._weight_update_active)[0]:  # vLLM refuses a second start
             self._llm.finish_weight_update()
-        self._updating = True
         self._llm.start_weight_update()
 
     def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -320,7 +319,6 @@ class LiveVLLM:
     def finish_update(self, version: int) -> None:
         del version  # ``publish`` keeps it
         self._llm.finish_weight_update()
-        self._updating = False
         self._reset_cache()
 
     def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
