@@ -27,7 +27,6 @@ from tppo_fast import config as settings
 from tppo_fast.data_types import Prompt
 from tppo_fast.errors import EngineError, UserError
 from tppo_fast.rollout import RolloutEngine, build_engine
-from tppo_fast.rollout import server as server_module
 from tppo_fast.rollout.server import ServerLive, ServerSettings
 
 needs_vllm = pytest.mark.skipif(no_vllm() is not None, reason=str(no_vllm()))
@@ -268,70 +267,3 @@ def test_settings_that_do_not_go_together(vllm: dict[str, Any], message: str) ->
     with pytest.raises(UserError, match=message) as caught:
         settings.build({"vllm": vllm})
     assert "\n" not in str(caught.value)
-
-
-@needs_vllm
-def test_nccl_speaks_vllms_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU run would send, read by vLLM's own types; only the server and the NCCL group are stand-ins."""
-    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
-
-    served = {
-        "/collective_rpc": {"results": [{"dtype": "float32", "logprobs_mode": "processed_logprobs", "transfer": "nccl",
-                                         "max_model_len": 64, "workers": 2, "updating": False}]},
-        "/v1/models": {"data": [{"id": "m"}]}, "/is_sleeping": {"is_sleeping": True},
-    }  # fmt: skip
-    asked: list[tuple[str, Any]] = []
-
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        import json
-
-        asked.append((request.url.path, json.loads(request.content) if request.content else None))
-        return httpx2.Response(200, json=served.get(request.url.path, {}))
-
-    sent: list[torch.Tensor] = []
-
-    class Group:
-        device = torch.device("meta")  # any that is not where the weights are
-
-        def broadcast(self, tensor: torch.Tensor, src: int, stream: Any) -> None:
-            assert (src, stream, tensor.device) == (0, "stream", self.device)
-            sent.append(tensor)
-
-    class Stream(str):
-        def synchronize(self) -> None:
-            pass
-
-    opened: list[tuple[str, int, int]] = []
-    from tppo_fast.rollout import vllm_engine
-
-    monkeypatch.setattr(vllm_engine, "nccl_group", lambda *a: opened.append(a) or Group())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("stream"))
-    live = ServerLive(
-        ServerSettings(url="http://gpu", dtype="float32", max_model_len=64, transfer="nccl", trainer_address="10.0.0.1",
-                       sleep_level=0, timeout=5.0),
-        transport=httpx2.MockTransport(answer),
-    )  # fmt: skip
-    told = NCCLWeightTransferInitInfo(**dict(asked)["/init_weight_transfer_engine"]["init_info"])
-    assert opened == [(told.master_address, told.master_port, told.world_size)]
-    assert (told.master_address, told.rank_offset, told.world_size) == ("10.0.0.1", 1, 3)
-    tensors = [("a.weight", torch.ones(3, 2)), ("b.bias", torch.zeros(4, dtype=torch.bfloat16))]
-    live.start_update()
-    routes = [route for route, _ in asked]
-    assert routes.index("/wake_up") < routes.index("/start_weight_update")  # the trainer before left it asleep
-    live.update(tensors)
-    update = NCCLWeightTransferUpdateInfo(**dict(asked)["/update_weights"]["update_info"])
-    assert (update.names, update.dtype_names) == (["a.weight", "b.bias"], ["float32", "bfloat16"])
-    assert update.shapes == [[3, 2], [4]]
-    assert [(t.shape, t.dtype) for t in sent] == [(t.shape, t.dtype) for _, t in tensors]
-    live.close()
-    assert asked[-1][0] == "/shutdown_weight_transfer_engine"
-
-
-def test_an_error_of_either_side_of_a_transfer_ends_it() -> None:
-    import threading
-
-    stuck = threading.Event()
-    with pytest.raises(RuntimeError, match="broadcast"):
-        server_module._together(stuck.wait, lambda: (_ for _ in ()).throw(RuntimeError("broadcast")))
-    stuck.set()

@@ -2,10 +2,11 @@
 
     python -m tppo_fast.rollout.serve MODEL [--port 8000] [--transfer nccl] [any argument of vLLM's server]
 
-and in the trainer's config ``vllm.process = "server"``, ``vllm.url = "http://127.0.0.1:8000"``. It is vLLM's OpenAI server with
-the settings that PPO needs: log-probabilities at the sampling temperature, none of the model's own sampling defaults, the
-weight-transfer routes, and ``vllm_engine.ServerExtension``. Those routes have no key (``VLLM_API_KEY`` guards /v1 alone): whoever
-reaches the port can replace the weights. It listens on 127.0.0.1 unless --host says otherwise.
+and in the trainer's config ``vllm.process = "server"``, ``vllm.url = "http://127.0.0.1:8000"``; for ``vllm.sleep`` add
+--enable-sleep-mode here. It is vLLM's OpenAI server with the settings that PPO needs: log-probabilities at the sampling
+temperature, none of the model's own sampling defaults, the weight-transfer routes, and ``vllm_engine.ServerExtension``. Those
+routes have no key (``VLLM_API_KEY`` guards /v1 alone): whoever reaches the port can replace the weights. It listens on 127.0.0.1
+unless --host says otherwise.
 """
 
 from __future__ import annotations

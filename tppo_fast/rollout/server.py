@@ -18,12 +18,13 @@ import os
 import secrets
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import httpx2
 import torch
@@ -33,6 +34,8 @@ from torch import Tensor
 from tppo_fast import seeding
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.rollout.base import SamplingParams
+
+T = TypeVar("T")
 
 API_KEY = "VLLM_API_KEY"
 """Environment variable with the server's key, if it wants one: the name that vLLM's server reads, too."""
@@ -103,14 +106,14 @@ class ServerLive:
         try:
             self._sent(what)
             answer = self._client.request(method, path, headers=headers, **arguments)
-        except httpx2.TimeoutException:
+        except httpx2.TimeoutException as error:
             raise EngineLost(
                 f"{request} was not answered within {self._settings.timeout:g} s by {self._settings.url}"
-            ) from None
+            ) from error
         except (httpx2.TransportError, RuntimeError) as error:  # RuntimeError: the client was closed
             raise EngineLost(
                 f"{request} did not reach {self._settings.url} ({type(error).__name__}: {error})"
-            ) from None
+            ) from error
         if answer.status_code == 401:
             raise EngineError(f"{self._settings.url} wants an API key: set the environment variable {API_KEY} to it")
         if answer.is_error:
@@ -131,6 +134,8 @@ class ServerLive:
         try:
             served = self._rpc("tppo_settings", "settings")
         except EngineError as error:
+            if error.__cause__ is not None:  # no answer at all says nothing of the server
+                raise
             raise UserError(
                 f"vllm.url = {own.url!r}: the server there takes no weights from a trainer ({error}); start it by {START} MODEL"
             ) from None
@@ -141,6 +146,10 @@ class ServerLive:
                 raise UserError(
                     f"vllm.url = {own.url!r}: its {name} is {served[name]!r}, this run needs {value!r}; see {START} --help"
                 )
+        if own.sleep_level and not served["enable_sleep_mode"]:
+            raise UserError(
+                f"vllm.url = {own.url!r}: it cannot free memory, as vllm.sleep wants: start it with --enable-sleep-mode"
+            )
         if served["max_model_len"] < own.max_model_len:
             raise UserError(
                 f"vllm.url = {own.url!r}: it takes {served['max_model_len']} tokens, data.max_prompt_tokens + "
@@ -228,6 +237,7 @@ class ServerLive:
     def start_update(self) -> None:
         self.wake()
         self._expected = None
+        self._rpc("tppo_version", "version", new="")  # whoever sampled with the weights so far must notice
         # Asked, not tried: after a request that fails within vLLM, its server ends the connection under the next one.
         if self._unfinished and self._rpc("tppo_updating", "update check")["updating"]:
             self._ask("POST", "/finish_weight_update", "finish a broken-off update", json={})
@@ -262,7 +272,7 @@ class ServerLive:
 
         address, port = self._settings.trainer_address, _free_port()
         told = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": workers + 1}
-        self._group = _together(
+        self._group = self._together(
             lambda: self._ask("POST", "/init_weight_transfer_engine", "transfer", json={"init_info": told}),
             lambda: nccl_group(address, port, workers + 1),
         )
@@ -282,7 +292,33 @@ class ServerLive:
                 self._group.broadcast(tensor, src=0, stream=stream)
             stream.synchronize()
 
-        _together(lambda: self._ask("POST", "/update_weights", "update", json={"update_info": told}), send)
+        self._together(lambda: self._ask("POST", "/update_weights", "update", json={"update_info": told}), send)
+
+    def _together(self, request: Callable[[], Any], action: Callable[[], T]) -> T:
+        """What ``action`` returns, done while ``request`` is under way.
+
+        Raises:
+            EngineLost: either failed, or both took too long. The group is gone then: the other side may never answer.
+        """
+        stream = torch.cuda.current_stream()
+
+        def on_stream() -> T:
+            with torch.cuda.stream(stream):  # a thread starts on the first GPU
+                return action()
+
+        both = _started(request), _started(on_stream)
+        late = wait(both, self._settings.timeout, FIRST_EXCEPTION).not_done
+        error = next((e for future in both if future not in late and (e := future.exception())), None)
+        if error is None and not late:
+            return both[1].result()
+        self._destroy_group()
+        reason = error or f"not done within {self._settings.timeout:g} s"
+        raise EngineLost(f"the transfer by NCCL to {self._settings.url} broke off: {reason}") from None
+
+    def _destroy_group(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.destroy()
 
     def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         found = self._rpc("tppo_fingerprint", "fingerprint", shapes=json.dumps(shapes))
@@ -310,9 +346,9 @@ class ServerLive:
     def close(self) -> None:
         """Leave the server running, with the weights it has."""
         if self._group is not None:
-            self._group = None
             with contextlib.suppress(EngineError):
                 self._ask("POST", "/shutdown_weight_transfer_engine", "transfer")
+            self._destroy_group()
         self._client.close()
 
 
@@ -322,15 +358,15 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _together(request: Callable[[], Any], action: Callable[[], Any]) -> Any:
-    """What ``action`` returns, while ``request`` is under way in a thread; an error of either at once."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="transfer")
-    try:
-        asked = pool.submit(request)
-        if asked.done():
-            asked.result()
-        result = action()
-        asked.result()
-        return result
-    finally:
-        pool.shutdown(wait=False)  # after an error the other side may never answer
+def _started(action: Callable[[], T]) -> Future[T]:
+    """``action`` in a thread that the interpreter's end does not wait for: NCCL may block in it for ever."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="transfer", daemon=True).start()
+    return future

@@ -152,6 +152,7 @@ class ServerExtension:
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "max_model_len": config.model_config.max_model_len,
             "logprobs_mode": str(config.model_config.logprobs_mode),
+            "enable_sleep_mode": config.model_config.enable_sleep_mode,
             "transfer": None if transfer is None else transfer.backend,
             "workers": config.parallel_config.world_size_across_dp,
         }
