@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support import tokenizer
+from support import prompt, tokenizer, wide_llama, write_model
 from torch import Tensor
 
 from tppo_fast import loading
-from tppo_fast.errors import EngineError
+from tppo_fast.errors import EngineError, UserError
 from tppo_fast.rollout.base import SamplingParams
+from tppo_fast.rollout.hf_engine import HFEngine
 from tppo_fast.rollout.publish import Policy, PublishedEngine, fingerprint
 
 
@@ -64,7 +67,7 @@ def weights(wide_model: Path) -> dict[str, Tensor]:
 @pytest.fixture
 def engine(wide_model: Path) -> PublishedEngine:
     policy = Policy(str(wide_model), "bfloat16")
-    return PublishedEngine(Live(policy), policy, tokenizer(), [0])
+    return PublishedEngine(Live(policy), policy, tokenizer(), max_model_len=108)
 
 
 def moved(weights: dict[str, Tensor], step: float) -> dict[str, Tensor]:
@@ -96,3 +99,29 @@ def test_in_bfloat16_a_step_that_rounding_swallows_is_no_error(
     assert not torch.equal(after["model.embed_tokens.weight"], halves["model.embed_tokens.weight"])
     engine.live.deaf = ("",)  # type: ignore[attr-defined]
     engine.load_weights(after.items(), 1)
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [(250, "need 262 positions, the model has 256: lower data.max_prompt_tokens"), (100, "was started for 108: raise")],
+)
+def test_a_prompt_that_is_too_long_is_told_by_the_limit_it_passes(
+    engine: PublishedEngine, weights: dict[str, Tensor], length: int, said: str
+) -> None:
+    engine.load_weights(weights.items(), 0)
+    with pytest.raises(UserError, match=said):
+        engine.generate([prompt([1] * length)], SamplingParams(max_new_tokens=12))
+
+
+@pytest.mark.parametrize(("generation", "expected"), [(None, [0, 5, 7]), ({"eos_token_id": 6}, [0, 6])])
+def test_every_engine_stops_at_the_same_tokens(tmp_path: Path, generation: Any, expected: list[int]) -> None:
+    """A folder without generation settings: what config.json says counts, as in transformers."""
+    write_model(tmp_path, wide_llama)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "eos_token_id": [5, 7]}))
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    policy = Policy(str(tmp_path), "float32")
+    assert PublishedEngine(Live(policy), policy, tokenizer(), max_model_len=64)._stop == expected
+    assert HFEngine(loading.load_causal_lm(str(tmp_path)), tokenizer())._eos == expected

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import EOS, no_vllm, tokenizer
+from support import EOS, no_vllm, prompt, tokenizer
 
 from tppo_fast import config as settings
 from tppo_fast import loading, model, packing
@@ -203,6 +203,22 @@ def test_hf_names_what_does_not_fit(wide_model: Path, actor: model.Actor) -> Non
     name, tensor = next(iter(actor.named_weights()))
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
         engine.load_weights([(name, tensor[:1])], version=0)
+
+
+def test_hf_samples_nothing_from_half_a_policy(wide_model: Path, actor: model.Actor, prompts: list[Prompt]) -> None:
+    engine = hf(wide_model)
+    engine.load_weights(actor.named_weights(), version=3)
+    with pytest.raises(UserError, match="was not published"):
+        engine.load_weights([next(iter(actor.named_weights()))], version=4)
+    with pytest.raises(UserError, match="before load_weights"):
+        engine.generate(prompts, params())
+
+
+def test_hf_refuses_what_the_model_has_no_positions_for(wide_model: Path, actor: model.Actor) -> None:
+    engine = hf(wide_model)
+    engine.load_weights(actor.named_weights(), version=0)
+    with pytest.raises(UserError, match="may need 412 positions, the model has 256"):
+        engine.generate([prompt([5] * 400)], params())
 
 
 @pytest.mark.parametrize("bad", [{"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.0}, {"n": 0}, {"max_new_tokens": 0}])

@@ -26,8 +26,9 @@ from tppo_fast.errors import UserError
 from tppo_fast.finetune_config import DPOConfig, DPOSection
 from tppo_fast.model import Actor
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
+from tppo_fast.rollout.base import check_lengths
 from tppo_fast.runs import load_sessions, open_run_dir
-from tppo_fast.sft import check_lengths, logprobs, packed
+from tppo_fast.sft import logprobs, longest_example, packed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -73,7 +74,9 @@ def _train(config: DPOConfig, start_from: Path | None) -> finetune.FinetuneResul
         pairs = own_output(config, engine, builder, train_sessions, "train")
         held_pairs = own_output(config, engine, builder, held_sessions, "held-out")
         examples = [(p.prompt, ids) for p in [*pairs, *held_pairs] for ids in (p.chosen, p.rejected)]
-        check_lengths(config, config.dpo, actor, examples)
+        check_lengths(
+            longest_example(config, examples), actor.lm.config, ("dpo.microbatch_tokens", config.dpo.microbatch_tokens)
+        )
         objective = Preference(
             actor=actor,
             reference=actor.frozen_copy(),

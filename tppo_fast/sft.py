@@ -13,10 +13,10 @@ import torch
 from tppo_fast import finetune, packing, seeding
 from tppo_fast.config import RunConfig
 from tppo_fast.data_types import Prompt, Rollout, RolloutBatch
-from tppo_fast.errors import UserError
 from tppo_fast.finetune_config import LearnConfig, SFTConfig
 from tppo_fast.model import Actor
 from tppo_fast.rollout import build_engine
+from tppo_fast.rollout.base import check_lengths
 from tppo_fast.runs import load_sessions, open_run_dir
 
 Example = tuple[Prompt, Sequence[int]]
@@ -49,7 +49,8 @@ def _train(config: SFTConfig, start_from: Path | None) -> finetune.FinetuneResul
     prompts, held_prompts = builder.prompts(train_sessions), builder.prompts(held_sessions)
     examples = list(zip(prompts, builder.responses(train_sessions), strict=True))
     held_out = list(zip(held_prompts, builder.responses(held_sessions), strict=True))
-    check_lengths(config, config.sft, actor, [*examples, *held_out])
+    longest = longest_example(config, [*examples, *held_out])
+    check_lengths(longest, actor.lm.config, ("sft.microbatch_tokens", config.sft.microbatch_tokens))
     learner = finetune.Learner(actor, config.sft, config.train.steps)
     objective = Supervision(actor, examples, held_out, config.sft, config.seed)
     with contextlib.closing(build_engine(config, tokenizer, actor.device)) as engine:
@@ -128,21 +129,6 @@ def logprobs(actor: Actor, part: RolloutBatch) -> torch.Tensor:
     return actor.logprobs(actor.hidden(part)[part.state_index], part.actions, 1.0)[0]
 
 
-def check_lengths(config: RunConfig, learn: LearnConfig, actor: Actor, examples: Sequence[Example]) -> None:
-    """Refuse what the model or one microbatch cannot hold.
-
-    Raises:
-        UserError: the longest example has more tokens than the model has positions, or than a microbatch may have.
-    """
-    longest = max(len(p.token_ids) + max(len(ids), config.rollout.max_new_tokens) for p, ids in examples)
-    limit = getattr(actor.lm.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"the longest session needs {longest} positions with its response or rollout.max_new_tokens = "
-            f"{config.rollout.max_new_tokens}, the model has {limit}: lower data.max_prompt_tokens or rollout.max_new_tokens"
-        )
-    if longest > learn.microbatch_tokens:
-        raise UserError(
-            f"microbatch_tokens = {learn.microbatch_tokens}: one session needs {longest} tokens; raise it, or lower "
-            "data.max_prompt_tokens"
-        )
+def longest_example(config: RunConfig, examples: Sequence[Example]) -> int:
+    """Tokens of the longest prompt with its response, or with one that may be sampled to it."""
+    return max(len(p.token_ids) + max(len(ids), config.rollout.max_new_tokens) for p, ids in examples)

@@ -33,6 +33,7 @@ from tppo_fast.rewards.display import examples_table
 from tppo_fast.rewards.token_model import RECORD
 from tppo_fast.rewards.watch import HackingWatch, repetition_and_copies
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
+from tppo_fast.rollout.base import check_lengths
 from tppo_fast.runs import due, eval_sampling, growing_segments, load_sessions, logged, open_run_dir, resolve_device
 
 
@@ -215,7 +216,8 @@ def setup(config: Config, start_from: Path | None = None) -> Run:
     )
     prompts = builder.prompts(train_sessions)
     eval_prompts = builder.prompts(eval_sessions[: config.train.eval_prompts])
-    _check_lengths(config, actor_critic.actor, [*prompts, *eval_prompts])
+    longest = max(len(p.token_ids) for p in [*prompts, *eval_prompts]) + config.rollout.max_new_tokens
+    check_lengths(longest, actor_critic.actor.lm.config, ("ppo.microbatch_tokens", config.ppo.microbatch_tokens))
     reference = None if config.ppo.kl_placement == "off" else actor_critic.actor.frozen_copy()
     if config.model.compile:
         compile_layers([actor_critic.actor, actor_critic.critic.body, reference])
@@ -248,21 +250,6 @@ def setup(config: Config, start_from: Path | None = None) -> Run:
         source=source,
         ppo=ppo,
     )
-
-
-def _check_lengths(config: Config, actor: model.Actor, prompts: Sequence[Prompt]) -> None:
-    longest = max(len(p.token_ids) for p in prompts) + config.rollout.max_new_tokens
-    limit = getattr(actor.lm.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"the longest prompt and rollout.max_new_tokens = {config.rollout.max_new_tokens} need {longest} positions, the "
-            f"model has {limit}: lower data.max_prompt_tokens or rollout.max_new_tokens"
-        )
-    if longest > config.ppo.microbatch_tokens:
-        raise UserError(
-            f"ppo.microbatch_tokens = {config.ppo.microbatch_tokens}: one sequence can have {longest} tokens; raise it, or "
-            "lower data.max_prompt_tokens or rollout.max_new_tokens"
-        )
 
 
 # -------------------------------------------------------------------- pieces of a step

@@ -11,7 +11,7 @@ import torch
 from tppo_fast.config import RunConfig
 from tppo_fast.errors import UserError
 from tppo_fast.plugins import guarded, load_object
-from tppo_fast.rollout.base import RolloutEngine, SamplingParams
+from tppo_fast.rollout.base import RolloutEngine, SamplingParams, max_positions
 
 if TYPE_CHECKING:
     from tppo_fast.rollout.publish import LiveEngine, LiveSettings
@@ -57,7 +57,7 @@ class _PlugIn:
 
 
 def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEngine:
-    from tppo_fast.rollout.publish import LiveSettings, Policy, PublishedEngine, stop_tokens
+    from tppo_fast.rollout.publish import LiveSettings, Policy, PublishedEngine
 
     own, path, dtype = config.vllm, config.model.path, config.model.dtype
     cpu = device.type == "cpu"
@@ -74,7 +74,7 @@ def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEng
         path=path,
         dtype=dtype,
         device="cpu" if cpu else "cuda",
-        max_model_len=min(wanted, policy.max_positions or wanted),
+        max_model_len=min(wanted, max_positions(policy.config) or wanted),
         kv_cache_gib=own.kv_cache_gib,
         gpu_memory_share=own.gpu_memory_share,
         sleep_level={"offload": 1, "discard": 2}.get(own.sleep, 0),
@@ -82,15 +82,15 @@ def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEng
         trust_remote_code=config.model.trust_remote_code,
         threads=config.threads,
     )
-    stop, bucket_bytes = stop_tokens(path, tokenizer), own.bucket_mib << 20
+    shared: dict[str, Any] = {"max_model_len": settings.max_model_len, "bucket_bytes": own.bucket_mib << 20}
     if own.process == "colocated":
         from tppo_fast.rollout.vllm_engine import LiveVLLM
 
-        return PublishedEngine(LiveVLLM(settings), policy, tokenizer, stop, bucket_bytes=bucket_bytes)
+        return PublishedEngine(LiveVLLM(settings), policy, tokenizer, **shared)
     from tppo_fast.rollout.remote import RecoveringEngine
 
     start = _server(config, settings) if own.process == "server" else _worker(config, settings)
-    return RecoveringEngine(start, policy, tokenizer, stop, bucket_bytes=bucket_bytes, retries=own.retries)
+    return RecoveringEngine(start, policy, tokenizer, retries=own.retries, **shared)
 
 
 def _worker(config: RunConfig, settings: LiveSettings) -> Callable[[], LiveEngine]:

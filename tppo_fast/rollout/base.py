@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -51,7 +51,7 @@ class RolloutEngine(Protocol):
         """``len(prompts) * sampling.n`` rollouts, the n of one prompt next to each other, in the prompts' order.
 
         Raises:
-            UserError: no weights were loaded yet, or the parameters cannot be honoured exactly.
+            UserError: no weights were loaded yet, a prompt is too long, or the parameters cannot be honoured exactly.
         """
         ...
 
@@ -70,3 +70,52 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Release memory and processes; safe to call twice."""
         ...
+
+
+# -------------------------------------------------------------------- what every engine checks alike
+
+
+def max_positions(model_config: Any) -> int | None:
+    """The longest sequence that a model of this transformers config can read, None where it names no limit."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_lengths(longest: int, model_config: Any, budget: tuple[str, int] | None = None) -> None:
+    """Refuse a prompt with its response, ``longest`` tokens, that the model or the ``budget`` (setting, tokens) cannot hold."""
+    positions = max_positions(model_config)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"a prompt with its response may need {longest} positions, the model has {positions}: lower "
+            "data.max_prompt_tokens or rollout.max_new_tokens"
+        )
+    if budget is not None and longest > budget[1]:
+        raise UserError(
+            f"{budget[0]} = {budget[1]}: a prompt with its response may need {longest} tokens; raise it, or "
+            "lower data.max_prompt_tokens or rollout.max_new_tokens"
+        )
+
+
+def stop_tokens(generation: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a response: the tokenizer's, and those of the model's generation config."""
+    own = generation.eos_token_id
+    more: list[int] = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({tokenizer.eos_token_id, *more})
+
+
+def fitting(weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+    """The weights as they come.
+
+    Raises:
+        UserError: naming the first weight of another name or shape or, at the end, the first that did not come.
+    """
+    missing = dict(shapes)
+    for name, tensor in weights:
+        if name not in shapes or tuple(shapes[name]) != tuple(tensor.shape):
+            shape = tuple(shapes[name]) if name in shapes else "no such weight"
+            raise UserError(
+                f"weight {name!r} of shape {tuple(tensor.shape)}: the engine has {shape}; load the same model"
+            )
+        missing.pop(name, None)
+        yield name, tensor
+    if missing:
+        raise UserError(f"weight {min(missing)!r} was not published ({len(missing)} missing): publish the whole policy")

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.rollout.base import SamplingParams
+from tppo_fast.rollout.base import SamplingParams, check_lengths, fitting, stop_tokens
 
 
 class _Recorder(LogitsProcessor):
@@ -46,9 +46,7 @@ class HFEngine:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._version: int | None = None
-        own = lm.generation_config.eos_token_id
-        stops: list[int] = own if isinstance(own, list) else [] if own is None else [own]
-        self._eos: list[int] = sorted({tokenizer.eos_token_id, *stops})
+        self._eos = stop_tokens(lm.generation_config, tokenizer)
         # the model's own generation settings (top-k, penalties, ...) must not touch the distribution
         lm.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=self._eos[0])
 
@@ -56,6 +54,8 @@ class HFEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         if self._version is None:
             raise UserError("generate was called before load_weights: publish the policy first")
+        longest = max((len(p.token_ids) for p in prompts), default=0) + sampling.max_new_tokens
+        check_lengths(longest, self._lm.config)
         repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
         rollouts: list[Rollout] = []
         devices = [self._lm.device] if self._lm.device.type == "cuda" else []
@@ -107,19 +107,9 @@ class HFEngine:
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         own = self._lm.state_dict()
-        seen: set[str] = set()
-        for name, tensor in weights:
-            if name not in own or own[name].shape != tensor.shape:
-                shape = tuple(own[name].shape) if name in own else "no such weight"
-                raise UserError(
-                    f"weight {name!r} of shape {tuple(tensor.shape)}: the engine has {shape}; load the same model"
-                )
+        self._version = None  # whatever goes wrong from here on, nothing is sampled from half a policy
+        for name, tensor in fitting(weights, {name: tuple(t.shape) for name, t in own.items()}):
             own[name].copy_(tensor)
-            seen.add(name)
-        if missing := sorted(own.keys() - seen):
-            raise UserError(
-                f"weight {missing[0]!r} was not published ({len(missing)} missing): publish the whole policy"
-            )
         self._version = version
 
     def sleep(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import EngineError, EngineLost, UserError
-from tppo_fast.rollout.base import SamplingParams
+from tppo_fast.rollout.base import SamplingParams, check_lengths, fitting, stop_tokens
 
 PROBE_LENGTH = 24
 """Tokens of the probe prompt."""
@@ -120,9 +121,11 @@ class Policy:
         owner: dict[int, str] = {}
         for name, parameter in self._lm.named_parameters(remove_duplicate=False):
             self._canonical[name] = owner.setdefault(id(parameter), name)
-        text = config.get_text_config()
-        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
-        vocabulary = text.vocab_size
+        self.config: Any = config
+        self.generation_config: Any = self._lm.generation_config
+        with contextlib.suppress(OSError):  # a folder without: what config.json says, as transformers has it
+            self.generation_config = GenerationConfig.from_pretrained(path)
+        vocabulary = config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         self.probe_ids: list[int] = torch.randint(vocabulary, (PROBE_LENGTH,), generator=generator).tolist()
 
@@ -132,18 +135,7 @@ class Policy:
         Raises:
             UserError: naming the first weight that does not fit.
         """
-        named: dict[str, Tensor] = {}
-        for name, tensor in weights:
-            if self._shapes.get(name) != tuple(tensor.shape):
-                shape = self._shapes.get(name, "no such weight")
-                raise UserError(
-                    f"weight {name!r} of shape {tuple(tensor.shape)}: the engine has {shape}; load the same model"
-                )
-            named[name] = tensor.detach()
-        if missing := sorted(self._shapes.keys() - named.keys()):
-            raise UserError(
-                f"weight {missing[0]!r} was not published ({len(missing)} missing): publish the whole policy"
-            )
+        named = {name: tensor.detach() for name, tensor in fitting(weights, self._shapes)}
         for name, canonical in self._canonical.items():
             if named[name].data_ptr() != named[canonical].data_ptr() and not torch.equal(named[name], named[canonical]):
                 raise UserError(f"weight {name!r} differs from {canonical!r}, to which the model ties it: publish one")
@@ -222,16 +214,6 @@ def buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[list[
         yield group
 
 
-def stop_tokens(path: str, tokenizer: Any) -> list[int]:
-    """The tokens that end a response: the tokenizer's, and those of the model's generation settings."""
-    try:
-        own = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the folder has none
-        own = None
-    more: list[int] = own if isinstance(own, list) else [] if own is None else [own]
-    return sorted({tokenizer.eos_token_id, *more})
-
-
 # -------------------------------------------------------------------- the engine
 
 
@@ -239,18 +221,27 @@ class PublishedEngine:
     """A rollout engine around a live one: checks what is published, keeps the version, writes rollouts."""
 
     def __init__(
-        self, live: LiveEngine, policy: Policy, tokenizer: Any, stop: Sequence[int], *, bucket_bytes: int = 1 << 28
+        self, live: LiveEngine, policy: Policy, tokenizer: Any, *, max_model_len: int, bucket_bytes: int = 1 << 28
     ) -> None:
+        """``max_model_len``: the longest prompt plus response that the live engine was started for."""
         self.live = live
         self._policy = policy
         self._tokenizer = tokenizer
-        self._stop = list(stop)
+        self._stop = stop_tokens(policy.generation_config, tokenizer)
+        self._max_model_len = max_model_len
         self._bucket_bytes = bucket_bytes
         self._version: int | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         if self._version is None:
             raise UserError("generate was called before load_weights: publish the policy first")
+        longest = max((len(p.token_ids) for p in prompts), default=0) + sampling.max_new_tokens
+        check_lengths(longest, self._policy.config)
+        if longest > self._max_model_len:
+            raise UserError(
+                f"a prompt with its response may need {longest} tokens, the vLLM engine was started for "
+                f"{self._max_model_len}: raise data.max_prompt_tokens, or shorten the prompts"
+            )
         answers = self._sample([p.token_ids for p in prompts], sampling)
         repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
         if sampling.greedy:  # the engine answers each prompt once
@@ -296,4 +287,4 @@ class PublishedEngine:
         self.live.close()
 
 
-__all__ = ["EngineLost", "LiveEngine", "LiveSettings", "Policy", "PublishedEngine", "stop_tokens"]
+__all__ = ["EngineLost", "LiveEngine", "LiveSettings", "Policy", "PublishedEngine"]

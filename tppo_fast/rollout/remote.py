@@ -185,12 +185,12 @@ class RecoveringEngine(PublishedEngine):
         start: Callable[[], LiveEngine],
         policy: Policy,
         tokenizer: Any,
-        stop: Sequence[int],
         *,
+        max_model_len: int,
         bucket_bytes: int,
         retries: int,
     ) -> None:
-        super().__init__(start(), policy, tokenizer, stop, bucket_bytes=bucket_bytes)
+        super().__init__(start(), policy, tokenizer, max_model_len=max_model_len, bucket_bytes=bucket_bytes)
         self._start = start
         self._retries = retries
         self._kept: dict[str, Tensor] = {}

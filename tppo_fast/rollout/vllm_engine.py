@@ -214,7 +214,6 @@ class LiveVLLM:
             torch.set_num_threads(threads)
             seeding.set_global_state(states)
         LiveVLLM._alive = True
-        self._max_model_len = settings.max_model_len
         self._sleep_level = 0 if cpu else settings.sleep_level
         self._asleep = False
 
@@ -249,7 +248,6 @@ class LiveVLLM:
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, stop: Sequence[int]
     ) -> list[tuple[list[int], list[float]]]:
         """(tokens, log-probabilities) of ``sampling.n`` responses to each prompt, in order, in one vLLM call."""
-        self._check_lengths(prompts, sampling)
         self._reset_cache()
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
         outputs = self._run(requests, self._params(len(prompts), sampling, stop))
@@ -285,14 +283,6 @@ class LiveVLLM:
             )
             for i in range(count)
         ]
-
-    def _check_lengths(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
-        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-        if longest > self._max_model_len:
-            raise UserError(
-                f"a prompt and its response may need {longest} tokens, the vLLM engine was started for "
-                f"{self._max_model_len}: raise data.max_prompt_tokens, or shorten the prompts"
-            )
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
