@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from tppo_fast import seeding
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.rollout.base import SamplingParams, check_lengths, fitting, stop_tokens
@@ -67,6 +68,22 @@ class LiveEngine(Protocol):
     def close(self) -> None: ...
     @property
     def alive(self) -> bool: ...
+
+
+def sampling_arguments(index: int, sampling: SamplingParams, stop: Sequence[int], extra: str) -> dict[str, Any]:
+    """vLLM's parameters for prompt ``index``; ``extra`` is its name for what a logits processor is told.
+
+    vLLM gives sample i of a prompt the seed ``seed + i``.
+    """
+    asked = {
+        "n": 1 if sampling.greedy else sampling.n,
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+        "seed": seeding.derive(sampling.seed, "prompt", index) >> 1,  # room for "+ i" below 2**63
+        "max_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(stop),
+        "logprobs": 0,  # the sampled token's alone
+    }
+    return asked | ({extra: {"greedy_temperature": sampling.temperature}} if sampling.greedy else {})
 
 
 # -------------------------------------------------------------------- fingerprints

@@ -31,9 +31,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tppo_fast import seeding
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.rollout.base import SamplingParams
+from tppo_fast.rollout.publish import sampling_arguments
 
 T = TypeVar("T")
 
@@ -182,19 +182,9 @@ class ServerLive:
     ) -> list[tuple[list[int], list[float]]]:
         self._reset_cache()
 
-        def body(index: int) -> dict[str, Any]:
-            asked: dict[str, Any] = {
-                "n": 1 if sampling.greedy else sampling.n,
-                "temperature": 0.0 if sampling.greedy else sampling.temperature,
-                "seed": seeding.derive(sampling.seed, "prompt", index) >> 1,
-                "max_tokens": sampling.max_new_tokens,
-                "stop_token_ids": list(stop),
-                "logprobs": 0,
-            }
-            return asked | ({"vllm_xargs": {"greedy_temperature": sampling.temperature}} if sampling.greedy else {})
-
         def sample(index: int) -> list[tuple[list[int], list[float]]]:
-            choices = self._complete(prompts[index], f"generate prompt {index} of {len(prompts)}", body(index))
+            body = sampling_arguments(index, sampling, stop, "vllm_xargs")
+            choices = self._complete(prompts[index], f"generate prompt {index} of {len(prompts)}", body)
             return [(c["token_ids"], c["logprobs"]["token_logprobs"]) for c in choices]
 
         with ThreadPoolExecutor(min(CONCURRENT, max(len(prompts), 1)), thread_name_prefix="request") as pool:

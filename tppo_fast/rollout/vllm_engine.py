@@ -28,7 +28,7 @@ from torch.nn.functional import one_hot
 from tppo_fast import seeding
 from tppo_fast.errors import UserError
 from tppo_fast.rollout.base import SamplingParams
-from tppo_fast.rollout.publish import LiveSettings, fingerprint, spread
+from tppo_fast.rollout.publish import LiveSettings, fingerprint, sampling_arguments, spread
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core lives in this process: zero-copy updates
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads share this process
@@ -250,7 +250,8 @@ class LiveVLLM:
         """(tokens, log-probabilities) of ``sampling.n`` responses to each prompt, in order, in one vLLM call."""
         self._reset_cache()
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        outputs = self._run(requests, self._params(len(prompts), sampling, stop))
+        asked = [sampling_arguments(i, sampling, stop, "extra_args") for i in range(len(prompts))]
+        outputs = self._run(requests, [vllm.SamplingParams(**each, detokenize=False) for each in asked])
         return [
             (list(c.token_ids), [step[t].logprob for step, t in zip(c.logprobs, c.token_ids, strict=True)])
             for output in outputs
@@ -263,26 +264,6 @@ class LiveVLLM:
         devices = [] if self._cpu else [torch.cuda.current_device()]
         with stance, torch.random.fork_rng(devices=devices):  # its sampler draws from the global generator, too
             return self._llm.generate(requests, params, use_tqdm=False)
-
-    @staticmethod
-    def _params(count: int, sampling: SamplingParams, stop: Sequence[int]) -> list[Any]:
-        """One SamplingParams per prompt; vLLM gives sample i of a prompt the seed ``seed + i``."""
-        temperature = 0.0 if sampling.greedy else sampling.temperature
-        extra = {"greedy_temperature": sampling.temperature} if sampling.greedy else None
-        repeats = 1 if sampling.greedy else sampling.n
-        return [
-            vllm.SamplingParams(
-                n=repeats,
-                temperature=temperature,
-                seed=seeding.derive(sampling.seed, "prompt", i) >> 1,  # room for "+ sample index" below 2**63
-                max_tokens=sampling.max_new_tokens,
-                stop_token_ids=list(stop),
-                logprobs=0,  # the sampled token's alone
-                detokenize=False,
-                extra_args=extra,
-            )
-            for i in range(count)
-        ]
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
