@@ -379,7 +379,7 @@ def _second_opinion(folder: str, num_queries: int) -> demo.More:
 
 
 def _differences(scores: dict[str, evaluate.Scores], names: Sequence[str], users: Sequence[str]) -> dict[str, Any]:
-    """Metric -> start, trained policies, and their paired difference over users and seeds with its 95 % interval, and how many users."""
+    """Metric -> start, trained policies, and their paired difference over users and seeds, its 95 % interval, how many users."""
     table = {}
     for metric in (*METRICS, *(name for name in JUDGED if name in scores["start"])):
         after = np.stack([scores[name][metric] for name in names])  # [R, B]

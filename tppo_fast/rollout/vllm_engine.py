@@ -336,8 +336,8 @@ def _fingerprint(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[s
 def _live_values(model: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor | None:
     """The fingerprint of one parameter under its checkpoint name, or None where vLLM arranges it in another way.
 
-    Columns of matrices are products with unit vectors, exact in any dtype, by the layer's own GEMM: the CPU backend keeps
-    packed copies, and those must be new too.
+    On a CPU columns of matrices are products with unit vectors, exact in any dtype, by the layer's own GEMM: it keeps packed
+    copies, and those must be new too.
     """
     path, _, leaf = name.rpartition(".")
     layer, first = _find(model, path)
@@ -346,9 +346,9 @@ def _live_values(model: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor 
     rows = slice(first, first + shape[0])
     plain = isinstance(layer, VocabParallelEmbedding) and path != "lm_head"
     method: Any = getattr(layer, "quant_method", None)
-    if len(shape) == 2 and not plain and hasattr(method, "apply"):
-        some = next(model.parameters())
-        units = one_hot(spread(shape[1], 4), shape[1]).to(some.device, some.dtype)
+    some = next(model.parameters())
+    if some.device.type == "cpu" and len(shape) == 2 and not plain and hasattr(method, "apply"):
+        units = one_hot(spread(shape[1], 4), shape[1]).to(some.dtype)
         return method.apply(layer, units, None)[:, rows].flatten().float().cpu()
     weight = getattr(layer, leaf, None)
     return fingerprint(weight[rows]) if weight is not None and weight[rows].shape == shape else None
