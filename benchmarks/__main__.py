@@ -65,6 +65,8 @@ def main(
         providers=names, threads=threads, quick=quick, rounds=rounds, seed=seed, model=model, scratch=scratch,
     )  # fmt: skip
     try:
+        if check and (quick or names):
+            raise UserError("--check measures again what was kept: leave out --quick and --providers")
         for suite in suites:
             if not providers.chosen(suite, names):
                 raise UserError(

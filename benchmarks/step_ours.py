@@ -138,9 +138,12 @@ def run(request: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
             sequences.append(tensors["sequences"][i] if replayed else ids)
             del train
     answer = {"iterations": watch.iterations, "metrics": metrics, "base_gib": base, **counts}
-    lm = loading.load_causal_lm(request["model"]).to(device)  # as its makers run it, whatever packs it here
-    lm.load_state_dict(dict(ac.actor.named_weights()))
-    return answer, {"sequences": torch.stack(sequences), **ruler.thoughts(lm, sequences[-1], request)}
+    out = {"sequences": torch.stack(sequences)}
+    if request.get("learned"):
+        lm = loading.load_causal_lm(request["model"]).to(device)  # as its makers run it, whatever packs it here
+        lm.load_state_dict(dict(ac.actor.named_weights()))
+        out |= ruler.thoughts(lm, sequences[-1], request)
+    return answer, out
 
 
 def _maybe_counted(name: str, phase: Callable[[], Any], counts: dict[str, Any], request: Mapping[str, Any]) -> Any:

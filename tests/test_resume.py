@@ -13,7 +13,7 @@ import torch
 import transformers
 from test_trainer import config
 
-from tppo_fast import checkpoint, sft, trainer
+from tppo_fast import checkpoint, runs, sft, trainer
 from tppo_fast.config import Config
 from tppo_fast.errors import EngineError, UserError
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
@@ -36,6 +36,21 @@ def short_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def empty_checkpoint(given: Any, step: int, keep: int = 1) -> Path:
     """A checkpoint of a run without a model."""
     return checkpoint.write(given.run_dir, step, lambda _: {}, torch.optim.SGD([torch.zeros(1)]), given, keep=keep)
+
+
+def test_an_input_that_cannot_be_read_is_named_and_leaves_nothing(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(runs, "sha256_of", refuse)
+    with (
+        pytest.raises(UserError, match=r"model\.path = .* cannot be read \(Permission denied\)"),
+        open_run_dir(config(tiny_model, tmp_path / "run"), resume=False),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 SERVER = {"rollout__engine": "vllm", "vllm__process": "server", "vllm__url": "http://a:1"}

@@ -6,14 +6,14 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-PARTS = {".json", ".py", ".safetensors"}
+PARTS = {".jinja", ".json", ".model", ".py", ".safetensors", ".txt"}
 """Files of a model folder that decide what it computes: config and tokenizer, its own code, weights."""
 
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes, or of the names and bytes of a model folder's files, which are read at the same time."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in PARTS)
+        files = sorted(file for file in path.iterdir() if file.suffix in PARTS and file.is_file())
         with ThreadPoolExecutor() as pool:
             lines = [f"{f.name} {digest}\n" for f, digest in zip(files, pool.map(sha256_of, files), strict=True)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -58,8 +58,9 @@ def open_run_dir(
     run_dir: Path = config.run_dir
     marker = run_dir / MARKER
     if resume:
-        start_from = checkpoint.check_resumable(run_dir, config, free)
+        checkpoint.check_resumable(run_dir, config, free)  # before a folder that holds no run is written to
         with _locked(marker) as file:
+            start_from = checkpoint.check_resumable(run_dir, config, free)
             _check_inputs(config, json.loads(file.read() or "{}"))
             yield start_from
         return
@@ -105,7 +106,14 @@ def _inputs(config: Section) -> dict[str, str]:
     """Hashes of the files and model folders that settings name, under ``setting = path``."""
     values = checkpoint.by_name(config.model_dump(mode="json"))
     named = {name: values[name] for name in INPUTS if values.get(name) not in (None, "", "synthetic", "scratch")}
-    return {f"{name} = {path!r}": sha256_of(Path(path)) for name, path in named.items() if Path(path).exists()}
+    found = {}
+    for name, path in named.items():
+        try:
+            if Path(path).exists():
+                found[f"{name} = {path!r}"] = sha256_of(Path(path))
+        except OSError as error:
+            raise UserError(f"{name} = {path!r} cannot be read ({error.strerror}): give one that can") from None
+    return found
 
 
 def _check_inputs(config: Any, began_with: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tppo_fast.config import Config, build
+from tppo_fast.config import Config, DataConfig, build
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.rows import Session, show
 from tppo_fast.data_types import Rollout
@@ -18,6 +18,7 @@ from tppo_fast.hashing import sha256_of
 from tppo_fast.labelling.journal import Journal, fill
 from tppo_fast.labelling.records import Response, read_record, read_responses, write_record, write_responses
 from tppo_fast.rollout import SamplingParams, build_engine
+from tppo_fast.rollout.base import max_positions
 from tppo_fast.seeding import derive
 
 BATCH = 8
@@ -103,12 +104,13 @@ class _Sampler:
 
         self._settings = settings
         path = str(settings.policy)
-        config = _config(settings)
+        lm = load_causal_lm(path)
+        config = _config(settings, max_positions(lm.config))
         tokenizer = load_tokenizer(path)
         self._prompts = PromptBuilder(tokenizer, config.data).prompts(sessions)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._engine = build_engine(config, tokenizer, device)
-        self._engine.load_weights(load_causal_lm(path).state_dict().items(), version=0)
+        self._engine.load_weights(lm.state_dict().items(), version=0)
 
     def __call__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         own = self._settings
@@ -123,11 +125,19 @@ class _Sampler:
         self._engine.close()
 
 
-def _config(settings: SampleSettings) -> Config:
+def _config(settings: SampleSettings, positions: int | None) -> Config:
+    """Prompts as long as training has them by default, or as the model's ``positions`` leave room for."""
+    longest = DataConfig().max_prompt_tokens
+    if positions is not None and positions - settings.max_new_tokens < longest:
+        longest = positions - settings.max_new_tokens
+        if longest < 1:
+            raise UserError(
+                f"--max-new-tokens {settings.max_new_tokens}: the policy has {positions} positions; leave some for the prompt"
+            )
     return build(
         {
             "model": {"path": str(settings.policy)},
-            "data": {"template": settings.template, "separator": settings.separator},
+            "data": {"template": settings.template, "separator": settings.separator, "max_prompt_tokens": longest},
             "rollout": {"engine": settings.engine, "max_new_tokens": settings.max_new_tokens},
         }
     )

@@ -85,13 +85,13 @@ def check_lengths(longest: int, model_config: Any, budget: tuple[str, int] | Non
     positions = max_positions(model_config)
     if positions is not None and longest > positions:
         raise UserError(
-            f"a prompt with its response may need {longest} positions, the model has {positions}: lower "
-            "data.max_prompt_tokens or rollout.max_new_tokens"
+            f"a prompt with its response may need {longest} positions, the model has {positions}: shorten prompts "
+            "(data.max_prompt_tokens) or responses (rollout.max_new_tokens)"
         )
     if budget is not None and longest > budget[1]:
         raise UserError(
             f"{budget[0]} = {budget[1]}: a prompt with its response may need {longest} tokens; raise it, or "
-            "lower data.max_prompt_tokens or rollout.max_new_tokens"
+            "shorten prompts (data.max_prompt_tokens) or responses (rollout.max_new_tokens)"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
 from tppo_fast import seeding
 from tppo_fast.data_types import Prompt, Rollout
@@ -138,6 +139,7 @@ class Policy:
         owner: dict[int, str] = {}
         for name, parameter in self._lm.named_parameters(remove_duplicate=False):
             self._canonical[name] = owner.setdefault(id(parameter), name)
+        self._transposed = {f"{name}.weight" for name, m in self._lm.named_modules() if isinstance(m, Conv1D)}
         self.config: Any = config
         self.generation_config: Any = self._lm.generation_config
         with contextlib.suppress(OSError):  # a folder without: what config.json says, as transformers has it
@@ -189,11 +191,12 @@ class Policy:
             EngineError: naming the first parameter that is not the published one, or the probe's distance.
         """
         dtype = getattr(torch, self.dtype)
-        found = live.fingerprint({name: tuple(t.shape) for name, t in named.items()})
+        named_live = {name: t.t() if name in self._transposed else t for name, t in named.items()}
+        found = live.fingerprint({name: tuple(t.shape) for name, t in named_live.items()})
         if not found:
             raise EngineError("no live parameter of the engine could be found to compare with the published weights")
         for name, values in found.items():
-            expected = fingerprint(named[name].to(dtype))
+            expected = fingerprint(named_live[name].to(dtype))
             assert expected is not None
             distance = float((values - expected).abs().max())
             if not distance <= ZERO:

@@ -302,6 +302,8 @@ class ServerLive:
         if error is None and not late:
             return both[1].result()
         self._destroy_group()
+        if isinstance(error, (UserError, EngineError)) and not isinstance(error, EngineLost):
+            raise error  # trying again would not help
         reason = error or f"not done within {self._settings.timeout:g} s"
         raise EngineLost(f"the transfer by NCCL to {self._settings.url} broke off: {reason}") from None
 
