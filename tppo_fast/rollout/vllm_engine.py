@@ -112,11 +112,9 @@ class LocalTransfer(WeightTransferEngine[_LocalInit, _LocalUpdate]):
     def _repack_tied_head(self) -> None:
         """The CPU backend packs a tied head's weight for its GEMM, and the layerwise reload leaves the OLD packing."""
         head: Any = getattr(self.model, "lm_head", None)
-        body: Any = getattr(self.model, "model", None)
-        embedding = getattr(body, "embed_tokens", None)
-        if head is None or embedding is None or head is embedding or not hasattr(head, "cpu_linear"):
+        if not hasattr(head, "cpu_linear"):
             return
-        if head.weight is embedding.weight:
+        if any(m is not head and getattr(m, "weight", None) is head.weight for m in self.model.modules()):
             head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
