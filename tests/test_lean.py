@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tppo_fast import config as settings
 from tppo_fast import losses, packing, trainer
 from tppo_fast.algorithms import ALGORITHMS
+from tppo_fast.errors import TrainingDiverged
 from tppo_fast.metrics import read_metrics
 from tppo_fast.ppo import PPO
 
@@ -236,7 +237,7 @@ def test_a_bad_step_stops_all_later_ones_on_the_device() -> None:
     sums, _ = once._accumulate_gradient(once.prepare(batch)[0], parts[0], True)
     once._optimizer_step(sums["loss"], True)
     train.advantages[int(batch.cu_actions[parts[1][0]])] = torch.nan
-    with pytest.raises(trainer.TrainingDiverged) as caught:
+    with pytest.raises(TrainingDiverged) as caught:
         ppo.update(train)
     assert caught.value.report["parameters_with_bad_gradients"]
     for a, b in zip(ppo.model.parameters(), once.model.parameters(), strict=True):
