@@ -6,7 +6,6 @@ onto the last token, undiscounted: what differs is credit assignment (``METHODS`
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tppo_fast import checkpoint, evaluate, finetune, loading, report, scratch, sft, trainer
+from tppo_fast import checkpoint, evaluate, finetune, loading, panel, report, scratch, sft, trainer
 from tppo_fast import config as settings_module
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.config import Config
@@ -33,7 +32,6 @@ from tppo_fast.finetune_config import LearnConfig
 from tppo_fast.metrics import read_metrics
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import CLASS_NAMES, build_reward, token_spans
-from tppo_fast.rollout import build_engine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -280,7 +278,7 @@ class Evaluation:
         """
         out = {}
         for name, folder in folders.items():
-            rollouts = self._respond(folder)
+            rollouts, _ = panel.respond(self.config, folder, self._sessions, RESPONSES)
             out[name] = evaluate.score(rollouts, self._builder.parse, num_queries=self.config.data.num_queries)
             out[name] |= more(rollouts) if more else {}
             self._explain(name, rollouts[:HISTOGRAM])
@@ -298,13 +296,6 @@ class Evaluation:
             ]
             rows[name] = {metric: np.array([row[metric] for row in scored]) for metric in scored[0]}
         return {name: {k: np.repeat(v, RESPONSES) for k, v in row.items()} for name, row in rows.items()}
-
-    def _respond(self, folder: Path) -> list[Rollout]:
-        """Responses of the policy in ``folder`` to every prompt."""
-        at = self.config.model_copy(update={"model": self.config.model.model_copy(update={"path": str(folder)})})
-        with contextlib.closing(build_engine(at, self.tokenizer, trainer.resolve_device(at.device))) as engine:
-            engine.load_weights(loading.load_causal_lm(str(folder)).state_dict().items(), version=0)
-            return engine.generate(self._prompts, trainer.eval_sampling(at, RESPONSES))
 
     def _explain(self, name: str, rollouts: Sequence[Rollout]) -> None:
         """Keep the rewards of these responses as a histogram, and two of them as examples."""

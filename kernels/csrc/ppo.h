@@ -10,8 +10,9 @@ template <class C>
 void ppo_block(PpoBlock<C> in, int64_t n, const PpoOptions& o, C inverse, double* sums, C* grad_logp, C* grad_values) {
   const C low = C(1 - o.clip_low), high = C(1 + o.clip_high), dual_clip = C(o.dual_clip), near_by = C(o.value_clip);
   const C kl_coef = C(o.kl_coef), value_scale = C(o.value_coef) * inverse;
-  const C k1 = C(o.kl_estimator == 1), k2 = C(o.kl_estimator == 2);
+  const C k1 = C(o.kl_estimator == 1), k2 = C(o.kl_estimator == 2), with_kl = C(o.kl_coef != 0);
   C policy = 0, value = 0, kl = 0, entropy = 0, ratios = 0, squares = 0, approx = 0, lows = 0, highs = 0, duals = 0, fars = 0;
+  // What is chosen from is computed first: a compiler that must not raise floating-point exceptions vectorises only that.
 #pragma omp simd reduction(+ : policy, value, kl, entropy, ratios, squares, approx, lows, highs, duals, fars)
   for (int64_t i = 0; i < n; ++i) {
     const C a = in.advantages[i], w = in.weights[i], log_ratio = in.logp[i] - in.old_logp[i], ratio = vexp(log_ratio);
@@ -24,9 +25,10 @@ void ppo_block(PpoBlock<C> in, int64_t n, const PpoOptions& o, C inverse, double
     slope = is_dual > 0 ? C(0) : slope;
 
     const C d = in.logp[i] - in.ref_logp[i], shrunk = vexp(-d), tail = exp_minus_line(-d, shrunk);  // exp(-d) - 1 + d
-    const C kl_term = k1 > 0 ? d : k2 > 0 ? C(0.5) * d * d : tail;
-    const C k3_slope = d < C(0.5) && d > C(-0.5) ? d - tail : C(1) - shrunk;  // 1 - exp(-d), also of infinite d
-    const C kl_slope = k1 > 0 ? C(1) : k2 > 0 ? d : k3_slope;
+    const C half_square = C(0.5) * d * d, near_slope = d - tail, far_slope = C(1) - shrunk;  // 1 - exp(-d), also of infinite d
+    const C other_term = k2 > 0 ? half_square : tail, kl_term = k1 > 0 ? d : other_term;
+    const C k3_slope = d * d < C(0.25) ? near_slope : far_slope;
+    const C other_slope = k2 > 0 ? d : k3_slope, kl_slope = k1 > 0 ? C(1) : other_slope;
 
     const C v = in.values[i], r = in.returns[i], moved = v - in.old_values[i];
     const C near_v = in.old_values[i] + clamp(moved, -near_by, near_by), far = (v - r) * (v - r), close = (near_v - r) * (near_v - r);
@@ -34,7 +36,8 @@ void ppo_block(PpoBlock<C> in, int64_t n, const PpoOptions& o, C inverse, double
     // torch.maximum gives each side half of the gradient where they are equal; inside the clip both sides are V
     const C tie = close == far ? outside * C(0.5) : C(0);
 
-    grad_logp[i] = inverse * (w * slope + (kl_coef != 0 ? kl_coef * kl_slope : C(0)));
+    const C kl_grad = kl_coef * kl_slope, used_kl_grad = with_kl > 0 ? kl_grad : C(0);
+    grad_logp[i] = inverse * (w * slope + used_kl_grad);
     grad_values[i] = value_scale * (v - r) * (C(1) - clipped - tie);
     policy += w * term;
     value += C(0.5) * larger(far, close);

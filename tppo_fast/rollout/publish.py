@@ -196,9 +196,9 @@ class Policy:
         if not found:
             raise EngineError("no live parameter of the engine could be found to compare with the published weights")
         for name, values in found.items():
-            expected = fingerprint(named_live[name].to(dtype))
+            expected = fingerprint(named_live[name])
             assert expected is not None
-            distance = float((values - expected).abs().max())
+            distance = float((values - expected.to(dtype).float()).abs().max())
             if not distance <= ZERO:
                 raise EngineError(
                     f"weight {name!r} of the rollout engine is not the published one (an entry is off by {distance:.2g}): "
