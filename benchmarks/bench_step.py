@@ -182,9 +182,9 @@ def unlike(
 
 
 def _start(work: Work, sequences: Tensor) -> Tensor:
-    """``ruler.thoughts`` of the policy before any step."""
+    """``ruler.final_logprobs`` of the policy before any step."""
     lm = loading.load_causal_lm(str(work.model))
-    return ruler.thoughts(lm, sequences, {"learned": True, "new_tokens": work.new_tokens})["logprobs"]
+    return ruler.final_logprobs(lm, sequences, {"learned": True, "new_tokens": work.new_tokens})["logprobs"]
 
 
 def _times(title: str, work: Work, row: Row, answer: Mapping[str, Any]) -> list[Result]:

@@ -142,7 +142,7 @@ def run(request: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
     if request.get("learned"):
         lm = loading.load_causal_lm(request["model"]).to(device)  # as its makers run it, whatever packs it here
         lm.load_state_dict(dict(ac.actor.named_weights()))
-        out |= ruler.thoughts(lm, sequences[-1], request)
+        out |= ruler.final_logprobs(lm, sequences[-1], request)
     return answer, out
 
 

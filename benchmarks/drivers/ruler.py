@@ -43,7 +43,7 @@ def even_share(responses: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def thoughts(lm: Any, sequences: torch.Tensor, request: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def final_logprobs(lm: Any, sequences: torch.Tensor, request: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """{"logprobs": what the trained policy gives each response in the end, [B]}, where the request asks for it."""
     if not request.get("learned"):
         return {}

@@ -104,7 +104,7 @@ def main(folder: Path) -> None:
         metrics.append({"reward": reward, "entropy": sum(entropies) / len(entropies)})
     ruler.write(
         folder, {"iterations": trainer.watch.iterations, "metrics": metrics, "base_gib": base},
-        {"sequences": torch.stack(sampled), **ruler.thoughts(trainer.model, sampled[-1], request)},
+        {"sequences": torch.stack(sampled), **ruler.final_logprobs(trainer.model, sampled[-1], request)},
     )  # fmt: skip
 
 

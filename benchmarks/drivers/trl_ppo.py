@@ -135,7 +135,7 @@ def main(folder: Path) -> None:
     ]  # fmt: skip
     ruler.write(
         folder, {"iterations": watch.iterations, "metrics": metrics, "base_gib": base},
-        {"sequences": torch.stack(sampled), **ruler.thoughts(trainer.policy_model, sampled[-1], request)},
+        {"sequences": torch.stack(sampled), **ruler.final_logprobs(trainer.policy_model, sampled[-1], request)},
     )  # fmt: skip
 
 
