@@ -18,7 +18,7 @@ from support import EOS, no_vllm, prompt, tokenizer
 from tppo_fast import config as settings
 from tppo_fast import loading, model, packing
 from tppo_fast.data_types import Prompt
-from tppo_fast.errors import EngineLost, UserError
+from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.hf_engine import HFEngine
 from tppo_fast.rollout.remote import RemoteLive
@@ -194,6 +194,38 @@ def test_hf_batches_do_not_change_what_is_asked(wide_model: Path, actor: model.A
     engine = HFEngine(loading.load_causal_lm(str(wide_model)), tokenizer(), batch_size=2)
     engine.load_weights(actor.named_weights(), version=0)
     assert [r.prompt for r in engine.generate(prompts, params(n=3))] == [p for p in prompts for _ in range(3)]
+
+
+@pytest.mark.parametrize("batch_size", [256, 3])
+def test_hf_reads_a_prompt_once_for_all_its_samples(wide_model: Path, actor: model.Actor, batch_size: int) -> None:
+    """The same samples as of repeated prompts, a prompt of one token among them; batches of 3 cut through samples of 4."""
+    lm = loading.load_causal_lm(str(wide_model))
+    engine = HFEngine(lm, tokenizer(), batch_size=batch_size)
+    engine.load_weights(actor.named_weights(), version=0)
+    read: list[int] = []
+    lm.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    prompts = [prompt(ids) for ids in ([5, 6, 7] * 7, [9], [11, 12, 13], list(range(20, 50)))]
+    sampled = engine.generate(prompts, params(n=4, max_new_tokens=3))
+    if batch_size == 256:
+        assert read == [4 * 29, 16, 16, 16]  # all tokens but the last, then one of each sample at a time
+    repeated = engine.generate([p for p in prompts for _ in range(4)], params(n=1, max_new_tokens=3))
+    assert [r.token_ids for r in sampled] == [r.token_ids for r in repeated]
+    for mine, other in zip(sampled, repeated, strict=True):
+        assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    short = [prompt([9]), prompt([7])]
+    alone = engine.generate(short, params(n=2))
+    assert [r.token_ids for r in alone] == [
+        r.token_ids for r in engine.generate([short[0]] * 2 + [short[1]] * 2, params(n=1))
+    ]
+
+
+def test_hf_says_that_a_policy_is_not_finite(wide_model: Path, actor: model.Actor, prompts: list[Prompt]) -> None:
+    engine = hf(wide_model)
+    weights = {name: tensor.clone() for name, tensor in actor.named_weights()}
+    weights["model.norm.weight"][0] = float("nan")
+    engine.load_weights(weights.items(), version=0)
+    with pytest.raises(EngineError, match=r"scores are not finite.*lower learning rate"):
+        engine.generate(prompts, params())
 
 
 def test_hf_names_what_does_not_fit(wide_model: Path, actor: model.Actor) -> None:

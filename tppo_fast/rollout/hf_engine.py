@@ -1,4 +1,7 @@
-"""Rollouts by transformers' generate: runs wherever the model runs, exact log-probabilities, no extra dependency."""
+"""Rollouts by transformers' generate: runs wherever the model runs, exact log-probabilities, no extra dependency.
+
+The samples of one prompt share its prefill, as in the update.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tppo_fast.data_types import Prompt, Rollout
-from tppo_fast.errors import UserError
+from tppo_fast.errors import EngineError, UserError
 from tppo_fast.rollout.base import SamplingParams, check_lengths, fitting, stop_tokens
 
 
@@ -28,7 +31,12 @@ class _Recorder(LogitsProcessor):
     def __call__(self, input_ids: Any, scores: Any) -> Any:  # [B, length], [B, V] -> [B, V]
         self.chosen(input_ids)
         scores = scores.float() / self._temperature
-        self._before = scores.log_softmax(-1)
+        self._before = logprobs = scores.log_softmax(-1)
+        if logprobs[:, 0].isnan().any():  # one NaN or infinite score makes all of its row NaN
+            raise EngineError(
+                "the policy's next-token scores are not finite: its weights diverged or are damaged; go on from an earlier "
+                "checkpoint, with a lower learning rate"
+            )
         return scores
 
     def chosen(self, input_ids: Tensor) -> None:
@@ -47,6 +55,8 @@ class HFEngine:
         self._batch_size = batch_size
         self._version: int | None = None
         self._eos = stop_tokens(lm.generation_config, tokenizer)
+        layers = DynamicCache(config=lm.config).layers  # a linear attention's state cannot be selected by row
+        self._shares = all(hasattr(layer, "batch_select_indices") for layer in layers)
         # the model's own generation settings (top-k, penalties, ...) must not touch the distribution
         lm.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=self._eos[0])
 
@@ -56,17 +66,21 @@ class HFEngine:
             raise UserError("generate was called before load_weights: publish the policy first")
         longest = max((len(p.token_ids) for p in prompts), default=0) + sampling.max_new_tokens
         check_lengths(longest, self._lm.config)
-        repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
+        rows = [place for place in range(len(prompts)) for _ in range(sampling.n)]
         rollouts: list[Rollout] = []
         devices = [self._lm.device] if self._lm.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(sampling.seed)
-            for start in range(0, len(repeated), self._batch_size):
-                rollouts += self._generate_batch(repeated[start : start + self._batch_size], sampling)
+            for start in range(0, len(rows), self._batch_size):
+                rollouts += self._generate_batch(prompts, rows[start : start + self._batch_size], sampling)
         return rollouts
 
-    def _generate_batch(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        ids, mask = self._left_padded([p.token_ids for p in prompts])
+    def _generate_batch(self, prompts: Sequence[Prompt], rows: list[int], sampling: SamplingParams) -> list[Rollout]:
+        """A rollout for each of ``rows``, ascending places in ``prompts``."""
+        ids, mask = self._left_padded([p.token_ids for p in prompts[rows[0] : rows[-1] + 1]])
+        places = torch.tensor(rows, device=ids.device) - rows[0]
+        cache = self._prefilled(ids, mask, places) if sampling.n > 1 and self._shares else None
+        ids, mask = ids[places], mask[places]
         recorder = _Recorder(sampling.temperature)
         out = self._lm.generate(
             input_ids=ids,
@@ -77,11 +91,22 @@ class HFEngine:
             top_p=None if sampling.greedy else 1.0,
             max_new_tokens=sampling.max_new_tokens,
             logits_processor=LogitsProcessorList([recorder]),
+            past_key_values=cache,
         )
         recorder.chosen(out)
         tokens = out[:, ids.shape[1] :].tolist()
         logprobs = torch.stack(recorder.columns, 1).tolist()
-        return [self._rollout(*row) for row in zip(prompts, tokens, logprobs, strict=True)]
+        return [self._rollout(prompts[row], *said) for row, *said in zip(rows, tokens, logprobs, strict=True)]
+
+    def _prefilled(self, ids: Tensor, mask: Tensor, places: Tensor) -> Cache | None:
+        """Keys and values of every row's prompt but its last token, each prompt read once: generate goes on from there."""
+        if ids.shape[1] == 1:
+            return None
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)  # as generate counts them
+        before = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        cache = self._lm.base_model(**{k: v[:, :-1] for k, v in before.items()}, use_cache=True).past_key_values
+        cache.batch_select_indices(places)
+        return cache
 
     def _left_padded(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         width = max(map(len, sequences))
