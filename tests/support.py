@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -74,6 +75,14 @@ def write_model(folder: Path, make: Callable[[int], Any]) -> None:
     tok = tokenizer()
     make(len(tok)).save_pretrained(folder)
     tok.save_pretrained(folder)
+
+
+def drop_weight(folder: Path, name: str) -> None:
+    """Take one weight out of a model's file."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def actor_critic(make: Callable[[int], Any] = tiny_llama, vocab_size: int = 300, **settings: Any) -> ActorCritic:

@@ -69,14 +69,14 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
         "seeding", "sft",
     },
     "data": {"atomic", "config", "data_types", "errors", "words"},
-    "rewards": {"attention", "config", "data_types", "errors", "plugins", "words"},
+    "rewards": {"attention", "config", "data_types", "errors", "loading", "plugins", "words"},
     "labelling": {
         "atomic", "config", "data", "data_types", "errors", "hashing", "interrupt", "loading", "progress", "rewards", "rollout",
         "seeding", "words",
     },
     "reward_model": {
-        "atomic", "checkpoint", "data", "errors", "evaluate", "figures", "hashing", "interrupt", "labelling", "metrics",
-        "progress", "report", "rewards", "runs", "scratch", "sections", "seeding", "words",
+        "atomic", "checkpoint", "data", "errors", "evaluate", "figures", "hashing", "interrupt", "labelling", "loading",
+        "metrics", "progress", "report", "rewards", "runs", "scratch", "sections", "seeding", "words",
     },
     "scratch": set(),
     "figures": {"report"},

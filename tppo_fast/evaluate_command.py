@@ -78,7 +78,7 @@ def build_judges(config: RunConfig, judge: str, pair_judge: str | None, embeddin
     Raises:
         UserError: one cannot be loaded, or "embedding" has no encoder.
     """
-    encoder = None if embedding is None else SentenceEncoder(embedding)
+    encoder = None if embedding is None else SentenceEncoder(embedding, setting="--embedding")
     if judge == "lexical":
         labeller = panel.default_judge(config)
     elif judge != "embedding":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,32 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tppo_fast.errors import UserError
+
+STRICT: dict[str, Any] = {
+    "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True,
+}  # fmt: skip
+"""What ``from_pretrained`` is given so that ``complete`` can say which weights the file did not fill."""
+
+
+def load_policy(path: str, *, trust_remote_code: bool = False, attn_implementation: str = "sdpa") -> tuple[Any, Any]:
+    """``load_causal_lm`` and ``load_tokenizer`` of one folder, which must fit.
+
+    Raises:
+        UserError: as those two, or the tokenizer has more tokens than the model.
+    """
+    lm = load_causal_lm(path, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    check_vocabulary(f"model.path = {path!r}", tokenizer, lm.get_input_embeddings().num_embeddings)
+    return lm, tokenizer
+
+
+def check_vocabulary(field: str, tokenizer: Any, rows: int) -> None:
+    """Refuse a tokenizer whose tokens a model's embedding table of ``rows`` rows does not all hold."""
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{field}: its tokenizer has {len(tokenizer)} tokens and its embedding table {rows} rows: give the tokenizer "
+            "that belongs to the model, or resize the model's embeddings"
+        )
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
@@ -48,16 +75,33 @@ def read_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implement
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # the ratio needs log-probabilities that do not depend on a coin
-    lm = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
+    lm = complete(
+        AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            **STRICT,
+        )
     )
     _make_savable(lm)
     return lm
+
+
+def complete(loaded: tuple[Any, dict[str, Any]], is_new: Callable[[str], bool] = lambda _: False) -> Any:
+    """The model that ``from_pretrained`` loaded with ``STRICT``: what the file does not fill, transformers fills at random.
+
+    Raises:
+        ValueError: naming the first weight that is missing or of another shape, but for those that ``is_new`` allows.
+    """
+    model, info = loaded
+    gaps = dict.fromkeys(info["missing_keys"], "is missing")
+    for name, found, wanted in info["mismatched_keys"]:
+        gaps[name] = f"has shape {list(found)} and config.json asks for {list(wanted)}"
+    unfilled = sorted(name for name in gaps if not is_new(name))
+    if unfilled:
+        raise ValueError(f"weight {unfilled[0]!r} {gaps[unfilled[0]]}, {len(unfilled)} such in all: give a whole model")
+    return model
 
 
 def _make_savable(lm: Any) -> None:

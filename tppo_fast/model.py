@@ -17,7 +17,7 @@ from tppo_fast import attention, lora
 from tppo_fast.config import ModelConfig
 from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch, TrainRows
 from tppo_fast.errors import UserError
-from tppo_fast.loading import load_causal_lm, load_tokenizer
+from tppo_fast.loading import load_policy
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -261,8 +261,8 @@ def build(config: ModelConfig, device: torch.device | str, *, critic: bool = Tru
             f"model.checkpoint_offload = true moves memory off a GPU, and device is {device.type!r}: set it to false"
         )
     attention.register()
-    lm = load_causal_lm(config.path, trust_remote_code=config.trust_remote_code, attn_implementation=attention.NAME)
-    tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
+    trusted = config.trust_remote_code
+    lm, tokenizer = load_policy(config.path, trust_remote_code=trusted, attn_implementation=attention.NAME)
     if config.gradient_checkpointing:
         enable_checkpointing(lm, config)
     lm.train(config.gradient_checkpointing)  # dropout is 0 either way; checkpointing only works in training mode

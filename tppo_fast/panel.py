@@ -157,8 +157,7 @@ def respond(
 ) -> tuple[list[Rollout], PromptBuilder]:
     """The responses of the policy in ``folder``, and the builder that parses them."""
     at = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
-    lm = loading.load_causal_lm(str(folder), trust_remote_code=config.model.trust_remote_code)
-    tokenizer = loading.load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code)
+    lm, tokenizer = loading.load_policy(str(folder), trust_remote_code=config.model.trust_remote_code)
     builder = PromptBuilder(tokenizer, config.data)
     with contextlib.closing(build_engine(at, tokenizer, resolve_device(at.device))) as engine:
         engine.load_weights(lm.state_dict().items(), version=0)

@@ -25,6 +25,7 @@ import torch
 from tppo_fast.data.rows import show
 from tppo_fast.errors import UserError
 from tppo_fast.labelling.judges import Item, Rejected
+from tppo_fast.loading import STRICT, check_vocabulary, complete, in_short
 from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, Labels
 from tppo_fast.rewards.segment import Segments, admitted, check_separator, segment
 
@@ -35,21 +36,27 @@ MODES = {"leave-one-out": (0.45, -0.01), "prefix": (0.3, -0.01)}
 class SentenceEncoder:
     """Mean-pooled, normalised sentence vectors of a transformers encoder in a folder; plain transformers, no remote code.
 
+    ``setting`` is the option that the folder came from.
+
     Raises:
         UserError: the folder holds no such model.
     """
 
-    def __init__(self, folder: str | Path, *, batch_size: int = 64, max_tokens: int = 128) -> None:
+    def __init__(
+        self, folder: str | Path, *, setting: str = "--model", batch_size: int = 64, max_tokens: int = 128
+    ) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise UserError(f"--model {show(str(folder))}: give a folder with a transformers encoder (config.json)")
+            raise UserError(f"{setting} {show(str(folder))}: give a folder with a transformers encoder (config.json)")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model {show(str(folder))} cannot be loaded: {error}") from None
+            loaded = AutoModel.from_pretrained(folder, local_files_only=True, **STRICT)
+            model = complete(loaded, is_new=lambda name: "pooler" in name.split("."))  # vectors are means of tokens
+        except Exception as error:  # transformers raises many kinds for a bad folder
+            raise UserError(f"{setting} {show(str(folder))} cannot be loaded: {in_short(error)}") from None
+        check_vocabulary(f"{setting} {show(str(folder))}", self._tokenizer, model.get_input_embeddings().num_embeddings)
         self._model = model.eval().requires_grad_(False)
         self._batch_size, self._max_tokens = batch_size, max_tokens
 

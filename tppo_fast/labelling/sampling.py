@@ -100,13 +100,11 @@ class _Sampler:
     def __init__(self, settings: SampleSettings, sessions: Sequence[Session]) -> None:
         import torch
 
-        from tppo_fast.loading import load_causal_lm, load_tokenizer
+        from tppo_fast.loading import load_policy
 
         self._settings = settings
-        path = str(settings.policy)
-        lm = load_causal_lm(path)
+        lm, tokenizer = load_policy(str(settings.policy))
         config = _config(settings, max_positions(lm.config))
-        tokenizer = load_tokenizer(path)
         self._prompts = PromptBuilder(tokenizer, config.data).prompts(sessions)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._engine = build_engine(config, tokenizer, device)

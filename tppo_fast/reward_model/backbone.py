@@ -44,18 +44,21 @@ def build(config: RewardModelConfig, texts: Iterable[str], device: torch.device 
 def _pretrained(config: RewardModelConfig, texts: Iterable[str]) -> tuple[Any, Any]:
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+    from tppo_fast.loading import STRICT, check_vocabulary, complete, in_short
+
     del texts
     path, trust = config.backbone.path, config.backbone.trust_remote_code
     torch.manual_seed(config.seed)  # of the new head
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        classifier = AutoModelForTokenClassification.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust, **_HEAD
-        )
+        loaded = AutoModelForTokenClassification.from_pretrained(path, trust_remote_code=trust, **STRICT, **_HEAD)
+        body = f"{loaded[0].base_model_prefix}."
+        classifier = complete(loaded, is_new=lambda name: not name.startswith(body) or "pooler" in name.split("."))
     except Exception as error:  # transformers raises many kinds for a bad folder
         known = Path(path).is_dir()
-        reason = " ".join(str(error).split())[:200] if known else "no such folder, and it cannot be found on a hub"
+        reason = in_short(error) if known else "no such folder, and it cannot be found on a hub"
         raise UserError(f"backbone.path = {path!r}: no token classifier could be made of it ({reason})") from None
+    check_vocabulary(f"backbone.path = {path!r}", tokenizer, classifier.get_input_embeddings().num_embeddings)
     return classifier, tokenizer
 
 

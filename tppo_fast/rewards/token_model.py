@@ -172,14 +172,16 @@ def load(path: str, device: torch.device | str, setting: str = "reward.model") -
     """
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+    from tppo_fast.loading import STRICT, complete, in_short
+
     try:
         record = json.loads((Path(path) / RECORD).read_text())
         reader = Reader(tokenizer=AutoTokenizer.from_pretrained(path), **record["reader"])
-        classifier = AutoModelForTokenClassification.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa"
+        classifier = complete(
+            AutoModelForTokenClassification.from_pretrained(path, attn_implementation="sdpa", **STRICT)
         )
     except Exception as error:  # transformers raises many kinds for a bad folder
-        reason = "no such folder" if not Path(path).is_dir() else " ".join(str(error).split())[:200]
+        reason = in_short(error) if Path(path).is_dir() else "no such folder"
         raise UserError(
             f"{setting} = {path!r}: no reward model could be loaded ({reason}); tppo-fast reward-model makes one"
         ) from None
