@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers as t
 from support import drop_weight, tiny_llama, tokenizer, wide_llama, write_model
 
@@ -95,9 +94,9 @@ def test_a_sentence_encoder_needs_every_weight_but_the_pooler(tmp_path: Path) ->
 
 
 def test_a_trained_reward_model_needs_its_head_too(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = t.LlamaForTokenClassification(t.LlamaConfig(**tiny_llama(300).config.to_dict() | {"num_labels": 3}))
-    write_model(tmp_path, lambda _: model)
+    settings = tiny_llama(300).config
+    settings.num_labels = 3
+    write_model(tmp_path, lambda _: t.LlamaForTokenClassification(settings))
     reader = {"template": "{history}", "separator": ", ", "max_tokens": 100}
     (tmp_path / token_model.RECORD).write_text(json.dumps({"reader": reader}))
     token_model.load(str(tmp_path), "cpu")

@@ -136,6 +136,11 @@ def test_sim4ia(tmp_path: Path) -> None:
         ("aol", "", "no session is left"),
         ("trec", "<session>", "not well-formed"),
         ("sim4ia", "a,b\n1,2", "no column 'date'"),
+        (
+            "sim4ia",
+            f"session_id,query,date\n1,{'a' * 131_073},2025-01-10",
+            "after line 1: field larger than field limit",
+        ),
         ("jsonl", '{"user_id": 3, "query": "a", "time": "2006-03-01"}', "user_id = 3"),
         ("jsonl", '{"user_id": "3", "query": "a", "time": "x"}', "'x' is not a date"),
     ],
@@ -146,6 +151,28 @@ def test_bad_logs_are_one_sentence(tmp_path: Path, kind: str, text: str, said: s
     with pytest.raises(UserError, match=said) as caught:
         convert(path, kind, Rules(), min_users=None, key=KEY)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_archive_is_one_sentence(tmp_path: Path) -> None:
+    whole = bytearray(gzip.compress("\n".join(WALK).encode()))
+    whole[12] ^= 0xFF  # in the compressed body
+    (tmp_path / "log.txt.gz").write_bytes(whole)
+    with pytest.raises(UserError, match="not a whole gzip file"):
+        convert(tmp_path / "log.txt.gz", "aol", Rules(), min_users=None, key=KEY)
+
+
+def test_a_query_may_hold_what_python_calls_a_line_end(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_bytes("7\tgarden\u2028shed\t2006-03-01\r\n7\troses\x85red\t2006-03-02\r\n".encode())
+    (session,), _ = convert(path, "aol", ONE, min_users=None, key=KEY)
+    assert (session.history["search"], session.next_queries) == (("garden shed",), ("roses red",))
+
+
+def test_a_pause_longer_than_any_log_is_refused(tmp_path: Path) -> None:
+    words = ["convert", "log.txt", "--format", "aol", "--out", str(tmp_path / "s.jsonl"), "--gap", "99999999999999"]
+    done = CliRunner().invoke(cli.cli, words)
+    assert done.exit_code == 2
+    assert "--gap" in done.output
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -9,13 +9,17 @@ from pathlib import Path
 import click
 
 FILE = click.Path(path_type=Path)
+CENTURY = 36_525 * 24 * 60
+"""In minutes; longer than any log."""
 
 
 @click.command()
 @click.argument("log", type=FILE)
 @click.option("--format", "kind", type=click.Choice(["aol", "trec", "sim4ia", "jsonl"]), required=True)
 @click.option("--out", type=FILE, required=True, help="Sessions file, .jsonl or .parquet.")
-@click.option("--gap", type=click.IntRange(1), help="Minutes of pause that end a session. [30; trec, sim4ia: never]")
+@click.option(
+    "--gap", type=click.IntRange(1, CENTURY), help="Minutes of pause that end a session. [30; trec, sim4ia: never]"
+)
 @click.option("--targets", type=click.IntRange(1), help="Newest queries to predict. [3; trec, sim4ia: 1]")
 @click.option("--min-history", type=click.IntRange(1), default=1, show_default=True, help="Fewest queries before them.")
 @click.option("--keep-addresses", is_flag=True, help="Keep queries that are a web address.")
@@ -49,7 +53,7 @@ def convert(
 
     whole = kind in ("trec", "sim4ia")  # sessions are given
     rules = Rules(
-        gap=timedelta(minutes=gap) if gap else timedelta(days=36_500) if whole else timedelta(minutes=30),
+        gap=timedelta(minutes=gap) if gap else timedelta(minutes=CENTURY) if whole else timedelta(minutes=30),
         targets=targets or (1 if whole else 3),
         min_history=min_history,
         navigational=keep_addresses,

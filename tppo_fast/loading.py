@@ -88,8 +88,8 @@ def read_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implement
     return lm
 
 
-def complete(loaded: tuple[Any, dict[str, Any]], is_new: Callable[[str], bool] = lambda _: False) -> Any:
-    """The model that ``from_pretrained`` loaded with ``STRICT``: what the file does not fill, transformers fills at random.
+def complete(loaded: Any, is_new: Callable[[str], bool] = lambda _: False) -> Any:
+    """The model of what ``from_pretrained`` gave with ``STRICT``: what the file does not fill, transformers fills at random.
 
     Raises:
         ValueError: naming the first weight that is missing or of another shape, but for those that ``is_new`` allows.

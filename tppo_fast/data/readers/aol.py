@@ -19,8 +19,8 @@ def read_aol(path: Path) -> Iterator[tuple[str, list[Event]]]:
         UserError: a line without three to five columns, or a bad time.
     """
     rows: list[tuple[str, Event]] = []
-    for number, line in enumerate(open_text(path).splitlines(), 1):
-        columns = line.split("\t")
+    for number, line in enumerate(open_text(path).split("\n"), 1):
+        columns = line.rstrip("\r").split("\t")
         if columns == HEADER or not line.strip():
             continue
         where = f"{str(path)!r} line {number}"

@@ -104,12 +104,13 @@ def open_text(path: Path) -> str:
         UserError: it cannot be read, or is not UTF-8.
     """
     import gzip
+    import zlib
 
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{str(path)!r}: byte {error.start} is not UTF-8; convert the file") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or "not a whole gzip file"
         raise UserError(f"{str(path)!r} cannot be read ({reason}): give a readable file") from None

@@ -18,14 +18,17 @@ def read_sim4ia(path: Path) -> Iterator[tuple[str, list[Event]]]:
     """(session, events) for each session, in file order; sessions are the only users that this log has.
 
     Raises:
-        UserError: a column is missing, or a bad time.
+        UserError: a column is missing, a bad time, or a field that is too long for a CSV file.
     """
     rows = csv.DictReader(io.StringIO(open_text(path)))
-    if missing := {"session_id", "query", "date"} - set(rows.fieldnames or ()):
-        raise UserError(f"{str(path)!r}: there is no column {sorted(missing)[0]!r}; give a Sim4IA task A file")
     sessions: dict[str, list[Event]] = {}
-    for row in rows:
-        where = f"{str(path)!r} line {rows.line_num}"
-        event = Event(time=parse_time(row["date"] or "", where), query=row["query"] or "")
-        sessions.setdefault((row["session_id"] or "").strip(), []).append(event)
+    try:
+        if missing := {"session_id", "query", "date"} - set(rows.fieldnames or ()):
+            raise UserError(f"{str(path)!r}: there is no column {sorted(missing)[0]!r}; give a Sim4IA task A file")
+        for row in rows:
+            where = f"{str(path)!r} line {rows.line_num}"
+            event = Event(time=parse_time(row["date"] or "", where), query=row["query"] or "")
+            sessions.setdefault((row["session_id"] or "").strip(), []).append(event)
+    except csv.Error as error:
+        raise UserError(f"{str(path)!r} after line {rows.line_num}: {error}; give a Sim4IA task A file") from None
     yield from sessions.items()
