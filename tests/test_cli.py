@@ -70,6 +70,7 @@ def test_help_is_instant_and_lists_every_setting() -> None:
         (["trian"], "No such command 'trian'"),
         (["demo", "--steps", "0"], "--steps"),
         (["demo", "--seed", "x"], "--seed"),
+        (["demo", "--lr", "nan"], "--lr nan: give a finite number"),
     ],
 )
 def test_usage_errors(arguments: list[str], said: str) -> None:

@@ -170,8 +170,10 @@ def test_a_policy_is_sampled_once_and_its_responses_kept(tmp_path: Path, tiny_mo
 def test_prompts_are_no_longer_than_the_policy_can_read(tmp_path: Path) -> None:
     settings = SampleSettings(policy=tmp_path, max_new_tokens=48)
     assert [sampling._config(settings, n).data.max_prompt_tokens for n in (None, 4096, 256)] == [512, 512, 208]
-    with pytest.raises(UserError, match=r"--max-new-tokens 48: the policy has 48 positions"):
-        sampling._config(settings, 48)
+    for positions in (48, 55):
+        with pytest.raises(UserError, match=rf"--max-new-tokens 48: the policy has {positions} positions; leave 8"):
+            sampling._config(settings, positions)
+    assert sampling._config(settings, 56).data.max_prompt_tokens == 8
 
 
 def test_sampling_that_is_killed_goes_on_to_the_same_responses(tmp_path: Path, tiny_model: Path) -> None:
@@ -200,6 +202,9 @@ def test_sampling_that_is_killed_goes_on_to_the_same_responses(tmp_path: Path, t
         (["--labeller", "llm", "--out", "x.jsonl"], "needs --model"),
         (["--labeller", "lexical", "--out", "x.csv"], "ending in .jsonl or .parquet"),
         (["--labeller", "lexical", "--out", "nowhere/x.jsonl"], "in a folder that exists"),
+        (["--query-threshold", "nan"], "--query-threshold nan: give a finite number"),
+        (["--price-prompt", "nan"], "--price-prompt nan"),
+        (["--temperature", "inf"], "--temperature inf"),
     ],
 )
 def test_wrong_options_are_said_first(tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -217,3 +222,29 @@ def test_labels_of_another_labeller_are_not_replaced(tmp_path: Path, tiny_model:
     (tmp_path / "labels.jsonl.record.json").unlink()
     (tmp_path / "labels.jsonl.journal").unlink()
     assert "not written by a labelling run" in str(CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model)).exception)
+
+
+def given(folder: Path, texts: list[str], sessions: list[dict[str, object]], *more: str) -> BaseException | None:
+    """Why labelling ``texts``, each an answer to the first session, ended badly."""
+    (folder / "sessions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sessions))
+    rows = [{"session": 1, "user_id": "u0", "response": text} for text in texts]
+    (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["label", str(folder / "sessions.jsonl"), "--responses", str(folder / "responses.jsonl")]
+    done = CliRunner().invoke(cli.cli, [*words, "--labeller", "lexical", "--out", str(folder / "labels.jsonl"), *more])
+    return done.exception
+
+
+def test_labels_of_other_responses_are_not_replaced(tmp_path: Path, tiny_model: Path) -> None:
+    assert given(tmp_path, ["tram", "map"], SESSIONS) is None
+    assert given(tmp_path, ["map", "hotels", "tram"], [*SESSIONS, *SESSIONS]) is None  # more of both, in any order
+    labels = (tmp_path / "labels.jsonl").read_bytes()
+    assert len(read_labels(tmp_path / "labels.jsonl")) == 3
+    other = [{**SESSIONS[0], "next_queries": ["rome"]}]
+    for texts, sessions in ((["map", "hotels"], SESSIONS), (["map", "hotels", "tram"], other)):
+        for more in ([], ["--dry-run"]):
+            assert "of other sessions or responses" in str(given(tmp_path, texts, sessions, *more))
+    policy = CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model))
+    assert "labels.responses.jsonl', what would be sampled for them, is not there" in str(policy.exception)
+    assert (tmp_path / "labels.jsonl").read_bytes() == labels
+    assert given(tmp_path, ["pasta"], other, "--fresh") is None
+    assert [label.response for label in read_labels(tmp_path / "labels.jsonl")] == ["pasta"]

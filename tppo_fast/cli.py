@@ -14,7 +14,7 @@ import click
 from tppo_fast import __version__
 from tppo_fast import config as settings
 from tppo_fast.cli_convert import convert
-from tppo_fast.cli_label import label
+from tppo_fast.cli_label import label, refuse_endless
 from tppo_fast.errors import EngineError, LabellingFailed, TrainingDiverged, UserError
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
@@ -211,6 +211,7 @@ def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **
 @click.option("--fresh", is_flag=True, help="Remove an earlier demo in run-dir and start again.")
 def demo(**options: Any) -> None:
     """Supervise a small model on search sessions, then train it by TPPO and by sentence-level PPO, and compare."""
+    refuse_endless(options)
     quiet_libraries()
     from tppo_fast.demo import DemoSettings, run_demo
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ def label(sessions: Path | None, agreement: tuple[Path, Path] | None, **options:
 
     Stopped in any way, the same command goes on where it was; the labels are the same as in one go.
     """  # fmt: skip
+    refuse_endless(options)
     if agreement:
         _compare(*agreement, out=options["out"], seed=options["seed"])
         return
@@ -89,6 +91,13 @@ def label(sessions: Path | None, agreement: tuple[Path, Path] | None, **options:
             f"Missing {'SESSIONS' if sessions is None else '--' + missing[0]}; or use --agreement A B."
         )
     _label(sessions, options)
+
+
+def refuse_endless(options: Mapping[str, Any]) -> None:
+    """click lets nan and inf through, ranges or not."""
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a finite number")
 
 
 def _label(sessions_file: Path, options: dict[str, Any]) -> None:
@@ -115,6 +124,8 @@ def _label(sessions_file: Path, options: dict[str, Any]) -> None:
         files = {"sessions": sessions_file, "responses": responses_file}
         sources = runs.Sources(sessions=sessions, responses=responses, files=files)
         work = runs.plan(sources, judge.identity)
+        if responses_file.exists() and not options["fresh"]:
+            runs.check_sources(out, sources, work)
         pending = _estimate(work, judge, options)
         if not asks:
             return
@@ -180,6 +191,11 @@ def _responses(
     from tppo_fast.labelling.sampling import SampleSettings, policy_sha256, sampled_responses
 
     out: Path = options["out"].with_name(f"{options['out'].stem}.responses.jsonl")
+    if options["out"].exists() and not out.exists() and not options["fresh"]:
+        raise UserError(
+            f"--out {str(options['out'])!r} holds labels and {str(out)!r}, what would be sampled for them, is not there: choose "
+            "another name, or use --fresh"
+        )
     own = {name: options[name] for name in ("samples", "max_new_tokens", "seed", "engine", "separator")}
     if options["dry_run"] and (options["fresh"] or not out.exists()):
         policy_sha256(given)

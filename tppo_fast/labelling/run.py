@@ -18,6 +18,7 @@ from tppo_fast.labelling.records import (
     LabelledResponse,
     Response,
     parse_labels,
+    read_labels,
     read_record,
     record_path,
     write_labels,
@@ -144,6 +145,25 @@ def check_out(out: Path, identity: Mapping[str, Any], *, fresh: bool = False) ->
             f"--out {show(str(out))} holds labels of {record.get('labeller', {}).get('id')}, not {labeller_id(identity)}: "
             "choose another name, or use --fresh"
         )
+
+
+def check_sources(out: Path, sources: Sources, work: Plan) -> None:
+    """Refuse to drop labels: those in ``out`` must be of what is labelled now, which may be more."""
+    if not out.exists():
+        return
+    record = read_record(out) or {}
+    if all(record.get(name, {}).get("sha256") == sha256_of(path) for name, path in sources.files.items()):
+        return
+    if any(_item(label).key(label.labeller) not in work.items for label in read_labels(out)):
+        raise UserError(
+            f"--out {show(str(out))} holds labels of other sessions or responses, which would be lost: choose another name, or "
+            "use --fresh"
+        )
+
+
+def _item(label: LabelledResponse) -> Item:
+    """What was judged."""
+    return Item(history=tuple(searched(label.history)), next_queries=tuple(label.next_queries), response=label.response)
 
 
 def journal_path(out: Path) -> Path:

@@ -21,6 +21,8 @@ from tppo_fast.rollout import SamplingParams, build_engine
 from tppo_fast.rollout.base import max_positions
 from tppo_fast.seeding import derive
 
+LEAST_PROMPT = 8
+"""The least ``data.max_prompt_tokens``."""
 BATCH = 8
 """Sessions in one call of the engine; fixed, since it decides which random numbers a response gets."""
 
@@ -128,9 +130,10 @@ def _config(settings: SampleSettings, positions: int | None) -> Config:
     longest = DataConfig().max_prompt_tokens
     if positions is not None and positions - settings.max_new_tokens < longest:
         longest = positions - settings.max_new_tokens
-        if longest < 1:
+        if longest < LEAST_PROMPT:
             raise UserError(
-                f"--max-new-tokens {settings.max_new_tokens}: the policy has {positions} positions; leave some for the prompt"
+                f"--max-new-tokens {settings.max_new_tokens}: the policy has {positions} positions; leave {LEAST_PROMPT} or more "
+                "of them for the prompt"
             )
     return build(
         {
