@@ -9,10 +9,12 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from tppo_fast import cli
 from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.interrupt import Interrupted
+from tppo_fast.metrics import GLOSSARY
 
 
 def tppo(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -86,6 +88,11 @@ def test_an_unknown_setting_names_the_nearest(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "ppo.learning_rate" in done.stderr
+
+
+def test_metrics_stand_in_columns() -> None:
+    lines = CliRunner().invoke(cli.cli, ["metrics"]).output.splitlines()
+    assert [line.split("  ")[0] for line in lines] == list(GLOSSARY)
 
 
 def test_version() -> None:

@@ -93,11 +93,12 @@ def test_files_without_a_common_response() -> None:
 def test_from_the_shell(tmp_path: Path) -> None:
     a, b, out = tmp_path / "a.jsonl", tmp_path / "b.parquet", tmp_path / "agreement.json"
     write_labels(a, [labelled("2211", 1, "u"), labelled("2111", 0, "v"), labelled("22", 1, "w", response="a b")])
-    write_labels(b, [labelled("2211", 1, "u", who="y"), labelled("2112", 1, "v", who="y")])
+    write_labels(b, [labelled("2211", 1, "u", who="[/y]"), labelled("2112", 1, "v", who="[/y]")])
     done = CliRunner().invoke(cli.cli, ["label", "--agreement", str(a), str(b), "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert "91.18%" in done.output  # the paper's row, marked as such
     assert "80.95%" in done.output
+    assert "B = [/y]" in done.output  # no markup
     figures = json.loads(out.read_text())
     assert figures["word"]["agreement"]["value"] == 7 / 8
     assert figures["only_in_one"] == [1, 0]

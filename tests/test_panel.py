@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from support import prompt, rollout
+from click.testing import CliRunner, Result
+from support import prompt, rollout, tiny_llama, write_model
 
-from tppo_fast import cli, judging, panel
+from tppo_fast import cli, evaluate_command, judging, panel
+from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import write_sessions
 from tppo_fast.data.synthetic import generate_sessions
 from tppo_fast.data_types import Rollout
@@ -66,6 +67,7 @@ def test_the_command_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     assert set(whole["table"]["A"]) <= set(whole["metrics"])
     assert whole["table"][panel.COPY_LAST]["relevance"]["mean"] == 0.0
     (duel,) = whole["duels"]  # the third policy has one run and cannot be paired with two
+    assert "are not compared: 2 and 1 runs" in " ".join(done.output.split())
     assert (duel["win"], duel["tie"], duel["lose"]) == (0.0, 1.0, 0.0)
     assert duel["difference"]["mean"] == duel["difference"]["high"] == 0.0
     rows = list(csv.DictReader((tmp_path / "out" / "evaluation.csv").read_text().splitlines()))
@@ -80,6 +82,91 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pat
         assert "is no folder to write into" in str(done.exception)
 
 
-def test_a_missing_policy_is_named() -> None:
-    with pytest.raises(UserError, match="'A=nowhere'"):
-        parse_policies(["A=nowhere"])
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("A=nowhere", "there is no folder 'nowhere'"),
+        ("=.", "'' is no name"),
+        (f"{panel.COPY_LAST}=.", "is the row that is always there"),
+        (panel.COPY_LAST, "is the row that is always there"),
+    ],
+)
+def test_a_policy_that_cannot_stand_in_the_table_is_named(word: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"policy '{word}': .*{said}"):
+        parse_policies([word])
+
+
+def evaluate(folder: Path, *words: str) -> Result:
+    write_sessions(folder / "s.jsonl", generate_sessions(30, 0)[:2])
+    if not (folder / "c.toml").exists():
+        (folder / "c.toml").write_text("threads = 1\n[rollout]\nmax_new_tokens = 4\n[data]\nmax_prompt_tokens = 180\n")
+    own = ["--data", str(folder / "s.jsonl"), "--config", str(folder / "c.toml"), "--out", str(folder / "out")]
+    return CliRunner().invoke(cli.cli, ["evaluate", *words, *own])
+
+
+def test_names_are_text_and_stand_in_the_files_first(tiny_model: Path, tmp_path: Path) -> None:
+    done = evaluate(tmp_path, f"[/x]={tiny_model}", f"B [lr 1e-3]={tiny_model}")
+    assert done.exception is None
+    assert "No difference could be shown between [/x] and B [lr 1e-3]" in done.output
+    assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())["table"])[1:] == ["[/x]", "B [lr 1e-3]"]
+
+
+def broken(folder: Path, how: str) -> str:
+    """Why a copy of a good folder cannot be evaluated, once it is made so."""
+    if how == "vocabulary":
+        write_model(folder, lambda size: tiny_llama(size - 7))
+        return "embedding table 293 rows"
+    if how == "positions":
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 8}))
+        return "the model has 8"
+    (folder / how).unlink()
+    return "no tokenizer could be loaded" if how == "tokenizer.json" else "no causal language model could be loaded"
+
+
+@pytest.mark.parametrize("how", ["config.json", "tokenizer.json", "model.safetensors", "vocabulary", "positions"])
+def test_every_folder_is_looked_at_before_one_is_sampled(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "B")
+    said = broken(tmp_path / "B", how)
+    monkeypatch.setattr(panel, "respond", None)
+    done = evaluate(tmp_path, f"A={tiny_model}", f"B={tmp_path / 'B'}")
+    assert isinstance(done.exception, UserError)
+    assert said in str(done.exception)
+    assert str(tmp_path / "B") in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--judge", "json:dumps"], "--judge = 'json:dumps' failed with TypeError"),
+        (["--judge", "test_panel:mute"], "--judge = 'test_panel:mute' returned a NoneType"),
+        (["--pair-judge", "json:dumps"], "--pair-judge = 'json:dumps' failed with TypeError"),
+        (["--pair-judge", "test_panel:several"], "the pair judge answered"),
+        (["--embedding", "nosuch"], "--embedding 'nosuch': give a folder"),
+    ],
+)
+def test_judges_that_do_not_keep_their_side(tiny_model: Path, tmp_path: Path, options: list[str], said: str) -> None:
+    done = evaluate(tmp_path, f"A={tiny_model}", f"B={tiny_model}", *options)
+    assert isinstance(done.exception, UserError)
+    assert said in str(done.exception)
+
+
+def mute(*_: object) -> None: ...
+
+
+def several(*_: object) -> list[str]:
+    return ["first", "second"]
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_file_of_another_kind_of_run_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    (tmp_path / "c.toml").write_text(f"[{kind}]\nlr = 1e-4\n[data]\nnum_queries = 2\n")
+    given: list[RunConfig] = []
+    monkeypatch.setattr(evaluate_command, "run", lambda config, *_, **__: given.append(config))
+    done = evaluate(tmp_path, "A=.")
+    assert done.exception is None
+    assert given[0].data.num_queries == 2
+    (tmp_path / "c.toml").write_text(f"[{kind}]\nlearning_rate = 1e-4\n")
+    assert f"unknown setting '{kind}.learning_rate'" in str(evaluate(tmp_path, "A=.").exception)

@@ -20,7 +20,7 @@ from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.interrupt import Interrupted
 from tppo_fast.reward_model.settings import RewardModelConfig
-from tppo_fast.sections import Section, build_section, load_section
+from tppo_fast.sections import Section, build_section, load_section, read_toml
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -171,7 +171,9 @@ def compare(experiment: str, overrides: tuple[str, ...]) -> None:
 @click.argument("policies", nargs=-1, required=True, metavar="[NAME=]FOLDER...")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Held-out sessions (.jsonl or .parquet).")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/evaluation"), show_default=True)
-@click.option("--config", type=click.Path(), help="A run's TOML file, for its data, rollout and model settings.")
+@click.option(
+    "--config", type=click.Path(), help="A train, sft or dpo run's TOML file, for its data, rollout and model settings."
+)
 @click.option("--responses", type=click.IntRange(1), default=1, show_default=True, help="Responses to each session.")
 @click.option(
     "--judge", default="lexical", show_default=True, help='"lexical", "embedding", or module:object of a labeller.'
@@ -183,8 +185,10 @@ def compare(experiment: str, overrides: tuple[str, ...]) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=None, help="Of sampling and resampling.")
 def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **options: Any) -> None:
     """Compare policies on held-out sessions, each against each, with intervals. A NAME given twice is two seeds of one."""
-    values = {} if config is None else settings.load(config).model_dump()
-    kept = {name: value for name, value in values.items() if name in settings.RunConfig.model_fields}
+    values = {} if config is None else read_toml(config)
+    kind = SFTConfig if "sft" in values else DPOConfig if "dpo" in values else settings.Config
+    whole = build_section(values, kind).model_dump()
+    kept = {name: value for name, value in whole.items() if name in settings.RunConfig.model_fields}
     if seed is not None:
         kept["seed"] = seed
     loaded = build_section(kept, settings.RunConfig)
@@ -227,8 +231,9 @@ def metrics() -> None:
     """Define every metric that runs log, with its unit."""
     from tppo_fast.metrics import GLOSSARY
 
+    width = max(map(len, GLOSSARY)) + 2
     for name, meaning in GLOSSARY.items():
-        click.echo(f"{name:28}{meaning}")
+        click.echo(f"{name:{width}}{meaning}")
 
 
 @cli.command()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tppo_fast import panel
 from tppo_fast.config import RunConfig
@@ -16,8 +18,9 @@ from tppo_fast.data.sessions import read_sessions
 from tppo_fast.errors import UserError
 from tppo_fast.evaluate import Estimate
 from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
-from tppo_fast.plugins import load_object
+from tppo_fast.plugins import guarded, load_object
 from tppo_fast.report import verdict
+from tppo_fast.rewards import Labeller, Labels
 
 COLUMNS = ("relevance", "judged", "hit", "mrr", "similarity", "distinct", "valid", "length", "copy")
 """What is printed; the files hold every metric."""
@@ -60,15 +63,16 @@ def run(
     judges = build_judges(config, judge, pair_judge, embedding)
     found = panel.evaluate_policies(config, policies, sessions, judges, responses=responses)
     duels = found.duels(judges, config.seed)
-    show(found, duels)
     record = {
         "policies": {name: [str(f) for f in folders] for name, folders in policies.items()}, "data": str(data),
         "sessions": len(sessions), "responses": responses, "judge": judge,
         "embedding": embedding and str(embedding), "pair_judge": pair_judge,
         "settings": config.model_dump(mode="json"),
     }  # fmt: skip
-    for path in panel.write(out, found, duels, record):
-        Console(stderr=True).print(f"wrote {path}")
+    written = panel.write(out, found, duels, record)
+    show(found, duels)
+    for path in written:
+        Console(stderr=True).print(Text(f"wrote {path}"))
     return found
 
 
@@ -82,50 +86,75 @@ def build_judges(config: RunConfig, judge: str, pair_judge: str | None, embeddin
     if judge == "lexical":
         labeller = panel.default_judge(config)
     elif judge != "embedding":
-        labeller = load_object(judge, "--judge")
+        labeller = _labeller(judge)
     elif encoder is None:
         raise UserError("--judge embedding needs --embedding: give the folder of a sentence encoder")
     else:
         settings = EmbeddingSettings(separator=config.data.separator, num_queries=config.data.num_queries)
         labeller = EmbeddingJudge(encoder, settings)
-    pair = None if pair_judge is None else load_object(pair_judge, "--pair-judge")
+    pair = None
+    if pair_judge is not None:
+        pair = guarded(load_object(pair_judge, "--pair-judge"), f"--pair-judge = {pair_judge!r}")
     return panel.Judges(labeller=labeller, pair=pair, encode=encoder)
+
+
+def _labeller(judge: str) -> Labeller:
+    """The labeller of a user, which may not keep its side."""
+    field = f"--judge = {judge!r}"
+    given: Callable[..., object] = guarded(load_object(judge, "--judge"), field)
+
+    def call(history: Sequence[str], next_queries: Sequence[str], response_text: str, /) -> Labels:
+        labels = given(history, next_queries, response_text)
+        if not isinstance(labels, Labels):
+            raise UserError(f"{field} returned a {type(labels).__name__}: return tppo_fast.rewards.Labels")
+        return labels
+
+    return call
 
 
 def parse_policies(words: Sequence[str]) -> dict[str, list[Path]]:
     """NAME=FOLDER or FOLDER (named by itself) -> name -> folders.
 
     Raises:
-        UserError: no such folder.
+        UserError: no such folder, or a name that cannot be used.
     """
     policies: dict[str, list[Path]] = {}
     for word in words:
         name, equals, folder = word.partition("=")
-        folder = folder if equals else word
+        name, folder = (name, folder) if equals else (word.rstrip("/"), word)
+        if not name.strip() or name == panel.COPY_LAST:
+            why = "is the row that is always there" if name.strip() else "is no name"
+            raise UserError(f"policy {word!r}: {name!r} {why}; give another NAME=FOLDER")
         if not Path(folder).is_dir():
             raise UserError(f"policy {word!r}: there is no folder {folder!r}; give FOLDER or NAME=FOLDER")
-        policies.setdefault(name if equals else folder.rstrip("/"), []).append(Path(folder))
+        policies.setdefault(name, []).append(Path(folder))
     return policies
 
 
 def show(found: panel.Panel, duels: Sequence[panel.Duel]) -> None:
-    """The table, the duels and a sentence for each pair."""
+    """The table, the duels and a sentence for each pair; names are text, whatever rich would read into them."""
     table = found.table()
     shown = Table(title="Held-out sessions: mean [95 % interval over users, and seeds where there are several]")
     present = [column for column in COLUMNS if any(column in row for row in table.values())]
     for column in ("policy", *present):
         shown.add_column(column, overflow="fold")
     for name, row in table.items():
-        shown.add_row(name, *(cell(row.get(metric), metric in WITH_INTERVAL) for metric in present))
+        shown.add_row(Text(name), *(cell(row.get(metric), metric in WITH_INTERVAL) for metric in present))
     console = Console()
     console.print(shown)
     for duel in duels:
         gap = duel.difference
-        console.print(verdict(duel.a, duel.b, gap.mean, gap.low, gap.high, "eval/relevance"))
+        console.print(Text(verdict(duel.a, duel.b, gap.mean, gap.low, gap.high, "eval/relevance")))
         console.print(
-            f"  judged in both orders: {duel.a} wins {duel.win:.1%}, ties {duel.tie:.1%}, loses {duel.lose:.1%}; wins minus "
-            f"losses {duel.margin.mean:+.3f} [{duel.margin.low:+.3f}, {duel.margin.high:+.3f}]"
+            Text(
+                f"  judged in both orders: {duel.a} wins {duel.win:.1%}, ties {duel.tie:.1%}, loses {duel.lose:.1%}; wins minus "
+                f"losses {duel.margin.mean:+.3f} [{duel.margin.low:+.3f}, {duel.margin.high:+.3f}]"
+            )
         )
+    for (a, left), (b, right) in combinations(found.rollouts.items(), 2):
+        if len(left) != len(right):
+            said = f"{a} and {b} are not compared: {len(left)} and {len(right)} runs; give both the same number of folders."
+            console.print(Text(said))
 
 
 def cell(value: Estimate | None, interval: bool) -> str:

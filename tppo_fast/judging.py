@@ -57,6 +57,6 @@ def duels(judge: PairJudge, a: Sequence[Rollout], b: Sequence[Rollout]) -> np.nd
 def _ask(judge: PairJudge, first: Rollout, second: Rollout) -> int:
     answer = judge(first.prompt.history, first.prompt.next_queries, first.text, second.text)
     values = {"first": 1, "tie": 0, "second": -1}
-    if answer not in values:
+    if not isinstance(answer, str) or answer not in values:
         raise UserError(f'the pair judge answered {answer!r}: return "first", "second" or "tie"')
     return values[answer]

@@ -69,6 +69,21 @@ def load_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implement
         raise _unreadable(path, "causal language model", error) from None
 
 
+def load_settings(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a causal LM's folder, without its weights.
+
+    Raises:
+        UserError: it cannot be read, or there are no weights beside it.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if not any(Path(path).glob("*.safetensors")):
+            raise ValueError("there are no weights: *.safetensors")
+    except Exception as error:
+        raise _unreadable(path, "causal language model", error) from None
+    return settings
+
+
 def read_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implementation: str = "sdpa") -> Any:
     """``load_causal_lm`` of a folder that no setting names: what transformers raises is left as it is."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

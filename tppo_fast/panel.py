@@ -27,6 +27,7 @@ from tppo_fast.evaluate import Estimate, Scores
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import Labeller, LexicalLabeller
 from tppo_fast.rollout import build_engine
+from tppo_fast.rollout.base import check_lengths
 from tppo_fast.runs import eval_sampling, resolve_device
 from tppo_fast.words import normalise_query
 
@@ -117,6 +118,8 @@ def evaluate_policies(
 ) -> Panel:
     """Sample and score ``responses`` responses of each policy to each session; the copy-last row is always there.
 
+    What can be known of a folder without its weights is asked of all of them before anything is sampled.
+
     Args:
         config: the ``data``, ``rollout``, ``vllm`` and ``device`` settings; its ``model.path`` is not used.
         policies: name -> its folders, one for each seed.
@@ -127,6 +130,8 @@ def evaluate_policies(
     Raises:
         UserError: a folder holds no causal language model.
     """
+    for folder in dict.fromkeys(itertools.chain.from_iterable(policies.values())):
+        _check(config, folder, sessions)
     panel = Panel()
     answered: dict[Path, tuple[list[Rollout], PromptBuilder]] = {}
     total = sum(len(folders) for folders in policies.values())
@@ -150,6 +155,20 @@ def evaluate_policies(
     panel.users = [rollout.prompt.user_id for rollout in first]
     panel.scores = {COPY_LAST: _copy_last(first, config, judges), **panel.scores}
     return panel
+
+
+def _check(config: RunConfig, folder: Path, sessions: Sequence[Session]) -> None:
+    """Refuse a folder whose config, tokenizer or prompts would end the evaluation when its turn comes."""
+    trusted = config.model.trust_remote_code
+    settings = loading.load_settings(str(folder), trust_remote_code=trusted)
+    tokenizer = loading.load_tokenizer(str(folder), trust_remote_code=trusted)
+    loading.check_vocabulary(f"model.path = {str(folder)!r}", tokenizer, settings.get_text_config().vocab_size)
+    prompts = PromptBuilder(tokenizer, config.data).prompts(sessions)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + config.rollout.max_new_tokens
+    try:
+        check_lengths(longest, settings)
+    except UserError as error:
+        raise UserError(f"policy {str(folder)!r}: {error}") from None
 
 
 def respond(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from tppo_fast.data.rows import show
@@ -88,7 +89,7 @@ class Comparison:
 
     def table(self) -> Table:
         """For people; the paper's figures against people stand below, for reference."""
-        table = Table(title=f"A = {self.labellers[0]}, B = {self.labellers[1]}")
+        table = Table(title=escape(f"A = {self.labellers[0]}, B = {self.labellers[1]}"))
         table.add_column("level")
         for name in ("n", "A relevant", "B relevant", "agreement", "Cohen's kappa"):
             table.add_column(name, justify="right")
