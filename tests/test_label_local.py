@@ -176,6 +176,11 @@ def test_prompts_are_no_longer_than_the_policy_can_read(tmp_path: Path) -> None:
     assert sampling._config(settings, 56).data.max_prompt_tokens == 8
 
 
+def test_a_prompt_that_the_responses_leave_no_room_for(tmp_path: Path, tiny_model: Path) -> None:
+    done = CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model, "--max-new-tokens", "240"))
+    assert "tokens, and 16 are left beside --max-new-tokens 240: raise the limit" in str(done.exception)
+
+
 def test_sampling_that_is_killed_goes_on_to_the_same_responses(tmp_path: Path, tiny_model: Path) -> None:
     killed, once = tmp_path / "killed", tmp_path / "once"
     for folder in (killed, once):

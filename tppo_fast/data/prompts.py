@@ -31,11 +31,12 @@ class PromptBuilder:
     when a response is parsed and no text of a log can end a sequence.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, limit: str | None = None) -> None:
         """
         Args:
             tokenizer: the policy's tokenizer.
             config: template, separator, response_prefix, num_queries and max_prompt_tokens.
+            limit: where max_prompt_tokens comes from, for the message. None: from the setting.
 
         Raises:
             UserError: the tokenizer has no end-of-sequence token.
@@ -48,6 +49,7 @@ class PromptBuilder:
             )
         self.tokenizer = tokenizer
         self.config = config
+        self._limit = limit or f"data.max_prompt_tokens = {config.max_prompt_tokens}"
         self.eos_token_id = eos
         self.core = config.separator.strip()
         added = tokenizer.added_tokens_decoder.values()
@@ -164,8 +166,7 @@ class PromptBuilder:
             least = len(self._encode([self._render(candidates[-1] if candidates else history)])[0])
             raise UserError(
                 f"user {show(session.user_id)}: the prompt with only the newest history entry has "
-                f"{least + len(self._start)} tokens, data.max_prompt_tokens = {self.config.max_prompt_tokens}: "
-                "raise the limit or shorten the entry"
+                f"{least + len(self._start)} tokens, {self._limit}: raise the limit or shorten the entry"
             )
         return best
 

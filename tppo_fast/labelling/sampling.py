@@ -107,7 +107,8 @@ class _Sampler:
         self._settings = settings
         lm, tokenizer = load_policy(str(settings.policy))
         config = _config(settings, max_positions(lm.config))
-        self._prompts = PromptBuilder(tokenizer, config.data).prompts(sessions)
+        left = f"and {config.data.max_prompt_tokens} are left beside --max-new-tokens {settings.max_new_tokens}"
+        self._prompts = PromptBuilder(tokenizer, config.data, left).prompts(sessions)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._engine = build_engine(config, tokenizer, device)
         self._engine.load_weights(lm.state_dict().items(), version=0)
