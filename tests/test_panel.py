@@ -96,6 +96,12 @@ def test_a_policy_that_cannot_stand_in_the_table_is_named(word: str, said: str) 
         parse_policies([word])
 
 
+def test_a_folders_name_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    assert parse_policies([f"{folder}/", f"A={folder}"]) == {str(folder): [folder], "A": [folder]}
+
+
 def evaluate(folder: Path, *words: str) -> Result:
     write_sessions(folder / "s.jsonl", generate_sessions(30, 0)[:2])
     if not (folder / "c.toml").exists():

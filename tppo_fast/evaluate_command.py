@@ -121,7 +121,8 @@ def parse_policies(words: Sequence[str]) -> dict[str, list[Path]]:
     policies: dict[str, list[Path]] = {}
     for word in words:
         name, equals, folder = word.partition("=")
-        name, folder = (name, folder) if equals else (word.rstrip("/"), word)
+        if not equals or Path(word).is_dir():  # runs/lr=0.1 is a folder, too
+            name, folder = word.rstrip("/"), word
         if not name.strip() or name == panel.COPY_LAST:
             why = "is the row that is always there" if name.strip() else "is no name"
             raise UserError(f"policy {word!r}: {name!r} {why}; give another NAME=FOLDER")

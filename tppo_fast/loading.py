@@ -73,11 +73,11 @@ def load_settings(path: str, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a causal LM's folder, without its weights.
 
     Raises:
-        UserError: it cannot be read, or there are no weights beside it.
+        UserError: it cannot be read, or its folder has no weights.
     """
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if not any(Path(path).glob("*.safetensors")):
+        if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
             raise ValueError("there are no weights: *.safetensors")
     except Exception as error:
         raise _unreadable(path, "causal language model", error) from None
