@@ -106,6 +106,39 @@ def test_sft_resumes_bit_for_bit(tiny_model: Path, supervised: Path, tmp_path: P
         sft.sft(build_section(values(tiny_model, run_dir, "sft", lr=0.5), SFTConfig), resume=True)
 
 
+def test_what_a_killed_run_found_best_later_is_not_taken_for_what_its_checkpoint_names(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(run_dir: Path, select: str = "best", **train: int) -> SFTConfig:
+        given = values(tiny_model, run_dir, "sft", lr=0.1, lr_schedule="constant", select=select)
+        given["train"] |= {"eval_prompts": 1, "save_every": 5, **train}
+        return build_section(given, SFTConfig)
+
+    def killed_at_9(self: Any, step: int) -> Any:
+        if step == 9:
+            raise KeyboardInterrupt
+        return gradient(self, step)
+
+    def best() -> list[str]:
+        return sorted(path.name for path in (tmp_path / "r").glob("best-*"))
+
+    gradient = sft.Supervision.gradient
+    third = sft.sft(config(tmp_path / "third", select="last", steps=3, eval_every=0)).policy
+    losses = iter([5.0, 4.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.5, 2.0])  # of steps 0 to 9, and of 7 again
+    monkeypatch.setattr(sft.Supervision, "evaluate", lambda _: {"eval/loss": next(losses)})
+    monkeypatch.setattr(sft.Supervision, "gradient", killed_at_9)
+    with pytest.raises(KeyboardInterrupt):
+        sft.sft(config(tmp_path / "r", steps=30, eval_every=1))
+    assert best() == ["best-000003", "best-000009"]  # named by the checkpoint of step 5; the best now
+    result = sft.sft(config(tmp_path / "r", steps=7, eval_every=0), resume=True)
+    assert result.step == 3
+    assert (result.policy / "model.safetensors").read_bytes() == (third / "model.safetensors").read_bytes()
+    assert best() == ["best-000003"]
+    shutil.rmtree(tmp_path / "r" / "best-000003")
+    with pytest.raises(UserError, match="best-000003, which it names, is gone"):
+        sft.sft(config(tmp_path / "r", steps=8, eval_every=0), resume=True)
+
+
 def test_sigint_saves_and_exits_130(tiny_model: Path, supervised: Path, tmp_path: Path) -> None:
     path, run_dir = tmp_path / "c.toml", tmp_path / "r"
     given = values(tiny_model, run_dir, "sft")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,29 @@ def test_interrupted_and_resumed_is_as_if_it_had_never_stopped(
     assert resumed.table == trained.table
 
 
+def test_what_is_interrupted_after_the_last_step_goes_on_with_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(tmp_path / "run", planted.write(tmp_path / "labels.jsonl", 100), epochs=1)
+    validate = training.Learner.validate
+
+    def interrupted(learner: training.Learner, examples: Any) -> float:
+        if learner.step == learner.total_steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return validate(learner, examples)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Learner, "validate", interrupted)
+        with pytest.raises(Interrupted, match="continue with --resume"):
+            train_reward_model(given)
+        patched.setattr(training.Learner, "learn", None)  # no step is left
+        resumed = train_reward_model(given, resume=True)
+    assert len(list((tmp_path / "run").glob("best-*"))) == 1
+    with pytest.raises(UserError, match="continue it with --resume"):
+        train_reward_model(given)
+    assert train_reward_model(given, resume=True).table == resumed.table
+
+
 def test_a_run_dir_with_a_run_and_changed_labels_are_refused(
     labels: Path, tmp_path: Path, trained: RewardModelResult
 ) -> None:
@@ -228,6 +253,8 @@ def test_divergence_names_the_setting(labels: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(training, "local_loss", lambda logits, *_: logits.sum() * math.nan)
     with pytest.raises(TrainingDiverged, match=r"train\.lr"):
         train_reward_model(config(tmp_path / "run", labels))
+    report = json.loads((tmp_path / "run" / "diverged_step_000001.json").read_text())
+    assert math.isnan(report["local_loss"])
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -99,6 +99,21 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return [p for p in _steps(run_dir) if (p / COMPLETE).is_file()]
 
 
+def best_of(run_dir: Path, step: int) -> Path:
+    """Where a run keeps the weights of ``step`` while they are its best."""
+    return run_dir / f"best-{step:06d}"
+
+
+def drop_best(run_dir: Path, step: int) -> None:
+    """Remove what was best before ``step``, but for what a checkpoint names as its best: a run may go on from there."""
+    named = {best_of(run_dir, step)}
+    for folder in list_checkpoints(run_dir):
+        with contextlib.suppress(UserError):  # a damaged one cannot be gone on from
+            named.add(best_of(run_dir, read_state(folder)["best"]["step"]))
+    for path in {*run_dir.glob("best-[0-9]*"), *run_dir.glob(".best-[0-9]*.tmp")} - named:
+        shutil.rmtree(path)
+
+
 def by_name(values: dict[str, Any]) -> dict[str, Any]:
     """The settings of a dumped config under their dotted names."""
     found: dict[str, Any] = {}
@@ -171,6 +186,9 @@ def reading(folder: Path, optimizer: torch.optim.Optimizer) -> Iterator[dict[str
     """
     state = read_state(folder)
     try:
+        best = state["best"]["step"] if "best" in state else -1
+        if best >= 0 and not best_of(folder.parents[1], best).is_dir():
+            raise ValueError(f"{best_of(folder.parents[1], best).name}, which it names, is gone")
         yield state
         optimizers.load(optimizer, unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
         if "rng" in state:

@@ -119,7 +119,17 @@ class Learner:
             return {"step": self.step, "best": best, "scheduler": self.scheduler.state_dict()}
 
         keep = config.train.keep_checkpoints
-        return checkpoint.write(config.run_dir, self.step, fill, self.optimizer, config, keep=keep)
+        written = checkpoint.write(config.run_dir, self.step, fill, self.optimizer, config, keep=keep)
+        checkpoint.drop_best(config.run_dir, self.best.step)
+        return written
+
+    def keep_if_best(self, run_dir: Path, evaluation: Metrics, tokenizer: Any) -> None:
+        """Keep the policy in ``run_dir`` if its held-out loss is the lowest so far."""
+        if evaluation["eval/loss"] < self.best.loss:
+            with atomic_folder(checkpoint.best_of(run_dir, self.step)) as temporary:
+                self.actor.save(temporary, tokenizer)
+            self.best = Best(step=self.step, evaluation=evaluation)
+            checkpoint.drop_best(run_dir, self.step)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -192,11 +202,11 @@ def run(
         learner.load(start_from)
     with logged(config, learner.step, lambda: learner.save(config)) as (logger, guard):
         last = _loop(config, learner, objective, held, tokenizer, logger, guard, name)
-    policy, best = config.run_dir / "policy", config.run_dir / "best"
+    policy = config.run_dir / "policy"
     chosen = learner.best if learn.select == "best" else Best(step=learner.step, evaluation=last)
     with atomic_folder(policy) as temporary:
         if learn.select == "best":
-            shutil.copytree(best, temporary, dirs_exist_ok=True)
+            shutil.copytree(checkpoint.best_of(config.run_dir, chosen.step), temporary, dirs_exist_ok=True)
         else:
             learner.actor.save(temporary, tokenizer)
     return FinetuneResult(run_dir=config.run_dir, policy=policy, step=chosen.step, evaluation=chosen.evaluation)
@@ -220,10 +230,7 @@ def _loop(
         found = objective.evaluate()
         found |= held.evaluate(config, learner.actor, learner.step)[0]
         found["time/eval"] = time.perf_counter() - began
-        if found["eval/loss"] < learner.best.loss:
-            with atomic_folder(config.run_dir / "best") as temporary:
-                learner.actor.save(temporary, tokenizer)
-            learner.best = Best(step=learner.step, evaluation=found)
+        learner.keep_if_best(config.run_dir, found, tokenizer)
         return found
 
     if learner.step == 0:

@@ -128,10 +128,7 @@ def _check_inputs(config: Any, began_with: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def logged(config: RunConfig, start: int, save: Callable[[], Path]) -> Iterator[tuple[MetricsLogger, InterruptGuard]]:
-    """The log of a run that goes on from step ``start``; what stops the run leaves a checkpoint or a report behind.
-
-    ``save`` writes a checkpoint of the last finished step.
-    """
+    """The log of a run that goes on from step ``start``, ``stoppable``."""
     logger = MetricsLogger(
         config.run_dir,
         start_step=start,
@@ -139,14 +136,21 @@ def logged(config: RunConfig, start: int, save: Callable[[], Path]) -> Iterator[
         wandb_project=config.train.wandb_project,
         config=config.model_dump(mode="json"),
     )
-    with logger, InterruptGuard() as guard:
+    with logger, stoppable(config.run_dir, save) as guard:
+        yield logger, guard
+
+
+@contextlib.contextmanager
+def stoppable(run_dir: Path, save: Callable[[], Path]) -> Iterator[InterruptGuard]:
+    """What stops the run leaves a checkpoint of the last finished step, which ``save`` writes, or a report behind."""
+    with InterruptGuard() as guard:
         try:
-            yield logger, guard
+            yield guard
         except Interrupted:
             saved = save()
             raise Interrupted.after(checkpoint.step_of(saved), saved) from None
         except TrainingDiverged as error:
-            report = config.run_dir / f"diverged_step_{error.report['step']:06d}.json"
+            report = run_dir / f"diverged_step_{error.report['step']:06d}.json"
             write_atomic(report, json.dumps(error.report, indent=2).encode())
             raise
 

@@ -14,15 +14,14 @@ from tppo_fast.data.rows import searched
 from tppo_fast.errors import UserError
 from tppo_fast.evaluate import Estimate
 from tppo_fast.hashing import sha256_of
-from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.labelling.records import LabelledResponse, read_labels, read_record
 from tppo_fast.metrics import METRICS_FILE, MetricsLogger
 from tppo_fast.reward_model import backbone, card, quality
 from tppo_fast.reward_model.data import Example, encode, split
 from tppo_fast.reward_model.settings import RewardModelConfig
-from tppo_fast.reward_model.training import BEST, Learner, fit
+from tppo_fast.reward_model.training import Learner, fit
 from tppo_fast.rewards.token_model import TokenModel
-from tppo_fast.runs import open_run_dir, resolve_device
+from tppo_fast.runs import open_run_dir, resolve_device, stoppable
 
 FREE = {"run_dir", "threads", "resamples"}
 """Settings that may differ when a run is resumed."""
@@ -49,12 +48,12 @@ def train_reward_model(config: RewardModelConfig, *, resume: bool = False) -> Re
 
     Raises:
         UserError: bad settings, labels or backbone, before any expensive work.
-        TrainingDiverged: a loss or gradient is not finite; earlier checkpoints stay.
+        TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT; a checkpoint of the last finished step was saved.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    with open_run_dir(config, resume, result="model", unsaved=(METRICS_FILE, BEST), free=FREE) as start_from:
+    with open_run_dir(config, resume, result="model", unsaved=(METRICS_FILE,), free=FREE) as start_from:
         return _train(config, start_from)
 
 
@@ -89,12 +88,8 @@ def _learn(learner: Learner, validation: Sequence[Example]) -> None:
         tensorboard=False,
         config=learner.config.model_dump(mode="json"),
     )
-    with logger, InterruptGuard() as guard:
-        try:
-            fit(learner, validation, logger, guard)
-        except Interrupted:
-            saved = learner.save()
-            raise Interrupted.after(learner.step, saved) from None
+    with logger, stoppable(learner.config.run_dir, learner.save) as guard:
+        fit(learner, validation, logger, guard)
 
 
 def _finish(

@@ -84,7 +84,7 @@ class LearnConfig(Section):
     patience: Count = 3
     """Stop after this many looks in a row without a lower validation loss; the best weights are kept."""
     save_every: Annotated[int, Field(ge=0)] = 100
-    """Optimizer steps between checkpoints; 0: only when interrupted."""
+    """Optimizer steps between checkpoints; 0: only when interrupted and at the end."""
 
 
 class RewardModelConfig(Section):

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import get_scheduler
 
 from tppo_fast import checkpoint, seeding
-from tppo_fast.atomic import write_atomic
+from tppo_fast.atomic import atomic_folder
 from tppo_fast.data.rows import searched
 from tppo_fast.errors import TrainingDiverged
 from tppo_fast.interrupt import InterruptGuard
@@ -26,7 +26,8 @@ from tppo_fast.rewards.token_model import TokenModel, batches
 if TYPE_CHECKING:
     from torch import Tensor
 
-BEST = "best.safetensors"
+WEIGHTS = "model.safetensors"
+"""Of the best model so far, and of a checkpoint."""
 
 
 class Learner:
@@ -35,7 +36,7 @@ class Learner:
     def __init__(self, config: RewardModelConfig, model: TokenModel, examples: Sequence[Example]) -> None:
         self.config, self.model, self.examples = config, model, examples
         self.step = 0
-        self.best_loss, self.best_step, self.looks_without_gain = float("inf"), 0, 0
+        self.best_loss, self.best_step, self.looks_without_gain = float("inf"), -1, 0
         self.labels = torch.cat([e.labels for e in examples])
         self.counts = self.labels.bincount(minlength=3)
         equal = config.loss.class_weights == "equal"
@@ -133,11 +134,13 @@ class Learner:
         """Write a checkpoint, see ``checkpoint.write``; it replaces the one before."""
 
         def fill(folder: Path) -> dict[str, Any]:
-            save_file(checkpoint.contiguous(self.model.classifier.state_dict()), folder / "model.safetensors")
-            best = [self.best_loss, self.best_step, self.looks_without_gain]
+            save_file(checkpoint.contiguous(self.model.classifier.state_dict()), folder / WEIGHTS)
+            best = {"loss": self.best_loss, "step": self.best_step, "looks_without_gain": self.looks_without_gain}
             return {"step": self.step, "best": best, "scheduler": self.scheduler.state_dict()}
 
-        return checkpoint.write(self.config.run_dir, self.step, fill, self.optimizer, self.config, keep=1)
+        written = checkpoint.write(self.config.run_dir, self.step, fill, self.optimizer, self.config, keep=1)
+        checkpoint.drop_best(self.config.run_dir, self.best_step)
+        return written
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint that ``save`` wrote.
@@ -146,23 +149,29 @@ class Learner:
             UserError: it is damaged or belongs to another model.
         """
         with checkpoint.reading(folder, self.optimizer) as state:
-            self.model.classifier.load_state_dict(load_file(folder / "model.safetensors"))
+            self.model.classifier.load_state_dict(load_file(folder / WEIGHTS))
             self.scheduler.load_state_dict(state["scheduler"])
             self.step = state["step"]
-            self.best_loss, self.best_step, self.looks_without_gain = state["best"]
+            best = state["best"]
+            self.best_loss, self.best_step = best["loss"], best["step"]
+            self.looks_without_gain = best["looks_without_gain"]
 
     def keep_if_best(self, loss: float) -> None:
         """Count a look at the validation users; the best weights so far go to ``run_dir``."""
         if loss < self.best_loss:
-            self.best_loss, self.best_step, self.looks_without_gain = loss, self.step, 0
             weights = checkpoint.contiguous(self.model.classifier.state_dict())
-            write_atomic(self.config.run_dir / BEST, save(weights))
+            with atomic_folder(checkpoint.best_of(self.config.run_dir, self.step)) as temporary:
+                save_file(weights, temporary / WEIGHTS)
+            self.best_loss, self.best_step, self.looks_without_gain = loss, self.step, 0
+            checkpoint.drop_best(self.config.run_dir, self.step)
         else:
             self.looks_without_gain += 1
 
     def take_best(self) -> None:
         """Put the best weights in place."""
-        self.model.classifier.load_state_dict(load_file(self.config.run_dir / BEST))
+        self.model.classifier.load_state_dict(
+            load_file(checkpoint.best_of(self.config.run_dir, self.best_step) / WEIGHTS)
+        )
 
 
 def fit(learner: Learner, validation: Sequence[Example], logger: MetricsLogger, guard: InterruptGuard) -> None:
@@ -186,4 +195,6 @@ def fit(learner: Learner, validation: Sequence[Example], logger: MetricsLogger, 
             progress.update(1, loss=metrics["reward_model/loss"], best_validation=learner.best_loss)
             if settings.save_every and learner.step % settings.save_every == 0:
                 learner.save()
+    learner.save()
+    guard.check()
     learner.take_best()
