@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from tppo_fast import cli
-from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.errors import JobsFailed, TrainingDiverged, UserError
 from tppo_fast.interrupt import Interrupted
 from tppo_fast.metrics import GLOSSARY
 
@@ -34,6 +34,7 @@ def raising(error: BaseException) -> object:
     [
         (UserError("ppo.lr = -1: must be\npositive"), 2, "error: ppo.lr = -1: must be positive"),
         (TrainingDiverged({"step": 7}), 1, "step 7"),
+        (JobsFailed("2 of 4 jobs failed"), 1, "2 of 4 jobs failed"),
         (Interrupted("stopped after step 3; continue with --resume"), 130, "--resume"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (click.exceptions.Abort(), 130, "interrupted"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tppo_fast import compare, jobs, trainer
-from tppo_fast.errors import TrainingDiverged, UserError
+from tppo_fast.errors import JobsFailed, TrainingDiverged, UserError
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.metrics import MetricsLogger
 from tppo_fast.sections import build_section, load_section
@@ -31,7 +31,7 @@ def values(folder: Path, run_dir: Path) -> dict[str, Any]:
         "methods": [
             {"name": "TPPO", "algorithm": "tppo", "settings": {"ppo": {"gamma": 0.7}}},
             {"name": "GRPO", "algorithm": "grpo"},
-            {"name": "DPO", "algorithm": "dpo", "settings": {"dpo": {"batch_size": 2, "max_pairs": 4}}},
+            {"name": "DPO [/]", "algorithm": "dpo", "settings": {"dpo": {"batch_size": 2, "max_pairs": 4}}},
         ],
     }  # fmt: skip
 
@@ -49,7 +49,12 @@ def test_an_experiment_survives_a_failure_continues_and_reports(
         return original(config, resume=resume)
 
     monkeypatch.setattr(trainer, "train", failing)
-    verdict = compare.compare(experiment)
+    shown: list[bool] = []
+    monkeypatch.setattr(compare, "show", lambda *_: shown.append((run_dir / "report.html").exists()))
+    with pytest.raises(JobsFailed, match="1 of 6 jobs failed; the report is of the others"):
+        compare.compare(experiment)
+    assert shown == [True]  # written before it is shown
+    verdict = json.loads((run_dir / "evaluation.json").read_text())["record"]["verdict"]
     assert any("1 of 6 jobs failed" in sentence for sentence in verdict)
     assert any("No difference could be shown between TPPO and" in sentence for sentence in verdict)
     kept = {
@@ -68,23 +73,46 @@ def test_an_experiment_survives_a_failure_continues_and_reports(
         for kind in ("png", "svg"):
             assert (run_dir / f"report-{name}.{kind}").stat().st_size > 1000
     whole = json.loads((run_dir / "evaluation.json").read_text())
-    assert list(whole["table"]) == ["copy the last query", compare.START, "TPPO", "GRPO", "DPO"]
+    assert list(whole["table"]) == ["copy the last query", compare.START, "TPPO", "GRPO", "DPO [/]"]
     assert whole["record"]["samples_to_target"]["TPPO"]["samples"] is not None
     rows = list(csv.DictReader((run_dir / "curves.csv").read_text().splitlines()))
-    assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("TPPO", "GRPO", "DPO") for s in "01"}
+    assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("TPPO", "GRPO", "DPO [/]") for s in "01"}
     assert max(int(row["samples"]) for row in rows if row["method"] == "TPPO") == 8
     changed = values(tiny_model, run_dir)
     changed["methods"][0]["settings"]["ppo"]["gamma"] = 1.0
-    with pytest.raises(UserError, match="'TPPO': section 'ppo' differs"):
+    with pytest.raises(UserError, match=r"'TPPO': ppo\.gamma = 1\.0, but .*job\.json' ran with 0\.7"):
         compare.compare(build_section(changed, Experiment))
     for section, name, other, message in (
-        ("start", "sft", {"lr": 2e-3}, "start: section 'sft' differs"),
-        ("base", "data", {"synthetic_sessions": 50, "max_prompt_tokens": 180}, "base.data.*: section 'data' differs"),
+        ("start", "sft", {"lr": 2e-3}, r"start: sft\.batch_size = 32, but .* ran with 4"),
+        (
+            "base",
+            "data",
+            {"synthetic_sessions": 50, "max_prompt_tokens": 180},
+            r"base\.data.*: data\.synthetic_sessions = 50, but",
+        ),
     ):
         changed = values(tiny_model, run_dir)
         changed[section][name] = other
         with pytest.raises(UserError, match=message):
             compare.compare(build_section(changed, Experiment))
+    changed = values(tiny_model, run_dir)
+    changed["base"]["threads"] = 2  # changes no result
+    threads = build_section(changed, Experiment)
+    assert all(job.finished for job in jobs.plan(threads, run_dir / "start" / "policy", compare._data(threads)))
+    assert compare._start_config(threads).threads == 2
+
+
+def test_when_every_job_fails_it_is_no_bad_input_and_any_name_can_be_shown(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(*_: Any, **__: Any) -> None:
+        raise TrainingDiverged({"step": 1})
+
+    monkeypatch.setattr(compare, "_supervise", lambda *_: None)
+    monkeypatch.setattr(trainer, "train", diverging)
+    given = values(tiny_model, tmp_path / "e") | {"methods": [{"name": "[/bold] A", "algorithm": "tppo"}]}
+    with pytest.raises(JobsFailed, match=r"^every job failed, the first with TrainingDiverged: step 1"):
+        compare.compare(build_section(given, Experiment))
 
 
 def test_samples_to_target_by_hand(tmp_path: Path) -> None:
@@ -112,16 +140,26 @@ def test_samples_to_target_by_hand(tmp_path: Path) -> None:
         ({"methods": [{"name": "A", "algorithm": "tppo", "settings": {"ppo": {"gama": 1}}}]}, r"method 'A'.*ppo\.gam"),
         ({"methods": [{"name": n, "algorithm": "tppo"} for n in ("A b", "a-b")]}, "differ in punctuation"),
         ({"baseline": "nobody"}, "baseline = 'nobody'"),
+        ({"seeds": [0, 3, 3]}, r"^seeds = \[0, 3, 3\]: 3 stands there twice; give each seed once$"),
+        ({"base": {"rolout": {}}}, r"^unknown setting 'base\.rolout': there are data, device, dpo, model, "),
+        ({"base": {"seed": 3}}, r"^base\.seed = 3: compare sets it for every job; remove it$"),
+        ({"start": {"run_dir": "x"}}, r"^start\.run_dir = 'x': compare sets it"),
+        (
+            {"methods": [{"name": "A", "algorithm": "tppo", "settings": {"seed": 1}}]},
+            r"^settings\.seed = 1: compare sets",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(tiny_model: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    def attempt() -> None:
-        experiment = build_section(values(tiny_model, tmp_path / "e") | change, Experiment)
-        jobs.plan(experiment, tmp_path, {})
-        compare.compare(experiment)
-
     with pytest.raises(UserError, match=said):
-        attempt()
+        compare.compare(build_section(values(tiny_model, tmp_path / "e") | change, Experiment))
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_run_dir_that_is_a_file_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "e").write_text("mine")
+    with pytest.raises(UserError, match=r"^run_dir = '.*e' cannot be made \(File exists\): choose another$"):
+        compare.compare(build_section(values(tiny_model, tmp_path / "e"), Experiment))
 
 
 def test_the_shipped_experiment_is_valid_and_separates_the_discount() -> None:

@@ -52,7 +52,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
         "optimizers", "packing", "parity", "seeding",
     },
     "finetune_config": {"config", "sections"},
-    "experiment_config": {"sections"},
+    "experiment_config": {"config", "finetune_config", "sections"},
     "planner": {"algorithms", "compiling", "config", "errors", "model", "optimizers"},
     "runs": {
         "atomic", "checkpoint", "config", "data", "errors", "hashing", "interrupt", "metrics", "rollout", "sections", "seeding",

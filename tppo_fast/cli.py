@@ -15,7 +15,7 @@ from tppo_fast import __version__
 from tppo_fast import config as settings
 from tppo_fast.cli_convert import convert
 from tppo_fast.cli_label import label, refuse_endless
-from tppo_fast.errors import EngineError, LabellingFailed, TrainingDiverged, UserError
+from tppo_fast.errors import EngineError, JobsFailed, LabellingFailed, TrainingDiverged, UserError
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.interrupt import Interrupted
@@ -268,7 +268,7 @@ def run(command: Callable[[], Any]) -> int:
         return exit_.exit_code
     except UserError as error:
         return _say(f"error: {error}", 2)
-    except (EngineError, LabellingFailed, TrainingDiverged) as error:
+    except (EngineError, JobsFailed, LabellingFailed, TrainingDiverged) as error:
         return _say(f"error: {error}", 1)
     except (Interrupted, KeyboardInterrupt) as error:
         return _say(str(error) or "interrupted", 130)

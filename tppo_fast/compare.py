@@ -13,21 +13,23 @@ from pathlib import Path
 from rich.console import Console
 
 from tppo_fast import evaluate, jobs, panel, report, sft
-from tppo_fast.atomic import write_atomic
+from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.checkpoint import list_checkpoints
 from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import read_sessions, write_sessions
 from tppo_fast.demo import small_model
-from tppo_fast.errors import UserError
+from tppo_fast.errors import JobsFailed, UserError
 from tppo_fast.evaluate_command import show
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import SFTConfig
 from tppo_fast.jobs import Job, merged, pick
 from tppo_fast.metrics import read_metrics, recorded
-from tppo_fast.runs import load_sessions
+from tppo_fast.runs import load_sessions, make_run_dir
 from tppo_fast.sections import build_section
 
 START = "SFT (start)"
+UNTRAINED = "untrained"
+"""Folder of the small model that is made where the start names none."""
 CURVES = (
     report.Curve("relevance", "eval/relevance", ("eval/relevance_low", "eval/relevance_high")),
     report.Curve("reward", "rollout/token_reward_mean"),
@@ -58,21 +60,23 @@ def compare(experiment: Experiment) -> list[str]:
         The verdict, a sentence each.
 
     Raises:
-        UserError: bad settings, or a baseline that is no method.
+        UserError: bad settings, or a baseline that is no method, before anything runs.
+        JobsFailed: jobs failed; what the others found is in the report.
         Interrupted: SIGINT; the running job saved a checkpoint, and the same command continues.
     """
     baseline = experiment.baseline or experiment.methods[0].name
     if baseline not in {method.name for method in experiment.methods}:
         raise UserError(f"baseline = {baseline!r}: name one of the methods")
-    data = _sessions(experiment)
-    start = _start(experiment, data)
-    planned = jobs.plan(experiment, start, data)
+    sessions, start = _sessions_config(experiment), _start_config(experiment)
+    planned = jobs.plan(experiment, start.run_dir / "policy", _data(experiment))
+    _write_sessions(experiment, sessions)
+    _supervise(experiment, start)
     failures = jobs.run(planned)
     done = [job for job in planned if job.finished]
     if not done:
-        raise UserError(f"every job failed, the first with {next(iter(failures.values()))}")
+        raise JobsFailed(f"every job failed, the first with {next(iter(failures.values()))}")
     config = done[0].config
-    found, judges = _final(experiment, config, start, done)
+    found, judges = _final(experiment, config, start.run_dir / "policy", done)
     target = experiment.target if experiment.target is not None else _last_relevance(done, baseline)
     reached = samples_to_target(done, target)
     verdict = [*_verdicts(experiment, found, done, baseline), *_reach_sentences(reached, target)]
@@ -81,46 +85,62 @@ def compare(experiment: Experiment) -> list[str]:
             f"{len(failures)} of {len(planned)} jobs failed and are left out: {next(iter(failures.values()))}"
         )
     duels = found.duels(judges, config.seed)
+    _write(experiment, found, duels, done, verdict, reached, target, failures)
     show(found, duels)
     for sentence in verdict:
-        Console().print(sentence)
-    _write(experiment, found, duels, done, verdict, reached, target, failures)
+        Console().print(sentence, markup=False)
+    if failures:
+        raise JobsFailed(
+            f"{len(failures)} of {len(planned)} jobs failed; the report is of the others, the same command tries again"
+        )
     return verdict
 
 
-def _sessions(experiment: Experiment) -> dict[str, str]:
-    """The experiment's own copy of its sessions, the same for every job: generated or split with the first seed."""
-    files = {name: experiment.run_dir / f"{name}.jsonl" for name in ("train", "eval")}
+def _data(experiment: Experiment) -> dict[str, str]:
+    """The files of the experiment's own copy of its sessions, the same for every job."""
+    return {name: str(experiment.run_dir / f"{name}.jsonl") for name in ("train", "eval")}
+
+
+def _sessions_config(experiment: Experiment) -> RunConfig:
+    """How the sessions are generated or split: with the first seed."""
     config = build_section({"seed": experiment.seeds[0], "data": experiment.base.get("data", {})}, RunConfig)
-    record = experiment.run_dir / "sessions.json"
-    jobs.check_record(record, config, "base.data, or the first of seeds")
-    if not all(path.exists() for path in files.values()):
+    jobs.check_record(experiment.run_dir / "sessions.json", config, "base.data, or the first of seeds")
+    return config
+
+
+def _write_sessions(experiment: Experiment, config: RunConfig) -> None:
+    files = [Path(path) for path in _data(experiment).values()]
+    if not all(path.exists() for path in files):
         sessions = load_sessions(config)
-        experiment.run_dir.mkdir(parents=True, exist_ok=True)
-        jobs.keep_record(record, config)
-        for path, part in zip(files.values(), sessions, strict=True):
+        make_run_dir(experiment.run_dir)
+        jobs.keep_record(experiment.run_dir / "sessions.json", config)
+        for path, part in zip(files, sessions, strict=True):
             write_sessions(path, part)
-    return {name: str(path) for name, path in files.items()}
 
 
-def _start(experiment: Experiment, data: Mapping[str, str]) -> Path:
-    """The supervised policy that every method starts from."""
-    own = {"run_dir": str(experiment.run_dir / "start"), "seed": experiment.seeds[0], "data": dict(data)}
+def _start_config(experiment: Experiment) -> SFTConfig:
+    """How the policy that every method starts from is supervised."""
+    own = {"run_dir": str(experiment.run_dir / "start"), "seed": experiment.seeds[0], "data": _data(experiment)}
     values = merged(merged(pick(experiment.base, SFTConfig), experiment.start), own)
     if not values.get("model", {}).get("path"):
-        folder = experiment.run_dir / "untrained"
-        if not folder.is_dir():
-            small_model(folder, read_sessions(data["train"]), experiment.seeds[0])
-        values = merged(values, {"model": {"path": str(folder)}})
+        values = merged(values, {"model": {"path": str(experiment.run_dir / UNTRAINED)}})
     config = build_section(values, SFTConfig)
-    record = config.run_dir / "job.json"
-    jobs.check_record(record, config, "start")
-    if not (config.run_dir / "policy").is_dir():
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        jobs.keep_record(record, config)
-        Console(stderr=True).print(f"[bold]SFT[/]: {config.train.steps} steps, the start of every method")
-        sft.sft(config, resume=bool(list_checkpoints(config.run_dir)))
-    return config.run_dir / "policy"
+    jobs.check_record(config.run_dir / "job.json", config, "start")
+    return config
+
+
+def _supervise(experiment: Experiment, config: SFTConfig) -> None:
+    """Train the start, unless it is there."""
+    if (config.run_dir / "policy").is_dir():
+        return
+    untrained = experiment.run_dir / UNTRAINED
+    if config.model.path == str(untrained) and not untrained.is_dir():
+        with atomic_folder(untrained) as temporary:
+            small_model(temporary, read_sessions(config.data.train), config.seed)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    jobs.keep_record(config.run_dir / "job.json", config)
+    Console(stderr=True).print(f"[bold]SFT[/]: {config.train.steps} steps, the start of every method")
+    sft.sft(config, resume=bool(list_checkpoints(config.run_dir)))
 
 
 def _final(
@@ -235,7 +255,7 @@ def _write(
     }  # fmt: skip
     written += panel.write(folder, found, duels, record)
     write_atomic(folder / "curves.csv", _curves_csv(done).encode())
-    Console(stderr=True).print(f"report: {folder / 'report.html'} (and {len(written)} files beside it)")
+    Console(stderr=True).print(f"report: {folder / 'report.html'} (and {len(written)} files beside it)", markup=False)
 
 
 def _curves_csv(done: Sequence[Job]) -> str:

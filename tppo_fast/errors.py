@@ -1,4 +1,4 @@
-"""The two ways a run can end badly, each with one sentence for the person who started it."""
+"""The ways a run can end badly, each with one sentence for the person who started it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ class LabellingFailed(RuntimeError):
     def __init__(self, reason: str, *, final: bool = False) -> None:
         self.final = final  # asking again cannot help: a refused key, an unknown model
         super().__init__(reason)
+
+
+class JobsFailed(RuntimeError):
+    """Jobs of an experiment failed; the same command tries them again. The shell exits with 1."""
 
 
 class TrainingDiverged(RuntimeError):

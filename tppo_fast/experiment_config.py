@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from tppo_fast.config import Config
+from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.sections import Count, Section, Unit
+
+SET_BY_COMPARE = ("run_dir", "seed", "algorithm")
+"""Settings of a job that follow from the experiment's own."""
+
+
+def _left_to_compare(values: dict[str, Any], where: str) -> dict[str, Any]:
+    for name in SET_BY_COMPARE:
+        if name in values:
+            raise ValueError(f"{where}.{name} = {values[name]!r}: compare sets it for every job; remove it")
+    return values
 
 
 class Method(Section):
@@ -19,6 +31,11 @@ class Method(Section):
     """What it runs; see ``algorithm`` of ``train``, and ``tppo-fast dpo``."""
     settings: dict[str, Any] = Field(default={})
     """Its own settings, laid over those of ``base``: {ppo = {gamma = 0.7}}."""
+
+    @field_validator("settings")
+    @classmethod
+    def _own_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _left_to_compare(value, "settings")
 
 
 class Experiment(Section):
@@ -44,6 +61,26 @@ class Experiment(Section):
     """Settings of the supervised start (sft and train sections). ``model.path`` is its model; left out, a small one is made."""
     methods: Annotated[tuple[Method, ...], Field(min_length=1)]
     """The methods."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if twice := [seed for seed in value if value.count(seed) > 1]:
+            raise ValueError(f"seeds = {list(value)}: {twice[0]} stands there twice; give each seed once")
+        return value
+
+    @field_validator("base")
+    @classmethod
+    def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        known = {*Config.model_fields, *SFTConfig.model_fields, *DPOConfig.model_fields} - {*SET_BY_COMPARE}
+        if unknown := _left_to_compare(value, "base").keys() - known:
+            raise ValueError(f"unknown setting 'base.{min(unknown)}': there are {', '.join(sorted(known))}")
+        return value
+
+    @field_validator("start")
+    @classmethod
+    def _start_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _left_to_compare(value, "start")
 
     @field_validator("methods")
     @classmethod

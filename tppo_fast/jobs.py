@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from tppo_fast import checkpoint, dpo, trainer
 from tppo_fast.atomic import write_atomic
@@ -87,7 +88,7 @@ def run(jobs: list[Job]) -> dict[str, str]:
     for number, job in enumerate(jobs, 1):
         if job.finished:
             continue
-        console.print(f"[bold]{number}/{len(jobs)} {job.method.name}[/], seed {job.seed}")
+        console.print(f"[bold]{number}/{len(jobs)} {escape(job.method.name)}[/], seed {job.seed}")
         began = time.monotonic()
         job.config.run_dir.mkdir(parents=True, exist_ok=True)
         keep_record(_record(job), job.config)
@@ -129,16 +130,17 @@ def keep_record(path: Path, config: Section) -> None:
 
 
 def check_record(path: Path, config: Section, who: str) -> None:
-    """Refuse to take a finished run for one with other settings.
+    """Refuse to take a finished run for one with other settings, but for those that change no result.
 
     Raises:
-        UserError: naming the section that differs from the record, if there is one.
+        UserError: naming the setting that differs from the record, if there is one.
     """
     if not path.exists():
         return
-    saved = json.loads(path.read_text())
-    for section, value in config.model_dump(mode="json").items():
-        if saved.get(section) != value:
+    free = checkpoint.FREE - {"run_dir", "train"}
+    saved, now = (checkpoint.by_name(v) for v in (json.loads(path.read_text()), config.model_dump(mode="json")))
+    for name, value in now.items():
+        if saved.get(name) != value and name not in free:
             raise UserError(
-                f"{who}: section {section!r} differs from what {str(path)!r} ran with; use another name or run_dir"
+                f"{who}: {name} = {value!r}, but {str(path)!r} ran with {saved.get(name)!r}; use another name or run_dir"
             )

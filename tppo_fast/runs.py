@@ -67,10 +67,7 @@ def open_run_dir(
     if checkpoint.list_checkpoints(run_dir) or (run_dir / result).exists():
         raise UserError(f"run_dir = {str(run_dir)!r} holds a run already: continue it with --resume, or choose another")
     new = not run_dir.exists()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run_dir = {str(run_dir)!r} cannot be made ({error.strerror}): choose another") from None
+    make_run_dir(run_dir)
     left = [path for name in unsaved for path in run_dir.glob(name)]
     if left and not marker.exists():
         raise UserError(
@@ -90,6 +87,18 @@ def open_run_dir(
                 if new:
                     run_dir.rmdir()
             raise
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Make the folder of a run where there is none.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir = {str(run_dir)!r} cannot be made ({error.strerror}): choose another") from None
 
 
 @contextlib.contextmanager
