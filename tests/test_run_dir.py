@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 import transformers
 from test_trainer import config, trajectory
 
-from tppo_fast import trainer
+from tppo_fast import cli, trainer
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.interrupt import Interrupted
@@ -47,6 +48,20 @@ def test_a_refused_run_leaves_nothing_and_an_unsaved_one_is_replaced(tiny_model:
     trainer.train(config(tiny_model, tmp_path / "old", train__steps=1))
     assert [row["step"] for row in read_metrics(tmp_path / "old")] == [0, 1]
     assert (tmp_path / "old" / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        code = cli.run(lambda: trainer.train(config(tiny_model, tmp_path / "r", train__save_every=1)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert "step_000001: Error while serializing: I/O error: File too large" in capsys.readouterr().err
+    assert not list((tmp_path / "r" / "checkpoints").iterdir())
 
 
 def random_reward(rollouts: Sequence[Rollout]) -> list[float]:

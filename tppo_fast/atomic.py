@@ -29,7 +29,11 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 class atomic_folder:
-    """``with atomic_folder(path) as temporary``: fill it; on success it is synced to disk and becomes ``path``."""
+    """``with atomic_folder(path) as temporary``: fill it; on success it is synced to disk and becomes ``path``.
+
+    Raises:
+        OSError: also where safetensors says in its own way that a file cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,9 +45,11 @@ class atomic_folder:
         self._temporary.mkdir(parents=True)
         return self._temporary
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if kind is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+            if kind.__name__ == "SafetensorError":  # by name: writing needs no torch
+                raise OSError(f"{self._path}: {error}") from error
             return
         for path in [*self._temporary.rglob("*"), self._temporary]:
             _fsync(path)
