@@ -172,6 +172,38 @@ def test_one_run_in_a_folder_at_a_time(tmp_path: Path, resume: bool) -> None:
         os.close(forked)
 
 
+def test_a_run_that_goes_on_is_named_before_what_it_has_saved(tmp_path: Path) -> None:
+    given = build_section({"run_dir": str(tmp_path)}, SFTConfig)
+    with open_run_dir(given, resume=False):
+        with pytest.raises(UserError, match="is in use by another run"):
+            sft.sft(given, resume=True)
+        empty_checkpoint(given, 1)
+        with pytest.raises(UserError, match="is in use by another run"):
+            sft.sft(given)
+    with pytest.raises(UserError, match="holds a run already"):
+        sft.sft(given)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"config": 3}', '{"config'])
+def test_a_damaged_state_is_one_sentence(tmp_path: Path, content: str) -> None:
+    given = build_section({"run_dir": str(tmp_path)}, SFTConfig)
+    (empty_checkpoint(given, 1) / checkpoint.COMPLETE).write_text(content)
+    with pytest.raises(UserError, match=r"step_000001' is damaged \(.*\): remove it to resume the one before"):
+        sft.sft(given, resume=True)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"model.path', "3"])
+def test_damaged_hashes_are_one_sentence(tmp_path: Path, content: str) -> None:
+    given = build_section({"run_dir": str(tmp_path)}, SFTConfig)
+    empty_checkpoint(given, 1)
+    (tmp_path / MARKER).write_text(content)
+    with pytest.raises(UserError, match=r"\.tppo-fast' is damaged \(.*\): remove it to resume without knowing"):
+        sft.sft(given, resume=True)
+    (tmp_path / MARKER).unlink()
+    with open_run_dir(given, resume=True):
+        pass
+
+
 def test_checkpoints_are_ordered_by_number_and_dropped_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

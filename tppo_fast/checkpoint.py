@@ -108,7 +108,7 @@ def drop_best(run_dir: Path, step: int) -> None:
     """Remove what was best before ``step``, but for what a checkpoint names as its best: a run may go on from there."""
     named = {best_of(run_dir, step)}
     for folder in list_checkpoints(run_dir):
-        with contextlib.suppress(UserError):  # a damaged one cannot be gone on from
+        with contextlib.suppress(UserError, KeyError, TypeError):  # a damaged one cannot be gone on from
             named.add(best_of(run_dir, read_state(folder)["best"]["step"]))
     for path in {*run_dir.glob("best-[0-9]*"), *run_dir.glob(".best-[0-9]*.tmp")} - named:
         shutil.rmtree(path)
@@ -195,7 +195,7 @@ def reading(folder: Path, optimizer: torch.optim.Optimizer) -> Iterator[dict[str
             seeding.set_global_state(state["rng"])
     except torch.OutOfMemoryError:
         raise
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {str(folder)!r} cannot be loaded ({in_short(error)}): remove it to resume the one before"
         ) from None
@@ -204,11 +204,14 @@ def reading(folder: Path, optimizer: torch.optim.Optimizer) -> Iterator[dict[str
 def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's ``state.json``."""
     try:
-        return json.loads((folder / COMPLETE).read_text())
+        state = json.loads((folder / COMPLETE).read_text())
+        if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
+            raise ValueError(f"{COMPLETE} holds no settings")
     except (OSError, ValueError) as error:
         raise UserError(
             f"checkpoint {str(folder)!r} is damaged ({error}): remove it to resume the one before"
         ) from None
+    return state
 
 
 def _learned(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -26,7 +26,9 @@ from tppo_fast.sections import Section
 
 MARKER = ".tppo-fast"
 """Says that what else lies in a folder without a checkpoint is a run's, which never saved any. It holds the hashes of the files
-that the run starts from, and is locked while it runs."""
+that the run starts from."""
+LOCK = ".tppo-fast.lock"
+"""Locked while a run is in the folder; nothing is written to it."""
 INPUTS = ("model.path", "reward.model", "backbone.path", "data.train", "data.eval", "data.labels")
 """Settings that name those files."""
 
@@ -57,11 +59,14 @@ def open_run_dir(
     """
     run_dir: Path = config.run_dir
     marker = run_dir / MARKER
+    if (run_dir / LOCK).exists():
+        with _locked(run_dir):
+            pass  # that another run is there is said before anything of what it has written so far
     if resume:
         checkpoint.check_resumable(run_dir, config, free)  # before a folder that holds no run is written to
-        with _locked(marker) as file:
+        with _locked(run_dir):
             start_from = checkpoint.check_resumable(run_dir, config, free)
-            _check_inputs(config, json.loads(file.read() or "{}"))
+            _check_inputs(config, _noted(marker))
             yield start_from
         return
     if checkpoint.list_checkpoints(run_dir) or (run_dir / result).exists():
@@ -73,17 +78,16 @@ def open_run_dir(
         raise UserError(
             f"run_dir = {str(run_dir)!r} has a {left[0].name!r} that no unfinished run left: choose another, or remove it"
         )
-    with _locked(marker) as file:
+    with _locked(run_dir) as lock_file:
         for path in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
-            file.truncate(0)
-            file.write(json.dumps(_inputs(config)))
-            file.flush()
+            write_atomic(marker, json.dumps(_inputs(config)).encode())
             yield None
         except UserError:
-            if [path.name for path in run_dir.iterdir()] == [MARKER]:
-                marker.unlink()
+            if {path.name for path in run_dir.iterdir()} <= {MARKER, LOCK}:
+                marker.unlink(missing_ok=True)
+                lock_file.unlink()
                 if new:
                     run_dir.rmdir()
             raise
@@ -102,13 +106,24 @@ def make_run_dir(run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(marker: Path) -> Iterator[TextIO]:
-    with marker.open("a+") as file:
-        lock(
-            file, f"run_dir = {str(marker.parent)!r} is in use by another run: wait for it, stop it, or choose another"
-        )
-        file.seek(0)
-        yield file
+def _locked(run_dir: Path) -> Iterator[Path]:
+    path = run_dir / LOCK
+    with path.open("a") as file:
+        lock(file, f"run_dir = {str(run_dir)!r} is in use by another run: wait for it, stop it, or choose another")
+        yield path
+
+
+def _noted(marker: Path) -> dict[str, str]:
+    """The hashes that a run began with; none where it noted none."""
+    try:
+        noted = json.loads((marker.read_text() if marker.exists() else "") or "{}")
+        if not isinstance(noted, dict):
+            raise ValueError("it holds no hashes")
+    except ValueError as error:
+        raise UserError(
+            f"{str(marker)!r} is damaged ({error}): remove it to resume without knowing whether the model and data changed"
+        ) from None
+    return noted
 
 
 def _inputs(config: Section) -> dict[str, str]:
