@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from tppo_fast import cli
+from tppo_fast import __main__, cli
 from tppo_fast.errors import JobsFailed, TrainingDiverged, UserError
 from tppo_fast.interrupt import Interrupted
 from tppo_fast.metrics import GLOSSARY
@@ -49,6 +49,18 @@ def test_exit_codes(error: BaseException, code: int, said: str, capsys: pytest.C
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.out == ""
+
+
+def test_ctrl_c_while_the_shell_is_loading_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loading:
+        @property
+        def main(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "tppo_fast.cli", Loading())  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 130
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -139,7 +139,7 @@ def test_what_a_killed_run_found_best_later_is_not_taken_for_what_its_checkpoint
         sft.sft(config(tmp_path / "r", steps=8, eval_every=0), resume=True)
 
 
-def test_sigint_saves_and_exits_130(tiny_model: Path, supervised: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_exits_130(tiny_model: Path, supervised: Path, tmp_path: Path) -> None:
     path, run_dir = tmp_path / "c.toml", tmp_path / "r"
     given = values(tiny_model, run_dir, "sft")
     given["train"]["save_every"] = 0
@@ -150,7 +150,7 @@ def test_sigint_saves_and_exits_130(tiny_model: Path, supervised: Path, tmp_path
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         wait_for_step(run_dir, 1, process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "--resume" in err

@@ -19,7 +19,7 @@ from test_trainer import config, trajectory
 from tppo_fast import cli, trainer
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.interrupt import Interrupted
+from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.metrics import read_metrics
 
 
@@ -86,6 +86,23 @@ def test_a_step_that_was_interrupted_after_scoring_is_taken_again_as_it_was(
     monkeypatch.setattr(trainer.PPO, "prepare", prepare)
     trainer.train(config(tiny_model, tmp_path / "r", **wanted), resume=True)
     assert trajectory(tmp_path / "r") == trajectory(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_scheduler_stops_a_run_as_ctrl_c_does_and_a_second_signal_at_once() -> None:
+    with InterruptGuard() as guard:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        guard.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            guard.check()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_model_whose_generation_settings_cannot_be_saved(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,17 @@
 """``python -m tppo_fast``: the ``tppo-fast`` command."""
 
-from tppo_fast.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Entry point of the ``tppo-fast`` command: a Ctrl-C while its parts are still loading is no traceback either."""
+    try:
+        from tppo_fast.cli import main as shell
+
+        shell()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -62,7 +62,7 @@ def compare(experiment: Experiment) -> list[str]:
     Raises:
         UserError: bad settings, or a baseline that is no method, before anything runs.
         JobsFailed: jobs failed; what the others found is in the report.
-        Interrupted: SIGINT; the running job saved a checkpoint, and the same command continues.
+        Interrupted: SIGINT or SIGTERM; the running job saved a checkpoint, and the same command continues.
     """
     baseline = experiment.baseline or experiment.methods[0].name
     if baseline not in {method.name for method in experiment.methods}:

@@ -1,7 +1,9 @@
-"""Ctrl-C ends a run at a safe point: nothing half-updated, a checkpoint saved."""
+"""Ctrl-C, or a scheduler's SIGTERM, ends a run at a safe point: nothing half-updated, a checkpoint saved."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -20,32 +22,35 @@ class Interrupted(Exception):
 
 
 class InterruptGuard:
-    """Inside ``with InterruptGuard() as guard`` SIGINT only raises a flag, which ``guard.check()`` turns into ``Interrupted``.
+    """Inside ``with InterruptGuard() as guard`` a signal only raises a flag, which ``guard.check()`` turns into ``Interrupted``.
 
-    A second SIGINT stops at once, without saving.
+    A second one stops at once, without saving.
     """
 
     def __init__(self) -> None:
         self._asked = False
-        self._before: Any = None
+        self._pid = os.getpid()
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
-        try:
-            self._before = signal.signal(signal.SIGINT, self._on_signal)
-        except ValueError:  # not the main thread: Python delivers signals there, so there is nothing to guard
-            self._before = None
+        with contextlib.suppress(ValueError):  # not the main thread: Python delivers signals there, nothing to guard
+            self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and os.getpid() != self._pid:  # a forked process, which its parent ends so
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         if self._asked:
             signal.default_int_handler(number, frame)
         self._asked = True
 
     def check(self) -> None:
-        """Raise ``Interrupted`` if SIGINT arrived since the guard was entered."""
+        """Raise ``Interrupted`` if a signal arrived since the guard was entered."""
         if self._asked:
             raise Interrupted
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            if before is not None:
+                signal.signal(number, before)

@@ -36,7 +36,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> finetune.FinetuneResult:
     Raises:
         UserError: bad settings, data or model, before any expensive work.
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
-        Interrupted: SIGINT; a checkpoint of the last finished step was saved.
+        Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
     with open_run_dir(config, resume) as start_from:
         return _train(config, start_from)

@@ -76,7 +76,7 @@ def train(config: Config, *, resume: bool = False, profile: int = 0, memory_snap
     Raises:
         UserError: bad settings, data or model, before any expensive work.
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
-        Interrupted: SIGINT; a checkpoint of the last finished step was saved.
+        Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
     growing_segments(config)
     with (

@@ -49,7 +49,7 @@ def train_reward_model(config: RewardModelConfig, *, resume: bool = False) -> Re
     Raises:
         UserError: bad settings, labels or backbone, before any expensive work.
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
-        Interrupted: SIGINT; a checkpoint of the last finished step was saved.
+        Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
