@@ -55,6 +55,36 @@ def test_overrides(overrides: list[str], field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["--run_dir", "2026-11-27"], "run_dir", Path("2026-11-27")),
+        (["--run-dir=20261127"], "run_dir", Path("20261127")),
+        (["--data.train", "07:17:12"], "data.train", "07:17:12"),
+        (["--data.eval", "1_000"], "data.eval", "1_000"),
+        (["--data.eval", "none"], "data.eval", None),
+        (["--data.separator", '" | "'], "data.separator", " | "),
+        (["--seed", "1_000"], "seed", 1000),
+        (["--model.lora_targets", '["q_proj"]'], "model.lora_targets", ("q_proj",)),
+    ],
+    ids=str,
+)
+def test_a_word_of_the_shell_stays_a_word_where_a_text_is_asked_for(
+    tmp_path: Path, words: list[str], field: str, value: Any
+) -> None:
+    (tmp_path / "c.toml").touch()
+    found: Any = settings.load(tmp_path / "c.toml", words)
+    for part in field.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_a_setting_that_takes_a_path_is_no_switch(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").touch()
+    with pytest.raises(UserError, match="run_dir = True: give a path, in quotes"):
+        settings.load(tmp_path / "c.toml", ["--run_dir"])
+
+
+@pytest.mark.parametrize(
     ("values", "overrides", "expected"),
     [
         ({"ppo": {"learning_rat": 1}}, (), "unknown setting 'ppo.learning_rat'"),

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import copy
 import tomllib
+from collections.abc import Callable
+from datetime import date, datetime, time
 from typing import Any
 
 from tppo_fast.errors import UserError
 
 
-def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Apply ``--a.b value`` / ``--a.b=value`` / ``--switch`` / ``--no-switch`` pairs to a nested dict."""
+def merge(
+    values: dict[str, Any], overrides: list[str], is_text: Callable[[list[str]], bool] = lambda _: False
+) -> dict[str, Any]:
+    """Apply ``--a.b value`` / ``--a.b=value`` / ``--switch`` / ``--no-switch`` pairs to a nested dict.
+
+    Where ``is_text`` says of ["a", "b"] that it takes a text, a number or date stays the word it was written as.
+    """
     merged = copy.deepcopy(values)
     for key, text in _pairs(overrides):
         *sections, name = key.replace("-", "_").split(".")
@@ -19,7 +26,9 @@ def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             table = table.setdefault(section, {})
             if not isinstance(table, dict):
                 raise UserError(f"--{key} {text}: {section!r} is a value, not a section, in the config file")
-        table[name] = _literal(text)
+        value = _literal(text)
+        stays = isinstance(value, int | float | date | datetime | time) and not isinstance(value, bool)
+        table[name] = text if stays and is_text([*sections, name]) else value
     return merged
 
 

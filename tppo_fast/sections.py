@@ -115,7 +115,18 @@ def load_section(path: str | os.PathLike[str], overrides: list[str], section: ty
     Raises:
         UserError: unreadable file, bad TOML, unknown key or bad value.
     """
-    return build_section(merge(read_toml(path), overrides), section)
+    return build_section(merge(read_toml(path), overrides, lambda names: _is_text(section, names)), section)
+
+
+def _is_text(section: type[Section], names: list[str]) -> bool:
+    """Whether the setting of these names (["data", "train"]) takes a text or a path and nothing else."""
+    field = section.model_fields.get(names[0])
+    if field is None:
+        return False
+    if len(names) > 1:
+        kind = field.annotation
+        return isinstance(kind, type) and issubclass(kind, Section) and _is_text(kind, names[1:])
+    return _kinds(field.annotation) <= {str, Path, type(None)}
 
 
 def _sentence(error: ValidationError, section: type[Section]) -> str:
