@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -23,7 +24,9 @@ from test_trainer import wait_for_step, write_toml
 from tppo_fast import checkpoint, dpo, sft
 from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.finetune_config import DPOConfig, DPOSection, LearnConfig, SFTConfig
+from tppo_fast.interrupt import Interrupted
 from tppo_fast.metrics import GLOSSARY, read_metrics
+from tppo_fast.rollout.hf_engine import HFEngine
 from tppo_fast.sections import build_section
 
 
@@ -287,17 +290,57 @@ def test_dpo_trains_and_resumes_bit_for_bit(tiny_model: Path, tmp_path: Path) ->
     assert result.policy == whole / "policy"
 
 
-def test_dpo_does_not_learn_from_what_an_earlier_run_sampled(tiny_model: Path, tmp_path: Path) -> None:
+def test_dpo_that_is_stopped_while_it_samples_goes_on_from_there(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(run_dir: Path) -> DPOConfig:
+        return build_section(values(tiny_model, run_dir, "dpo", max_pairs=6) | {"train": {"steps": 1}}, DPOConfig)
+
+    generate, calls = HFEngine.generate, iter(range(100))
+
+    def stopped(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return generate(*arguments)
+
+    monkeypatch.setattr(dpo, "CHUNK", 2)
+    dpo.dpo(config(tmp_path / "whole"))
+    monkeypatch.setattr(HFEngine, "generate", stopped)
+    with pytest.raises(Interrupted, match="stopped with 4 of 6 done and saved; the same command goes on"):
+        dpo.dpo(config(tmp_path / "r"))
+    kept = (tmp_path / "r" / "own-output-train.jsonl").read_text()
+    assert len(kept.splitlines()) == 4
+    dpo.dpo(config(tmp_path / "r"))
+    sampled = (tmp_path / "r" / "own-output-train.jsonl").read_text()
+    assert sampled.startswith(kept)
+    assert sampled == (tmp_path / "whole" / "own-output-train.jsonl").read_text()
+    assert learned(tmp_path / "r") == learned(tmp_path / "whole")
+
+
+def test_dpo_does_not_learn_from_what_another_policy_sampled(tiny_model: Path, tmp_path: Path) -> None:
     """A run that died before its first checkpoint leaves its samples behind; the next one may have another policy."""
-    left = tmp_path / "own-output-train.json"
-    config = build_section(values(tiny_model, tmp_path, "dpo", max_pairs=4) | {"train": {"steps": 1}}, DPOConfig)
+    folder, run_dir = tmp_path / "model", tmp_path / "r"
+    shutil.copytree(tiny_model, folder)
+    config = build_section(values(folder, run_dir, "dpo", max_pairs=4) | {"train": {"steps": 1}}, DPOConfig)
     dpo.dpo(config)
-    sampled = left.read_text()
-    for folder in (tmp_path / "policy", tmp_path / "checkpoints"):
-        shutil.rmtree(folder)
-    left.write_text(sampled.replace("[[", "[[1, ", 1))
+    for left in (run_dir / "policy", run_dir / "checkpoints"):
+        shutil.rmtree(left)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        lm.model.norm.weight.mul_(1.5)
+    lm.save_pretrained(folder)
     dpo.dpo(config)
-    assert left.read_text() == sampled
+    entries = [json.loads(line) for line in (run_dir / "own-output-train.jsonl").read_text().splitlines()]
+    assert len({entry["key"] for entry in entries}) == len(entries) == 8
+
+
+def test_dpo_refuses_pairs_that_may_not_fit_before_it_samples(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpo, "build_engine", None)
+    given = values(tiny_model, tmp_path / "r", "dpo", microbatch_tokens=250)  # enough for one side
+    with pytest.raises(UserError, match=r"^dpo\.microbatch_tokens = 250: a pair may need 4\d\d tokens; raise it"):
+        dpo.dpo(build_section(given, DPOConfig))
 
 
 def test_an_error_after_the_engine_started_ends_it(tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -65,7 +65,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
         "config", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "rollout", "runs", "seeding",
     },
     "dpo": {
-        "atomic", "data", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "rollout", "runs",
+        "data_types", "errors", "finetune", "finetune_config", "hashing", "labelling", "model", "packing", "rollout", "runs",
         "seeding", "sft",
     },
     "data": {"atomic", "config", "data_types", "errors", "words"},

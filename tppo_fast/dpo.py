@@ -11,19 +11,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tppo_fast import finetune, packing, seeding
-from tppo_fast.atomic import write_atomic
-from tppo_fast.data.prompts import PromptBuilder
-from tppo_fast.data.sessions import Session
 from tppo_fast.data_types import Prompt, RolloutBatch
 from tppo_fast.errors import UserError
 from tppo_fast.finetune_config import DPOConfig, DPOSection
+from tppo_fast.hashing import sha256_of
+from tppo_fast.labelling.journal import Journal, fill
 from tppo_fast.model import Actor
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.base import check_lengths
@@ -32,6 +31,11 @@ from tppo_fast.sft import logprobs, longest_example, packed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+CHUNK = 128
+"""Sessions in one call of the engine; fixed, since it decides which random numbers a response gets."""
+Sides = tuple[Sequence[Prompt], Sequence[Sequence[int]]]
+"""Prompts, and the true response to each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +73,13 @@ def _train(config: DPOConfig, start_from: Path | None) -> finetune.FinetuneResul
     train_sessions = train_sessions[: config.dpo.max_pairs]
     held_sessions = held_sessions[: config.train.eval_prompts]
     actor, tokenizer, builder = finetune.build(config)
+    train, held_out = ((builder.prompts(s), builder.responses(s)) for s in (train_sessions, held_sessions))
+    for sides in (train, held_out):
+        _check_lengths(config, actor.lm.config, sides)
     with contextlib.closing(build_engine(config, tokenizer, actor.device)) as engine:
         engine.load_weights(actor.named_weights(), version=0)  # the sampled side comes from the policy before any step
-        pairs = own_output(config, engine, builder, train_sessions, "train")
-        held_pairs = own_output(config, engine, builder, held_sessions, "held-out")
-        examples = [(p.prompt, ids) for p in [*pairs, *held_pairs] for ids in (p.chosen, p.rejected)]
-        check_lengths(
-            longest_example(config, examples), actor.lm.config, ("dpo.microbatch_tokens", config.dpo.microbatch_tokens)
-        )
+        pairs = own_output(config, engine, train, "train")
+        held_pairs = own_output(config, engine, held_out, "held-out")
         objective = Preference(
             actor=actor,
             reference=actor.frozen_copy(),
@@ -87,44 +90,61 @@ def _train(config: DPOConfig, start_from: Path | None) -> finetune.FinetuneResul
             share_prompts=config.model.share_prompts,
         )
         learner = finetune.Learner(actor, config.dpo, config.train.steps, "dpo.lr")
-        held = finetune.Held(engine=engine, prompts=builder.prompts(held_sessions), builder=builder)
+        held = finetune.Held(engine=engine, prompts=held_out[0], builder=builder)
         return finetune.run(config, config.dpo, learner, objective, held, tokenizer, start_from=start_from, name="dpo")
 
 
-def own_output(
-    config: DPOConfig, engine: RolloutEngine, builder: PromptBuilder, sessions: Sequence[Session], name: str
-) -> list[Pair]:
+def _check_lengths(config: DPOConfig, model_config: Any, sides: Sides) -> None:
+    """Refuse pairs that the model or ``dpo.microbatch_tokens`` may not hold, before one is sampled."""
+    examples = list(zip(*sides, strict=True))
+    check_lengths(longest_example(config, examples), model_config)
+    budget, sampled = config.dpo.microbatch_tokens, config.rollout.max_new_tokens
+    if (longest := max(2 * len(p.token_ids) + len(ids) + sampled for p, ids in examples)) > budget:
+        raise UserError(
+            f"dpo.microbatch_tokens = {budget}: a pair may need {longest} tokens; raise it, or shorten prompts "
+            "(data.max_prompt_tokens) or responses (rollout.max_new_tokens)"
+        )
+
+
+def own_output(config: DPOConfig, engine: RolloutEngine, sides: Sides, name: str) -> list[Pair]:
     """One pair for each session whose sampled response differs from the true one.
 
-    What was sampled is kept in ``run_dir``, so that a resumed run has the same pairs without sampling again.
+    What was sampled is kept in ``run_dir`` as it comes: a run that was stopped goes on from there, one that is resumed has the
+    same pairs without sampling again.
 
     Raises:
         UserError: the policy already gives the true queries everywhere.
+        Interrupted: SIGINT or SIGTERM; what was sampled is kept.
     """
-    prompts, truth = builder.prompts(sessions), builder.responses(sessions)
-    path = config.run_dir / f"own-output-{name}.json"
-    key = hashlib.sha256(json.dumps([[list(p.token_ids) for p in prompts], truth]).encode()).hexdigest()
-    record = _read(path)
-    if record.get("key") != key:
+    prompts, truth = sides
+
+    def sample(numbers: Sequence[int]) -> list[dict[str, Any]]:
         sampling = SamplingParams(
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.rollout.temperature,
-            seed=seeding.derive(config.seed, "own output", name),
+            seed=seeding.derive(config.seed, "own output", name, numbers[0]),
         )
-        record = {"key": key, "token_ids": [list(r.token_ids) for r in engine.generate(prompts, sampling)]}
-        write_atomic(path, json.dumps(record).encode())
-    sides = zip(prompts, truth, record["token_ids"], strict=True)
-    pairs = [Pair(prompt=p, chosen=t, rejected=o) for p, t, o in sides if list(t) != list(o)]
+        rollouts = engine.generate([prompts[i] for i in numbers], sampling)
+        return [{"token_ids": list(rollout.token_ids)} for rollout in rollouts]
+
+    source = _source(config, prompts)
+    keys = [f"{source}/{number}" for number in range(len(prompts))]
+    with Journal(config.run_dir / f"own-output-{name}.jsonl") as journal:
+        fill(journal, keys, sample, chunk=CHUNK, concurrency=0, verb=f"sample ({name})", unit="session")
+        own = [journal.entries[key]["token_ids"] for key in keys]
+    pairs = [Pair(prompt=p, chosen=t, rejected=o) for p, t, o in zip(prompts, truth, own, strict=True) if list(t) != o]
     if not pairs:
         raise UserError(f"every sampled {name} response equals the true one: there is no pair to learn from")
     return pairs
 
 
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+def _source(config: DPOConfig, prompts: Sequence[Prompt]) -> str:
+    """A hash of what responses are sampled from and how: an earlier run in the folder may have had another policy."""
+    folder = Path(config.model.path)
+    policy = sha256_of(folder) if folder.exists() else "of the hub"
+    how = [config.seed, config.rollout.engine, config.rollout.max_new_tokens, config.rollout.temperature]
+    made_of = [policy, config.model.model_dump(mode="json"), how, [list(p.token_ids) for p in prompts]]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,7 @@ def open_run_dir(
     resume: bool,
     *,
     result: str = "policy",
-    unsaved: Sequence[str] = ("tensorboard", METRICS_FILE, "own-output-*.json"),
+    unsaved: Sequence[str] = ("tensorboard", METRICS_FILE),
     free: Collection[str] = checkpoint.FREE,
 ) -> Iterator[Path | None]:
     """The checkpoint to start from, or None for a new run in a folder that holds no other run.
