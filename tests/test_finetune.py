@@ -123,8 +123,10 @@ def test_what_a_killed_run_found_best_later_is_not_taken_for_what_its_checkpoint
         return gradient(self, step)
 
     def best() -> list[str]:
-        return sorted(path.name for path in (tmp_path / "r").glob("best-*"))
+        return sorted(path.name for path in (tmp_path / "r").glob("*best-*"))
 
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "best-2024.txt").write_text("mine")
     gradient = sft.Supervision.gradient
     third = sft.sft(config(tmp_path / "third", select="last", steps=3, eval_every=0)).policy
     losses = iter([5.0, 4.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.5, 2.0])  # of steps 0 to 9, and of 7 again
@@ -132,11 +134,12 @@ def test_what_a_killed_run_found_best_later_is_not_taken_for_what_its_checkpoint
     monkeypatch.setattr(sft.Supervision, "gradient", killed_at_9)
     with pytest.raises(KeyboardInterrupt):
         sft.sft(config(tmp_path / "r", steps=30, eval_every=1))
-    assert best() == ["best-000003", "best-000009"]  # named by the checkpoint of step 5; the best now
+    assert best() == ["best-000003", "best-000009", "best-2024.txt"]  # the checkpoint of step 5 names one; the best now
+    (tmp_path / "r" / ".best-000009.1.tmp").mkdir()
     result = sft.sft(config(tmp_path / "r", steps=7, eval_every=0), resume=True)
     assert result.step == 3
     assert (result.policy / "model.safetensors").read_bytes() == (third / "model.safetensors").read_bytes()
-    assert best() == ["best-000003"]
+    assert best() == ["best-000003", "best-2024.txt"]
     shutil.rmtree(tmp_path / "r" / "best-000003")
     with pytest.raises(UserError, match="best-000003, which it names, is gone"):
         sft.sft(config(tmp_path / "r", steps=8, eval_every=0), resume=True)

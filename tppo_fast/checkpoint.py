@@ -110,7 +110,8 @@ def drop_best(run_dir: Path, step: int) -> None:
     for folder in list_checkpoints(run_dir):
         with contextlib.suppress(UserError, KeyError, TypeError):  # a damaged one cannot be gone on from
             named.add(best_of(run_dir, read_state(folder)["best"]["step"]))
-    for path in {*run_dir.glob("best-[0-9]*"), *run_dir.glob(".best-[0-9]*.tmp")} - named:
+    kept = {path for path in run_dir.glob("best-*") if path.name[5:].isdigit()}
+    for path in (kept - named) | {*run_dir.glob(".best-*.tmp")}:  # the second: what a kill left half-written
         shutil.rmtree(path)
 
 
