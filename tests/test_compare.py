@@ -142,6 +142,7 @@ def test_samples_to_target_by_hand(tmp_path: Path) -> None:
         ({"baseline": "nobody"}, "baseline = 'nobody'"),
         ({"seeds": [0, 3, 3]}, r"^seeds = \[0, 3, 3\]: 3 stands there twice; give each seed once$"),
         ({"base": {"rolout": {}}}, r"^unknown setting 'base\.rolout': there are data, device, dpo, model, "),
+        ({"start": {"model": 3}}, r"^model = 3: this is a section"),
         ({"base": {"seed": 3}}, r"^base\.seed = 3: compare sets it for every job; remove it$"),
         ({"start": {"run_dir": "x"}}, r"^start\.run_dir = 'x': compare sets it"),
         (

@@ -122,9 +122,9 @@ def _start_config(experiment: Experiment) -> SFTConfig:
     """How the policy that every method starts from is supervised."""
     own = {"run_dir": str(experiment.run_dir / "start"), "seed": experiment.seeds[0], "data": _data(experiment)}
     values = merged(merged(pick(experiment.base, SFTConfig), experiment.start), own)
-    if not values.get("model", {}).get("path"):
-        values = merged(values, {"model": {"path": str(experiment.run_dir / UNTRAINED)}})
     config = build_section(values, SFTConfig)
+    if not config.model.path:
+        config = build_section(merged(values, {"model": {"path": str(experiment.run_dir / UNTRAINED)}}), SFTConfig)
     jobs.check_record(config.run_dir / "job.json", config, "start")
     return config
 
