@@ -50,7 +50,8 @@ def test_an_experiment_survives_a_failure_continues_and_reports(
 
     monkeypatch.setattr(trainer, "train", failing)
     shown: list[bool] = []
-    monkeypatch.setattr(compare, "show", lambda *_: shown.append((run_dir / "report.html").exists()))
+    show = compare.show
+    monkeypatch.setattr(compare, "show", lambda *a: (shown.append((run_dir / "report.html").exists()), show(*a)))
     with pytest.raises(JobsFailed, match="1 of 6 jobs failed; the report is of the others"):
         compare.compare(experiment)
     assert shown == [True]  # written before it is shown
@@ -113,6 +114,14 @@ def test_when_every_job_fails_it_is_no_bad_input_and_any_name_can_be_shown(
     given = values(tiny_model, tmp_path / "e") | {"methods": [{"name": "[/bold] A", "algorithm": "tppo"}]}
     with pytest.raises(JobsFailed, match=r"^every job failed, the first with TrainingDiverged: step 1"):
         compare.compare(build_section(given, Experiment))
+
+
+@pytest.mark.parametrize("name", ["SFT (start)", "copy the last query"])
+def test_a_methods_name_is_its_own(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    given = values(tiny_model, tmp_path / "e") | {"methods": [{"name": name, "algorithm": "tppo"}]}
+    with pytest.raises(UserError, match=r"methods: .* is the name of a row that is always there"):
+        compare.compare(build_section(given, Experiment))
+    assert not (tmp_path / "e").exists()
 
 
 def test_samples_to_target_by_hand(tmp_path: Path) -> None:

@@ -64,9 +64,12 @@ def compare(experiment: Experiment) -> list[str]:
         JobsFailed: jobs failed; what the others found is in the report.
         Interrupted: SIGINT or SIGTERM; the running job saved a checkpoint, and the same command continues.
     """
-    baseline = experiment.baseline or experiment.methods[0].name
-    if baseline not in {method.name for method in experiment.methods}:
+    names = [method.name for method in experiment.methods]
+    baseline = experiment.baseline or names[0]
+    if baseline not in names:
         raise UserError(f"baseline = {baseline!r}: name one of the methods")
+    if taken := {START, panel.COPY_LAST}.intersection(names):
+        raise UserError(f"methods: {taken.pop()!r} is the name of a row that is always there; choose another")
     sessions, start = _sessions_config(experiment), _start_config(experiment)
     planned = jobs.plan(experiment, start.run_dir / "policy", _data(experiment))
     _write_sessions(experiment, sessions)
