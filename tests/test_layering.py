@@ -88,7 +88,9 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
         "atomic", "config", "data", "data_types", "errors", "evaluate", "judging", "loading", "progress", "rewards", "rollout",
         "runs", "words",
     },
-    "evaluate_command": {"config", "data", "errors", "evaluate", "labelling", "panel", "plugins", "report", "rewards"},
+    "evaluate_command": {
+        "config", "data", "errors", "evaluate", "labelling", "panel", "plugins", "progress", "report", "rewards",
+    },
     "probing": set(),
     "doctor": {"probing"},
 }  # fmt: skip

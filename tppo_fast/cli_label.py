@@ -240,16 +240,15 @@ def _estimate(work: Plan, judge: Judge, options: dict[str, Any]) -> int:
 
 
 def _compare(a: Path, b: Path, *, out: Path | None, seed: int) -> None:
-    from rich.console import Console
-
     from tppo_fast.atomic import write_atomic
     from tppo_fast.labelling.agreement import compare
     from tppo_fast.labelling.records import read_labels
+    from tppo_fast.progress import table_console
 
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
         raise UserError(f"--out {str(out)!r}: give a name ending in .json, in a folder that exists")
     comparison = compare(read_labels(a), read_labels(b), seed=seed)
-    Console(width=None if Console().is_terminal else 120).print(comparison.table())
+    table_console().print(comparison.table())
     if out is not None:
         write_atomic(out, (json.dumps({"a": a.name, "b": b.name, **comparison.as_json()}, indent=2) + "\n").encode())
         click.echo(f"figures: {out}")

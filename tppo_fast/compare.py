@@ -24,6 +24,7 @@ from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import SFTConfig
 from tppo_fast.jobs import Job, merged, pick
 from tppo_fast.metrics import read_metrics, recorded
+from tppo_fast.progress import table_console
 from tppo_fast.runs import load_sessions, make_run_dir
 from tppo_fast.sections import build_section
 
@@ -91,7 +92,7 @@ def compare(experiment: Experiment) -> list[str]:
     _write(experiment, found, duels, done, verdict, reached, target, failures)
     show(found, duels)
     for sentence in verdict:
-        Console().print(sentence, markup=False)
+        table_console().print(sentence, markup=False)
     if failures:
         raise JobsFailed(
             f"{len(failures)} of {len(planned)} jobs failed; the report is of the others, the same command tries again"

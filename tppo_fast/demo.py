@@ -30,7 +30,7 @@ from tppo_fast.errors import UserError
 from tppo_fast.figures import reward_histogram
 from tppo_fast.finetune_config import LearnConfig
 from tppo_fast.metrics import read_metrics
-from tppo_fast.progress import Progress
+from tppo_fast.progress import Progress, table_console
 from tppo_fast.rewards import CLASS_NAMES, build_reward, token_spans
 
 if TYPE_CHECKING:
@@ -326,7 +326,7 @@ def _print_table(table: dict[str, dict[str, evaluate.Estimate]], verdicts: list[
     for name, row in table.items():
         cells = [_cell(row.get(metric), metric == "relevance") for metric in TABLE]
         shown.add_row(name, *cells)
-    console = Console()
+    console = table_console()
     console.print(shown)
     for sentence in verdicts:
         console.print(sentence)

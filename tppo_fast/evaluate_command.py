@@ -19,6 +19,7 @@ from tppo_fast.errors import UserError
 from tppo_fast.evaluate import Estimate
 from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
 from tppo_fast.plugins import guarded, load_object
+from tppo_fast.progress import table_console
 from tppo_fast.report import verdict
 from tppo_fast.rewards import Labeller, Labels
 
@@ -141,7 +142,7 @@ def show(found: panel.Panel, duels: Sequence[panel.Duel]) -> None:
         shown.add_column(column, overflow="fold")
     for name, row in table.items():
         shown.add_row(Text(name), *(cell(row.get(metric), metric in WITH_INTERVAL) for metric in present))
-    console = Console()
+    console = table_console()
     console.print(shown)
     for duel in duels:
         gap = duel.difference

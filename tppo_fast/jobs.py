@@ -40,9 +40,9 @@ class Job:
 
     @property
     def samples_per_step(self) -> int:
-        """Responses that one step trains on (DPO: both sides of its pairs)."""
+        """Sampled responses that one step trains on (the other side of a DPO pair is the user's own)."""
         if isinstance(self.config, DPOConfig):
-            return 2 * self.config.dpo.batch_size
+            return self.config.dpo.batch_size
         return self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt
 
 

@@ -8,13 +8,24 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
 PLAIN_INTERVAL = 10.0
 """Fewest seconds between two plain lines."""
 
+TABLE_WIDTH = 160
+"""Columns of a table that no terminal shows."""
+
 _bars: RichProgress | None = None  # the one live display; work inside other work adds a bar to it
+
+
+def table_console() -> Console:
+    """Standard output for tables: as wide as the terminal, or wide enough where a file or a log takes them."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
 
 
 class Progress:
