@@ -1,8 +1,9 @@
 """Rollout tokens per second on the same prompts, weights and sampling: ``python -m benchmarks --suite rollout``.
 
 Every engine lives in this process, holds the same published weights, and takes turns. Prompt lengths spread evenly up to the
-longest, as those of search histories do: generate pays for left padding and computes a prompt once for each of its responses,
-vLLM computes it once for all. An engine's log-probabilities must be the trainer's (``parity.LIMITS``) before it is timed.
+longest, as those of search histories do: generate pays for left padding, and TRL has it compute a prompt once for each of its
+responses; ours and vLLM compute it once for all. An engine's log-probabilities must be the trainer's (``parity.LIMITS``) before
+it is timed.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python -m benchmarks --suite step --threads 2
 
 Every provider is a process of its own, they take turns, and get the same prompts, number of samples, response length (the
-end-of-sequence token is forbidden), epochs, optimizer and fp32 weights. All sample by transformers' generate, so that the
-trainers are compared; what vLLM changes stands in rows of its own, since TRL's PPO trainer cannot use it. The first to sample
-decides the responses: what the others sample is only timed, and they learn from the same ones. Hence the gate: reward, KL,
-losses and entropy of every iteration must agree (GRPO: reward and entropy), and so must what the policy learned, the change in
-the log-probability of each response; no time is kept where they do not.
+end-of-sequence token is forbidden), epochs, optimizer and fp32 weights. All sample by transformers' generate, in ours (and in
+the padded baseline) after a prefill that the samples of a prompt share; what vLLM changes stands in rows of its own, since
+TRL's PPO trainer cannot use it. The first to sample decides the responses: what the others sample is only timed, and they learn
+from the same ones. Hence the gate: reward, KL, losses and entropy of every iteration must agree (GRPO: reward and entropy), and
+so must what the policy learned, the change in the log-probability of each response; no time is kept where they do not.
 
 What differs: TRL's critic is a body of its own, as in "own critic"; "shared body" is our switch for one body, which trains
 another function: it is held to the padded baseline with one body. TRL computes the logits of prompts, too. We keep a second

@@ -218,7 +218,8 @@ def summary() -> str:
     parts.append(
         f"<sub>`make bench` (GPU: `make gpu-check`): {note}. Best other: the best provider that passed the same run's "
         "correctness gate; ~: the 20 to 80 % bands of the two overlap; other sizes: the ratios there; memory: an op's peak "
-        "beyond its inputs, a step's whole process. Iterations on the CPU sample by transformers' generate on both sides. The "
+        "beyond its inputs, a step's whole process. Iterations on the CPU sample by transformers' generate on both sides, "
+        "ours with a prompt's samples sharing its prefill. The "
         "GPU's PPO step leaves sampling out and is not held to TRL's by that gate: a shared body is one body for policy and "
         "critic, TRL trains two. Its padded GAE is a loop over time. Learning rows compare methods that are all ours, on two "
         "seeds; TPPO discounts by 0.7 there, the others not; five seeds and both discounts are below. All rows: "
