@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Nothing is compiled ahead: of torch's, transformers' and vLLM's modules few are ever imported, and compiling all of them takes
-# longer than unpacking them.
+# longer than unpacking them. Those that are imported must be kept compiled, whatever the environment says (images often do).
 INSTALL := $(BIN)/pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
