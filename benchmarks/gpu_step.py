@@ -56,7 +56,7 @@ OTHERS = (
     Row(provider="tppo_fast: prompts not shared", changes={"settings": UNSHARED_PROMPTS, "microbatch": 8}, **LIKE),
     Row(provider="tppo_fast: activations recomputed", changes={"settings": RECOMPUTED, "microbatch": 64}, **LIKE),
     Row(provider="tppo_fast: attention by SDPA", changes={"settings": SDPA, "microbatch": 64}, **LIKE),
-    Row(provider="tppo_fast: head at four units", changes={"settings": SHARED, "microbatch": 64, "row_local": False}, **LIKE),
+    Row(provider="tppo_fast: head at 4 GEMMs", changes={"settings": SHARED, "microbatch": 64, "row_local": False}, **LIKE),
 )  # fmt: skip
 
 

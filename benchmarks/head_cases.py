@@ -106,13 +106,13 @@ def head_case(place: Place, actions: int, hidden_size: int, vocab: int, *, entro
     def full(h: Tensor, w: Tensor) -> Tensor:
         return eager(*reference.logprobs_from_logits(h @ w.t(), targets))
 
-    losses: dict[str, peers.Scalar | str] = {f"{n}, 3 units": loss for n, loss in place.ours(three).items()}
+    losses: dict[str, peers.Scalar | str] = {f"{n}, 3 GEMMs": loss for n, loss in place.ours(three).items()}
     four = place.ours(lambda b: of(lambda h, w: tk.linear_logprobs(h, w, targets, backend=b)))
     best = BACKEND_NAMES[place.backends[0]]
-    losses[f"{best}, 4 units"] = four[best]
+    losses[f"{best}, 4 GEMMs"] = four[best]
     if place.device == "cuda":
-        losses[f"{best}, 3 units, chunks of 2048"] = three("triton", 2048)
-        losses[f"{best}, 3 units, fp32 logits"] = three("triton", None, torch.float32)
+        losses[f"{best}, 3 GEMMs, chunks of 2048"] = three("triton", 2048)
+        losses[f"{best}, 3 GEMMs, fp32 logits"] = three("triton", None, torch.float32)
     losses |= {"torch eager": full, "torch.compile": compiled(full)}
     losses |= {name: pair if isinstance(pair, str) else of(pair) for name, pair in peers.heads(targets).items()}
     for name, logp_of in peers.logp_heads(targets).items():
@@ -122,7 +122,7 @@ def head_case(place: Place, actions: int, hidden_size: int, vocab: int, *, entro
             losses[name] = of(lambda h, w, logp_of=logp_of: _only(logp_of(h, w)))
     liger = peers.liger_policy_loss(targets, old, advantages, chunk_size=min(2048, actions))
     losses["Liger: GRPO, an action each"] = peers.NO_ENTROPY if entropy else liger
-    return head.case(f"PPO loss of a head{', entropy term' if entropy else ''}", losses, full, refresh=refresh)
+    return head.case(f"LM head + PPO loss{' with entropy bonus' if entropy else ''}", losses, full, refresh=refresh)
 
 
 def _only(logp: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,10 +142,10 @@ def cross_entropy_case(place: Place, actions: int, hidden_size: int, vocab: int)
         return torch.nn.functional.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets)
 
     losses = {
-        **{f"{name}, 3 units": loss for name, loss in place.ours(ours).items()},
+        **{f"{name}, 3 GEMMs": loss for name, loss in place.ours(ours).items()},
         "torch eager": full, "torch.compile": compiled(full), **peers.cross_entropies(targets),
     }  # fmt: skip
-    return head.case("cross-entropy of a head", losses, full)
+    return head.case("LM head + cross-entropy", losses, full)
 
 
 def live_rows_case(place: Place, actions: int, hidden_size: int, vocab: int, *, live: float) -> Case:

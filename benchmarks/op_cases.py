@@ -206,7 +206,7 @@ def ppo_case(place: Place, actions: int) -> Case:
     for name, loss in peers.ppo_losses().items():
         providers[name] = loss if isinstance(loss, str) else lambda loss=loss: run(loss)
     return Case(
-        family="PPO loss of every term and its gradients, fp32", sizes={"tokens": actions}, baseline="torch eager",
+        family="PPO loss, all terms, forward + backward, fp32", sizes={"tokens": actions}, baseline="torch eager",
         providers=providers, ideal_seconds=4 * 11 * actions / place.ceilings.copy,
         truth=lambda: (run(eager), run(eager, torch.float64)), refresh=refill(list(x.values()), make),
     )  # fmt: skip

@@ -193,7 +193,7 @@ def _gains(axes: Axes, rows: Sequence[Result]) -> None:
         for row in (pair.ours, pair.other):
             if row is not None and row.ratio:
                 what = row.family.rpartition(", ")[0] if row is pair.ours else ""
-                labels.append(f"{what.removesuffix(' of every term and its gradients')}  {row.provider.split(',')[0]}")
+                labels.append(f"{what.removesuffix(', all terms, forward + backward')}  {row.provider.split(',')[0]}")
                 widths.append(row.ratio)
                 found.append(row.provider)
     axes.barh(range(len(widths)), widths, color=[_colours(found)[name] for name in found])

@@ -147,7 +147,7 @@ LEVERS = (
         metrics=WITH_NORM,
     ),
     Row(
-        provider="tppo_fast: shared body, head at four units",
+        provider="tppo_fast: shared body, head at 4 GEMMs",
         changes={"settings": SHARED, "row_local": False},
         like="tppo_fast: shared body",
         metrics=WITH_NORM,

@@ -69,31 +69,43 @@ def families(rows: Sequence[Result]) -> list[list[list[Result]]]:
     return list(found.values())
 
 
-def table(cases: Sequence[Sequence[Result]]) -> str:
-    """One block of rows for each case."""
-    lines = [
-        "| what | provider | median | 20-80 % | turns | ratio | of the ceiling | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def blocks(cases: Sequence[Sequence[Result]]) -> str:
+    """A table for each case, and below it who was not timed and why (once for all sizes)."""
+    parts: list[str] = []
     said: set[tuple[str, str, str | None]] = set()
     for rows in cases:
+        parts.append(f"**{rows[0].case}**")
+        if measured := [_columns(row) for row in rows if row.median is not None]:
+            parts.append(_table(measured))
+        reasons: dict[str, list[str]] = {}
         for row in rows:
-            if row.median is None or row.q20 is None or row.q80 is None:
-                if (why := (row.family or row.case, row.provider, row.problem)) in said:
-                    continue  # once for all sizes
+            why = (row.family or row.case, row.provider, row.problem)
+            if row.median is None and why not in said:
                 said.add(why)
-                lines.append(f"| {row.case} | {row.provider} | {row.problem or 'not measured'} | | | | | |")
-                continue
-            ratio = f"{row.ratio:.2f}x" if row.ratio else ""
-            share = f"{row.share_of_ceiling:.0%}" if row.share_of_ceiling else ""
-            memory = size(row.device_peak_bytes if row.device_peak_bytes is not None else row.host_peak_bytes)
-            turns = len(row.values)
-            spread = f"{value(row.q20, row.unit)} - {value(row.q80, row.unit)}" if turns > 1 else ""
-            lines.append(
-                f"| {row.case} | {row.provider} | {value(row.median, row.unit)} | {spread} | {turns} | {ratio} | {share} | "
-                f"{memory} |"
-            )
-    return "\n".join(lines)
+                reasons.setdefault(row.problem or "not measured", []).append(row.provider)
+        parts += [f"Not timed ({reason}): {'; '.join(names)}." for reason, names in reasons.items()]
+    return "\n\n".join(parts)
+
+
+def _columns(row: Result) -> dict[str, str]:
+    turns, spread = len(row.values), (row.q20 or 0.0, row.q80 or 0.0)
+    memory = row.device_peak_bytes if row.device_peak_bytes is not None else row.host_peak_bytes
+    return {
+        "provider": row.provider,
+        "median": value(row.median or 0.0, row.unit),
+        "20-80 %": " - ".join(value(x, row.unit) for x in spread) if turns > 1 else "",
+        "turns": str(turns) if turns > 1 else "",
+        "ratio": times(row.ratio) if row.ratio else "",
+        "of the ceiling": f"{row.share_of_ceiling:.0%}" if row.share_of_ceiling else "",
+        "peak memory": size(memory),
+    }
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Without the columns that are empty in every row."""
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def exponents(report: Mapping[str, Any]) -> str:
@@ -114,7 +126,7 @@ def full(report: Mapping[str, Any]) -> str:
     rows = results.rows_of(report)
     absent = [f"- {name}: {p['missing']}" for name, p in report["providers"].items() if p["missing"]]
     versions = ", ".join(f"{name} {p['version']}" for name, p in report["providers"].items() if p["version"])
-    parts = [f"{caption(report)}. Providers: {versions}.", table(list(by_case(rows).values()))]
+    parts = [f"{caption(report)}. Providers: {versions}.", blocks(list(by_case(rows).values()))]
     if note := report.get("note"):
         parts.append(note)
     settings = report["settings"]
@@ -216,14 +228,15 @@ def summary() -> str:
         else NOT_MEASURED
     )
     parts.append(
-        f"<sub>`make bench` (GPU: `make gpu-check`): {note}. Best other: the best provider that passed the same run's "
-        "correctness gate; ~: the 20 to 80 % bands of the two overlap; other sizes: the ratios there; memory: an op's peak "
-        "beyond its inputs, a step's whole process. Iterations on the CPU sample by transformers' generate on both sides, "
-        "ours with a prompt's samples sharing its prefill. The "
-        "GPU's PPO step leaves sampling out and is not held to TRL's by that gate: a shared body is one body for policy and "
-        "critic, TRL trains two. Its padded GAE is a loop over time. Learning rows compare methods that are all ours, on two "
-        "seeds; TPPO discounts by 0.7 there, the others not; five seeds and both discounts are below. All rows: "
-        "[RESULTS](benchmarks/RESULTS.md).</sub>"
+        f"<sub>`make bench` (GPU: `make gpu-check`): {note}. All rows: [RESULTS](benchmarks/RESULTS.md).</sub>\n\n"
+        "- *Best other*: the fastest provider that passed the same run's correctness gate. *~*: the 20 to 80 % bands of the two "
+        "overlap. *Memory*: an op's peak beyond its inputs, a step's whole process.\n"
+        "- PPO and GRPO iterations on the CPU sample with transformers' generate on both sides; in ours the samples of a prompt "
+        "share its prefill.\n"
+        "- The GPU's PPO step leaves sampling out. It compares one body for policy and critic with TRL's two, so the "
+        "correctness gate does not apply. The padded GAE there is a loop over time.\n"
+        "- Learning rows compare our own implementations of each method on two seeds. TPPO discounts with gamma 0.7 there, the "
+        "others do not; five seeds and both discounts are below."
     )
     return "\n\n".join(parts)
 
@@ -250,18 +263,14 @@ def _summary_line(cases: Sequence[Sequence[Result]]) -> str:
 
 def kernels() -> str:
     """The table of ``kernels/README.md``: the ops at their usual sizes, per device."""
-    blocks = []
+    parts = []
     for device in ("cpu", *gpus()):
         report = kept(device).get("ops")
-        text = (
-            f"{caption(report)}.\n\n{table([cases[0] for cases in families(results.rows_of(report))])}"
-            if report
-            else f"CPU: {NOT_MEASURED}."
-        )
-        blocks.append(text)
+        usual = [cases[0] for cases in families(results.rows_of(report))] if report else []
+        parts.append(f"{caption(report)}.\n\n{blocks(usual)}" if report else f"CPU: {NOT_MEASURED}.")
     if not gpus():
-        blocks.append(f"GPU: {NOT_MEASURED}.")
-    return "\n\n".join(blocks)
+        parts.append(f"GPU: {NOT_MEASURED}.")
+    return "\n\n".join(parts)
 
 
 def everything() -> str:

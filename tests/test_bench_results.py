@@ -88,7 +88,7 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
     results.write({**report, "machine": {"commit": "another"}}, tmp_path / "ops-2.json")
     with pytest.raises(ValueError, match=r"parts of several: commit is None and another"):
         results.load_suite(tmp_path, "ops")
-    assert "| c | QuACK | it needs a GPU |" in tables.table([rows])
+    assert "Not timed (it needs a GPU): QuACK." in tables.blocks([rows])
 
 
 def test_generated_texts_are_those_of_the_kept_results() -> None:

@@ -44,7 +44,7 @@ def test_the_step_suite_runs_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.
     for provider, at_least in {
         "tppo_fast: own critic": 1.3,
         "tppo_fast: shared body, prompts not shared": 2,
-        "tppo_fast: shared body, head at four units": 1.001,
+        "tppo_fast: shared body, head at 4 GEMMs": 1.001,
         "tppo_fast: all levers off": 3,
     }.items():
         assert rows[levers, provider].values[0] > at_least * lean.values[0], provider
