@@ -20,23 +20,22 @@ FAR_ROWS, FAR_VOCAB = 14_200, 151_936
 """A * V passes 2^31."""
 
 
-def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str]:
-    """What is wrong with our ops on this device: one sentence each."""
+def check_step(device: str, backend: str | None) -> list[str]:
+    """What is wrong on this device with that of ours which a PPO step stands on: one sentence each."""
     if problems := _mixed_gemm(device):
         return problems
+    hidden, weight, targets = random_head(300, 64, 5003, device=device)
+    of_head = _loss_of_head(hidden, weight, targets, random_ppo(300, device=device))
+    problems = _disagreements("linear_token_loss", of_head, backend)
+    return problems + _first_ratio(device, backend) + _packed_attention(device)
+
+
+def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str]:
+    """What is wrong with any of our ops on this device: one sentence each."""
+    problems = check_step(device, backend)
 
     def expect(what: str, runs: Callable[[str | None, torch.dtype | None], Outputs]) -> None:
-        try:
-            results = [runs(backend, None), runs("reference", None), runs("reference", torch.float64)]
-            found = [close(*three) for three in zip(*results, strict=True)]
-            again = zip(results[0], runs(backend, None), strict=True)
-        except Exception as error:  # the others may still say more
-            problems.append(f"{what} does not run: {type(error).__name__}: {str(error)[-300:]}")
-            return
-        found += [
-            None if torch.equal(a.nan_to_num(), b.nan_to_num()) else "other bits the second time" for a, b in again
-        ]
-        problems.extend(f"{what}, tensor {i}: {problem}" for i, problem in enumerate(found) if problem)
+        problems.extend(_disagreements(what, runs, backend))
 
     for rows, vocab in [(1, 1), (7, 17), (3, 32_003), (5, 50_257), (4 if dry else 64, 129_920)]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -54,8 +53,6 @@ def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str
             far = torch.arange(3000, device=device) % 7 == 0
             x["ref_logp"] = torch.where(far, x["logp"] + (100.0 if estimator != "k3" else -100.0), x["ref_logp"])
             expect(f"ppo, {estimator} x {kl_coef}, 100 nats apart", _ppo(x, kl_estimator=estimator, kl_coef=kl_coef))
-    hidden, weight, targets = random_head(300, 64, 5003, device=device)
-    expect("linear_token_loss", _loss_of_head(hidden, weight, targets, random_ppo(300, device=device)))
     for dtype in (torch.float32, torch.bfloat16):
         for share in (1.0, 0.3, 0.0):
             hidden, weight, targets = random_head(300, 200, 5003, dtype, device=device)
@@ -63,8 +60,21 @@ def check_everything(device: str, backend: str | None, *, dry: bool) -> list[str
             expect(f"compacted rows, {share:.0%} live, {dtype}", _compacted(hidden, weight, targets, live.roll(7)))
     if device != "cpu":  # where the bounds are checked
         problems += _uncovered_actions(device, backend)
-    problems += _first_ratio(device, backend) + _packed_attention(device) + ([] if dry else _far_rows(device))
-    return problems
+    return problems + ([] if dry else _far_rows(device))
+
+
+def _disagreements(
+    what: str, runs: Callable[[str | None, torch.dtype | None], Outputs], backend: str | None
+) -> list[str]:
+    """Where ``runs(backend, dtype)`` differs from the reference, or from itself when it runs again."""
+    try:
+        results = [runs(backend, None), runs("reference", None), runs("reference", torch.float64)]
+        found = [close(*three) for three in zip(*results, strict=True)]
+        again = zip(results[0], runs(backend, None), strict=True)
+    except Exception as error:  # the other checks may still say more
+        return [f"{what} does not run: {type(error).__name__}: {str(error)[-300:]}"]
+    found += [None if torch.equal(a.nan_to_num(), b.nan_to_num()) else "other bits the second time" for a, b in again]
+    return [f"{what}, tensor {i}: {problem}" for i, problem in enumerate(found) if problem]
 
 
 def _mixed_gemm(device: str) -> list[str]:
@@ -195,10 +205,12 @@ def _packed_attention(device: str) -> list[str]:
     for size, window, prefix in [
         (64, None, [-1, -1, 0, 0, 1, 1]),
         (128, None, [-1, -1, 0, 0, 1, 1]),
+        (128, None, [-1] * 6),
         (128, 16, [-1] * 6),
     ]:
         for compiled in (False, True) if flash and size == 128 and window is None else (False,):
-            what = f"packed attention, heads of {size}, window {window}{', compiled' * compiled}"
+            shared = ", shared prompts" if max(prefix) >= 0 else ""
+            what = f"packed attention, heads of {size}, window {window}{shared}{', compiled' * compiled}"
             try:
                 off = _attention_errors(device, size, window, prefix, flash=flash, compiled=compiled)
             except Exception as error:

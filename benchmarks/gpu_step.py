@@ -2,10 +2,11 @@
 
 Every row is a process of its own with fp32 master weights and bf16 arithmetic (TRL's reference is kept in bf16). Each trainer
 gets microbatches of 4 to 6 thousand tokens: TRL, and we where prompts are not shared, 8 responses, else 64; one row of ours
-takes all 128 at once. MFU is what the
-step needs (``tppo_fast.flops``: nothing recomputed, no padding, no logits of prompts, a prompt once where it is shared) over
-the time and the GEMM rate measured in the same run: the rows' share of the ceiling. Tokens per second count each prompt with
-each of its responses, for all alike. Memory is the allocator's whole peak, weights and optimizer included.
+takes all 128 at once. The rows' share of the ceiling is what the step needs (``tppo_fast.flops``: nothing recomputed, no
+padding, no logits of prompts, a prompt once where it is shared) over the time and the GEMM rate measured in the same run. MFU
+in the usual sense divides by the datasheet's rate instead, as the trainer's ``perf/update_mfu`` does: ``update, MFU``. Tokens per
+second count each prompt with each of its responses, for all alike. Memory is the allocator's whole peak, weights and optimizer
+included. TRL leaves gradient checkpointing off whatever its setting says, since its PPO has a training loop of its own.
 
 Our rows must agree with the first one to 5 %, which bf16 allows; TRL learns from what it samples itself, and its losses are
 held to ours in the step suite, in fp32.
@@ -27,9 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.bench_step import answer_of, disagreement
 from benchmarks.results import LEFT_OUT, Options, Result, summarise
 from benchmarks.step_work import ALL_OFF, OWN, SHARED, TRL, UNSHARED_PROMPTS, Row, Work, inputs
-from tppo_fast import scratch
+from tppo_fast import flops, scratch
 from tppo_fast.atomic import atomic_folder
-from tppo_fast.flops import costs
 
 QWEN3 = {
     "model_type": "qwen3", "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
@@ -39,22 +39,27 @@ QWEN3 = {
 TINY = QWEN3 | {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64, "vocab_size": 600}
 RECOMPUTED = {"model": {"shared_body": True, "gradient_checkpointing": True}}
 COMPILED = {"model": {"shared_body": True, "compile": True}}
+OWN_COMPILED = {"model": {"shared_body": False, "compile": True, "gradient_checkpointing": True}}
 SDPA = {"model": {"shared_body": True, "attention": "sdpa"}}
-NEEDED = {"TRL PPO": 130.0}
-"""Seconds that a row takes; one that has fewer left does not start. 75 where nothing is said."""
+NEEDED = {"TRL PPO": 130.0, "compile": 110.0}
+"""Seconds that a row takes, by its name or for compiling; one that has fewer left does not start. 75 where nothing is said."""
 LIKE: dict[str, Any] = {"like": "tppo_fast: shared body", "metrics": ("value_loss", "entropy")}
 LEAN = Row(provider="tppo_fast: shared body", changes={"settings": SHARED, "microbatch": 64})
-OTHERS = (
-    replace(TRL, changes={"microbatch": 8}),
-    Row(provider="tppo_fast: compiled", changes={"settings": COMPILED, "microbatch": 64}, **LIKE),
+OTHERS = (  # the even ones and the odd ones are the two parts: TRL's has the rows that its memory is compared with
     Row(provider="tppo_fast: compiled, one microbatch", changes={"settings": COMPILED, "microbatch": 128}, **LIKE),
+    Row(provider="tppo_fast: compiled", changes={"settings": COMPILED, "microbatch": 64}, **LIKE),
+    replace(TRL, changes={"microbatch": 8}),
+    Row(provider="tppo_fast: activations recomputed", changes={"settings": RECOMPUTED, "microbatch": 64}, **LIKE),
     Row(provider="tppo_fast: own critic", changes={"settings": OWN, "microbatch": 64}, first=True, **LIKE),
     Row(
         provider="tppo_fast: all levers off", changes={"settings": ALL_OFF, "microbatch": 8, "row_local": False},
         first=True, **LIKE,
     ),
+    Row(
+        provider="tppo_fast: own critic, compiled, activations recomputed",
+        changes={"settings": OWN_COMPILED, "microbatch": 64}, first=True, **LIKE,
+    ),
     Row(provider="tppo_fast: prompts not shared", changes={"settings": UNSHARED_PROMPTS, "microbatch": 8}, **LIKE),
-    Row(provider="tppo_fast: activations recomputed", changes={"settings": RECOMPUTED, "microbatch": 64}, **LIKE),
     Row(provider="tppo_fast: attention by SDPA", changes={"settings": SDPA, "microbatch": 64}, **LIKE),
     Row(provider="tppo_fast: head at 4 GEMMs", changes={"settings": SHARED, "microbatch": 64, "row_local": False}, **LIKE),
 )  # fmt: skip
@@ -93,9 +98,10 @@ def run(
     options = Options(scratch=folder, quick=dry, threads=1 if dry else 8)
     tensors, answers, found = inputs(work, 0, responses=True), {}, []
     for row in rows_of(part, parts, dry=dry):
-        if time.monotonic() + (0.0 if dry else NEEDED.get(row.provider, 75.0)) > deadline:
+        if time.monotonic() + (0.0 if dry else _seconds_needed(row)) > deadline:
             found += _results(row, work, {"problem": LEFT_OUT}, gemm)
             print(f"{row.provider}: {LEFT_OUT}", flush=True)
+            keep(found)
             continue
         request = work.request(options.threads, bfloat16=not dry, **row.changes)
         answer = answers[row.provider] = answer_of(
@@ -114,8 +120,16 @@ def run(
 
 def rows_of(part: int, parts: int, *, dry: bool) -> list[Row]:
     """The lean loop and every ``parts``-th of the others."""
-    others = [row for row in OTHERS if not dry or row.changes.get("settings") is not COMPILED]  # a minute, on a CPU
+    others = [row for row in OTHERS if not (dry and _compiles(row))]  # a minute, on a CPU
     return [LEAN, *others[part - 1 :: parts]]
+
+
+def _compiles(row: Row) -> bool:
+    return row.changes.get("settings", {}).get("model", {}).get("compile", False)
+
+
+def _seconds_needed(row: Row) -> float:
+    return NEEDED.get("compile" if _compiles(row) else row.provider, 75.0)
 
 
 def _model(folder: Path, shape: dict[str, Any]) -> Path:
@@ -155,6 +169,10 @@ def _results(row: Row, work: Work, answer: dict[str, Any], gemm: float) -> list[
         found.append(result(phase, "s", seconds, peak))
         if seconds:
             found[-1].share_of_ceiling = needed[phase] / statistics.median(seconds) / gemm
+    if torch.cuda.is_available():
+        peak_rate = flops.peak_rate(torch.device("cuda"), torch.bfloat16)
+        mfu = [needed["update"] / i["update_seconds"] / peak_rate for i in iterations]
+        found.append(result("update, MFU", "MFU", mfu))
     return found
 
 
@@ -163,8 +181,8 @@ def needed_flops(row: Row, work: Work) -> dict[str, float]:
     model = row.changes.get("settings", ALL_OFF)["model"]  # TRL has a critic's body and shares nothing
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work.model))
-    policy = costs(lm.base_model, lm.get_output_embeddings())
-    critic = None if model["shared_body"] else costs(lm.base_model)
+    policy = flops.costs(lm.base_model, lm.get_output_embeddings())
+    critic = None if model["shared_body"] else flops.costs(lm.base_model)
     length, responses = work.prompt_tokens + work.new_tokens, work.prompts * work.samples
     tokens, pairs = responses * length, responses * _causal(length)
     if model.get("share_prompts", True):

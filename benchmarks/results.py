@@ -53,7 +53,7 @@ class Result:
     sizes: dict[str, int] = field(default_factory=dict)
     """Axis -> size, such as {"tokens": 2048, "vocabulary": 49152}."""
     unit: str = "s"
-    """Of ``values``: "s" (less is better), "tokens/s" or "relevance" (more is better), "responses", "FLOP" (less is better)."""
+    """Of ``values``: "s", "responses" or "FLOP" (less is better), "tokens/s", "relevance" or "MFU" (more is better)."""
     values: list[float] = field(default_factory=list)
     """One a round, in the order taken."""
     problem: str | None = None
@@ -99,7 +99,7 @@ def summarise(rows: Sequence[Result]) -> None:
 
 
 def more_is_better(unit: str) -> bool:
-    return unit in ("tokens/s", "relevance")
+    return unit in ("tokens/s", "relevance", "MFU")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

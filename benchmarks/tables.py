@@ -27,6 +27,8 @@ def value(x: float, unit: str) -> str:
     """With its unit."""
     if unit == "s":
         return seconds(x)
+    if unit == "MFU":
+        return f"{x:.1%}"
     return f"{x:.3f}" if unit == "relevance" else f"{x:,.0f} {unit}" if x < 1e7 else f"{x:.3g} {unit}"
 
 

@@ -24,6 +24,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def compile_layers(models: Iterable[nn.Module | None], *, backend: str | Callable[..., Any] = "inductor") -> int:
     """Compile, in place, every layer of ``models``; returns how many layers that were."""
     count, backend = 0, _keeping_little(backend)
+    # All layers share one cache of graphs: one for each kind of call (gradients or none, a frozen copy in bf16, a window, ...).
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for model in models:
         for layer in model.modules() if model is not None else ():
             if isinstance(layer, GradientCheckpointingLayer):
