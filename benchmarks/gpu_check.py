@@ -8,8 +8,9 @@ Needs no network: peers that are missing (Liger, TRL, QuACK, CCE, verl) are inst
 temporary folder, and those that are not there are left out by name. Nothing is timed while the gate is red, and a provider
 is timed only if it computes the same numbers. Exits with 1 when one of our ops fails the gate, which for ``--only step`` checks
 what a step uses. It begins with the GEMM that everything else stands on. The cases are ``bench_ops.gpu_cases``, the peers in
-``peers``, the step in ``gpu_step``; its result is written beside that of the ops. Both files are written anew after every case and row, so that
-a machine that is taken away leaves what was measured. TRL's row and those with a critic of its own need an H200's memory.
+``peers``, the step in ``gpu_step``; its result is written beside that of the ops. Both files are written anew after every case
+and row, so that a machine that is taken away leaves what was measured. TRL's row and those with a critic of its own need an
+H200's memory.
 """
 
 from __future__ import annotations

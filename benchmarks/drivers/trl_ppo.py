@@ -61,7 +61,7 @@ def arguments(request: dict[str, Any], sequences: int, folder: str) -> PPOConfig
     gpu = torch.cuda.is_available()
     return PPOConfig(
         output_dir=folder, report_to=[], save_strategy="no", disable_tqdm=True, seed=0, use_cpu=not gpu,
-        bf16=request["bfloat16"], gradient_checkpointing=request.get("gradient_checkpointing", False),
+        bf16=request["bfloat16"], gradient_checkpointing=False,  # its own training loop never turns it on
         total_episodes=sequences * request["iterations"], num_ppo_epochs=request["epochs"], num_mini_batches=1,
         per_device_train_batch_size=request["microbatch"], gradient_accumulation_steps=sequences // request["microbatch"],
         response_length=request["new_tokens"], stop_token=None, temperature=1.0, num_sample_generations=0,
