@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import EngineError, UserError
@@ -45,6 +46,36 @@ class _Recorder(LogitsProcessor):
             self._before = None
 
 
+class _Preallocated(DynamicLayer):
+    """A layer's keys and values [B, H, length, d], written in place: transformers' own are concatenated anew at every token."""
+
+    def __init__(self, capacity: int) -> None:
+        """``capacity``: tokens that a row may reach."""
+        super().__init__()
+        self._capacity = capacity
+        self._room: list[Tensor] = []  # keys and values with room for all tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append; returns all keys and values so far."""
+        start = self.get_seq_length()
+        if start == 0:
+            self.lazy_initialization(key_states, value_states)
+            self._room = [x.new_empty((*x.shape[:2], self._capacity, x.shape[3])) for x in (key_states, value_states)]
+        end = start + key_states.shape[2]
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start:end] = new
+        return self._filled(end)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at ``indices``, which may repeat."""
+        self._room = [room[indices] for room in self._room]
+        self._filled(self.get_seq_length())
+
+    def _filled(self, length: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (room[:, :, :length] for room in self._room)
+        return self.keys, self.values
+
+
 class HFEngine:
     """Holds its own copy of the policy; ``load_weights`` overwrites it in place."""
 
@@ -55,8 +86,8 @@ class HFEngine:
         self._batch_size = batch_size
         self._version: int | None = None
         self._eos = stop_tokens(lm.generation_config, tokenizer)
-        layers = DynamicCache(config=lm.config).layers  # a linear attention's state cannot be selected by row
-        self._shares = all(hasattr(layer, "batch_select_indices") for layer in layers)
+        layers = DynamicCache(config=lm.config).layers
+        self._shares = all(hasattr(x, "batch_select_indices") for x in layers)  # a linear attention's state has no rows
         # the model's own generation settings (top-k, penalties, ...) must not touch the distribution
         lm.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=self._eos[0])
 
@@ -79,7 +110,9 @@ class HFEngine:
         """A rollout for each of ``rows``, ascending places in ``prompts``."""
         ids, mask = self._left_padded([p.token_ids for p in prompts[rows[0] : rows[-1] + 1]])
         places = torch.tensor(rows, device=ids.device) - rows[0]
-        cache = self._prefilled(ids, mask, places) if sampling.n > 1 and self._shares else None
+        cache = self._cache(ids.shape[1] + sampling.max_new_tokens)
+        if cache is not None and sampling.n > 1 and ids.shape[1] > 1:
+            self._prefill(cache, ids, mask, places)
         ids, mask = ids[places], mask[places]
         recorder = _Recorder(sampling.temperature)
         out = self._lm.generate(
@@ -98,15 +131,20 @@ class HFEngine:
         logprobs = torch.stack(recorder.columns, 1).tolist()
         return [self._rollout(prompts[row], *said) for row, *said in zip(rows, tokens, logprobs, strict=True)]
 
-    def _prefilled(self, ids: Tensor, mask: Tensor, places: Tensor) -> Cache | None:
-        """Keys and values of every row's prompt but its last token, each prompt read once: generate goes on from there."""
-        if ids.shape[1] == 1:
+    def _cache(self, capacity: int) -> Cache | None:
+        """An empty cache, or None where generate had better make its own."""
+        if not self._shares:
             return None
+        cache = DynamicCache(config=self._lm.config)
+        cache.layers = [_Preallocated(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
+
+    def _prefill(self, cache: Cache, ids: Tensor, mask: Tensor, places: Tensor) -> None:
+        """Keys and values of every row's prompt but its last token, each prompt read once: generate goes on from there."""
         positions = (mask.cumsum(-1) - 1).clamp_min(0)  # as generate counts them
         before = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        cache = self._lm.base_model(**{k: v[:, :-1] for k, v in before.items()}, use_cache=True).past_key_values
+        self._lm.base_model(**{k: v[:, :-1] for k, v in before.items()}, past_key_values=cache, use_cache=True)
         cache.batch_select_indices(places)
-        return cache
 
     def _left_padded(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         width = max(map(len, sequences))
