@@ -31,6 +31,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 class atomic_folder:
     """``with atomic_folder(path) as temporary``: fill it; on success it is synced to disk and becomes ``path``.
 
+    An old folder there is set aside until the new one is in place. A kill between the two loses neither: the next
+    ``atomic_folder(path)`` puts the old one back first.
+
     Raises:
         OSError: also where safetensors says in its own way that a file cannot be written.
     """
@@ -38,8 +41,11 @@ class atomic_folder:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._aside = path.with_name(f".{path.name}.old.tmp")
 
     def __enter__(self) -> Path:
+        if self._aside.exists() and not self._path.exists():
+            self._aside.rename(self._path)
         for left in self._path.parent.glob(f".{self._path.name}.*.tmp"):
             shutil.rmtree(left, ignore_errors=True)  # a killed run's half-written folder
         self._temporary.mkdir(parents=True)
@@ -54,9 +60,11 @@ class atomic_folder:
         for path in [*self._temporary.rglob("*"), self._temporary]:
             _fsync(path)
         if self._path.exists():
-            shutil.rmtree(self._path)
+            self._path.rename(self._aside)
         self._temporary.rename(self._path)
         _fsync(self._path.parent)
+        if self._aside.exists():
+            shutil.rmtree(self._aside)
 
 
 def lock(file: IO[Any], refusal: str) -> None:
