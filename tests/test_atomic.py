@@ -1,15 +1,17 @@
-"""Folders that are replaced whole, whatever kills the process."""
+"""Folders that are replaced whole, whatever kills the process; locks."""
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tppo_fast.atomic import atomic_folder
+from tppo_fast.atomic import atomic_folder, lock
 
 
 def write(path: Path, content: str) -> None:
@@ -48,3 +50,12 @@ def test_a_kill_while_a_folder_is_replaced_loses_no_whole_one(
     assert {(path / "file").read_text() for path in tmp_path.iterdir()} == {"old", "new"}
     with atomic_folder(tmp_path / "a"):
         assert (tmp_path / "a" / "file").read_text() == ("new" if steps == 2 else "old")
+
+
+def test_a_closed_lock_is_forgotten(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("a") as file:
+        lock(file, "in use")
+    left = weakref.ref(file)
+    del file
+    gc.collect()
+    assert left() is None

@@ -8,11 +8,14 @@ import os
 import shutil
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakSet
 
 from tppo_fast.errors import UserError
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """What a file system without locks answers; there, nothing is locked."""
+_locked: WeakSet[IO[Any]] = WeakSet()
+"""What a forked process closes; a file leaves it with its last user."""
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -80,7 +83,15 @@ def lock(file: IO[Any], refusal: str) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-    os.register_at_fork(after_in_child=file.close)
+    _locked.add(file)
+
+
+def _close_locked() -> None:
+    for file in list(_locked):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_close_locked)
 
 
 def _fsync(path: Path) -> None:
