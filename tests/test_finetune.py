@@ -174,6 +174,15 @@ def test_divergence_is_said_and_leaves_no_policy(
     assert (tmp_path / "r" / "diverged_step_000001.json").exists()
 
 
+def test_a_held_out_loss_that_is_not_finite_is_divergence(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft.Supervision, "evaluate", lambda *_: {"eval/loss": math.nan})
+    with pytest.raises(TrainingDiverged, match=r"step 0.*sft\.lr"):
+        sft.sft(build_section(values(tiny_model, tmp_path / "r", "sft"), SFTConfig))
+    assert (tmp_path / "r" / "diverged_step_000000.json").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -257,6 +257,15 @@ def test_divergence_names_the_setting(labels: Path, tmp_path: Path, monkeypatch:
     assert math.isnan(report["local_loss"])
 
 
+def test_a_validation_loss_that_is_not_finite_is_divergence(
+    labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.Learner, "validate", lambda *_: math.inf)
+    with pytest.raises(TrainingDiverged, match=r"step 1.*train\.lr"):
+        train_reward_model(config(tmp_path / "run", labels, eval_every=1))
+    assert json.loads((tmp_path / "run" / "diverged_step_000001.json").read_text())["validation_loss"] == math.inf
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_responses_to_one_session_stay_together_only_where_that_saves_work(
     labels: Path, tmp_path: Path, packed: bool

@@ -124,7 +124,13 @@ class Learner:
         return written
 
     def keep_if_best(self, run_dir: Path, evaluation: Metrics, tokenizer: Any) -> None:
-        """Keep the policy in ``run_dir`` if its held-out loss is the lowest so far."""
+        """Keep the policy in ``run_dir`` if its held-out loss is the lowest so far.
+
+        Raises:
+            TrainingDiverged: the loss is not finite.
+        """
+        if not math.isfinite(evaluation["eval/loss"]):
+            raise TrainingDiverged({"step": self.step, **evaluation}, self._setting)
         if evaluation["eval/loss"] < self.best.loss:
             with atomic_folder(checkpoint.best_of(run_dir, self.step)) as temporary:
                 self.actor.save(temporary, tokenizer)
@@ -195,7 +201,7 @@ def run(
     """The loop, from a checkpoint or the start, to ``run_dir/policy``. Who built the engine closes it.
 
     Raises:
-        TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
+        TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
     if start_from is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,7 @@ class Learner:
         losses = self._losses([self.examples[i] for i in chosen], [self._pass[2][i] for i in chosen], backward=True)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm))
         values = {**losses, "grad_norm": norm}
-        if not all(value - value == 0.0 for value in values.values()):
+        if not all(map(math.isfinite, values.values())):
             raise TrainingDiverged({"step": self.step + 1, **values}, "train.lr")
         self.optimizer.step()
         self.scheduler.step()
@@ -157,7 +158,13 @@ class Learner:
             self.looks_without_gain = best["looks_without_gain"]
 
     def keep_if_best(self, loss: float) -> None:
-        """Count a look at the validation users; the best weights so far go to ``run_dir``."""
+        """Count a look at the validation users; the best weights so far go to ``run_dir``.
+
+        Raises:
+            TrainingDiverged: the loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise TrainingDiverged({"step": self.step, "validation_loss": loss}, "train.lr")
         if loss < self.best_loss:
             weights = checkpoint.contiguous(self.model.classifier.state_dict())
             with atomic_folder(checkpoint.best_of(self.config.run_dir, self.step)) as temporary:
