@@ -39,8 +39,8 @@ def raising(error: BaseException) -> object:
         (KeyboardInterrupt(), 130, "interrupted"),
         (click.exceptions.Abort(), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "/x"), 1, "Permission denied"),
-        (MemoryError(), 1, "microbatch_tokens"),
-        (RuntimeError("CUDA out of memory. Tried"), 1, "microbatch_tokens"),
+        (MemoryError(), 1, "out of memory: take a smaller model"),
+        (RuntimeError("CUDA out of memory. Tried"), 1, "out of memory: take a smaller model"),
         (click.UsageError("no such option"), 2, "no such option"),
     ],
 )
@@ -49,6 +49,24 @@ def test_exit_codes(error: BaseException, code: int, said: str, capsys: pytest.C
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train", "lower --ppo.microbatch_tokens, or set --model.gradient_checkpointing true"),
+        ("sft", "lower --sft.microbatch_tokens, or set --model.gradient_checkpointing true"),
+        ("dpo", "lower --dpo.microbatch_tokens, or set --model.gradient_checkpointing true"),
+        ("reward-model", "lower --train.microbatch_tokens\n"),
+    ],
+)
+def test_out_of_memory_names_the_commands_own_setting(
+    command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.cli.commands[command], "callback", raising(RuntimeError("CUDA out of memory")))
+    monkeypatch.setattr(cli.cli.commands[command], "params", [])
+    assert cli.run(lambda: cli.cli([command], standalone_mode=False)) == 1
+    assert f"error: out of memory: {said}" in capsys.readouterr().err
 
 
 def test_ctrl_c_while_the_shell_is_loading_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,17 @@ class _WithSettings(click.Command):
 
     settings: type[Section] = settings.Config
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (MemoryError, RuntimeError) as error:
+            names = [name for _, rows in _settings_help(self.settings) for name, _ in rows]
+            budget = next((name for name in names if name.endswith(".microbatch_tokens")), None)
+            if budget and _out_of_memory(error):
+                recompute = "--model.gradient_checkpointing"
+                error.add_note(f"lower {budget}" + f", or set {recompute} true" * (recompute in names))
+            raise
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx
         for title, rows in _settings_help(self.settings):
@@ -275,10 +286,15 @@ def run(command: Callable[[], Any]) -> int:
     except OSError as error:
         return _say(f"error: {error}: check the path, the permissions and the free space", 1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+        if not _out_of_memory(error):
             raise
-        return _say("error: out of memory: lower ppo.microbatch_tokens, or set model.gradient_checkpointing = true", 1)
+        advice = getattr(error, "__notes__", ["take a smaller model, or less data at once"])
+        return _say(f"error: out of memory: {advice[-1]}", 1)
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
 def _say(sentence: str, code: int) -> int:
