@@ -72,7 +72,7 @@ def test_out_of_memory_names_the_commands_own_setting(
 def test_ctrl_c_while_the_shell_is_loading_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     class Loading:
         @property
-        def main(self) -> None:
+        def cli(self) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "tppo_fast.cli", Loading())  # type: ignore[arg-type]

@@ -6,9 +6,9 @@ import sys
 def main() -> None:
     """Entry point of the ``tppo-fast`` command: a Ctrl-C while its parts are still loading is no traceback either."""
     try:
-        from tppo_fast.cli import main as shell
+        from tppo_fast.cli import cli, run
 
-        shell()
+        sys.exit(run(lambda: cli(standalone_mode=False)))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -300,12 +300,3 @@ def _out_of_memory(error: Exception) -> bool:
 def _say(sentence: str, code: int) -> int:
     click.echo(" ".join(sentence.split()), err=True)
     return code
-
-
-def main() -> None:
-    """Entry point of the ``tppo-fast`` command."""
-    sys.exit(run(lambda: cli(standalone_mode=False)))
-
-
-if __name__ == "__main__":
-    main()
