@@ -178,6 +178,19 @@ def test_who_is_told_to_wait_waits_for_all() -> None:
     assert endpoint.times[1] - endpoint.times[0] > 0.7
 
 
+def test_a_pause_holds_back_who_waits_already() -> None:
+    limiter = RateLimiter(300)  # one in 200 ms
+    limiter.wait()
+    gone: list[float] = []
+    thread = threading.Thread(target=lambda: (limiter.wait(), gone.append(time.monotonic())))
+    thread.start()
+    time.sleep(0.05)  # it waits for its turn
+    paused = time.monotonic()
+    limiter.pause(0.5)
+    thread.join()
+    assert gone[0] - paused >= 0.5
+
+
 def test_the_rate_limit_spaces_requests() -> None:
     limiter = RateLimiter(1200)  # one in 50 ms
     began = time.monotonic()

@@ -65,11 +65,14 @@ class RateLimiter:
 
     def wait(self) -> None:
         """Return when the next request may go out."""
-        with self._lock:
-            now = time.monotonic()
-            at = max(now, self._next)
-            self._next = at + self._interval
-        time.sleep(at - now)
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                left = self._next - now
+                if left <= 0.0:
+                    self._next = now + self._interval
+                    return
+            time.sleep(left)  # and look again: others went first, or all were told to wait
 
     def pause(self, seconds: float) -> None:
         """No request goes out for this long."""
