@@ -53,7 +53,7 @@ from tppo_fast.rewards.labels import RELEVANT, SEPARATOR, Labels
 from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.token_model import load
 from tppo_fast.rollout import SamplingParams, build_engine
-from tppo_fast.sections import build_section
+from tppo_fast.sections import build_section, first_change
 
 LEXICAL = {"planted": ("hit", "mrr", "exact", "word_relevance"), "next": ("relevance",)}
 """Labels -> the held-out metrics whose truth the lexical labeller never saw. ``relevance`` reads the relevant queries of the
@@ -122,13 +122,11 @@ def _same_options(options: argparse.Namespace) -> None:
     """Refuse to go on with stages that were made with other options; more seeds and other held-out sessions are none."""
     path = options.out / "options.json"
     wanted = {k: str(v) for k, v in vars(options).items() if k not in ("out", "seeds", "eval_sessions")}
-    found = json.loads(path.read_text()) if path.exists() else wanted
-    for name in wanted:
-        if found.get(name) != wanted[name]:
-            raise SystemExit(
-                f"--{name.replace('_', '-')} = {wanted[name]}, but {options.out} was begun with {found.get(name)}: give another "
-                "--out"
-            )
+    if path.exists() and (changed := first_change(json.loads(path.read_text()), wanted)):
+        name, was, is_now = changed
+        raise SystemExit(
+            f"--{name.replace('_', '-')} = {is_now}, but {options.out} was begun with {was}: give another --out"
+        )
     write_atomic(path, json.dumps(wanted, indent=2).encode())
 
 

@@ -14,7 +14,7 @@ from tppo_fast import config as settings
 from tppo_fast.errors import UserError
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.overrides import merge
-from tppo_fast.sections import build_section
+from tppo_fast.sections import build_section, first_change
 
 
 def sentence(values: dict[str, Any], *overrides: str) -> str:
@@ -238,3 +238,11 @@ def test_500_fuzzed_configs_end_in_a_config_or_one_sentence(tmp_path: Path) -> N
             sentences.append(str(error))
     assert all("\n" not in s and 10 < len(s) < 1000 for s in sentences)
     assert 5 < good < 490
+
+
+def test_the_first_change_is_named_but_for_what_is_free() -> None:
+    saved = {"seed": 0, "ppo": {"lr": 1e-5, "gone": None}, "train": {"steps": 1}}
+    now = {"seed": 0, "ppo": {"lr": 1e-6}, "train": {"steps": 2}, "threads": 1}
+    assert first_change(saved, now) == ("ppo.lr", 1e-5, 1e-6)
+    assert first_change(saved, now, {"ppo.lr", "train"}) == ("threads", None, 1)
+    assert first_change(saved, now, {"ppo", "train", "threads"}) is None

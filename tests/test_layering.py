@@ -72,7 +72,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "rewards": {"attention", "config", "data_types", "errors", "loading", "plugins", "words"},
     "labelling": {
         "atomic", "config", "data", "data_types", "errors", "hashing", "interrupt", "loading", "progress", "rewards", "rollout",
-        "seeding", "words",
+        "sections", "seeding", "words",
     },
     "reward_model": {
         "atomic", "checkpoint", "data", "errors", "evaluate", "figures", "hashing", "interrupt", "labelling", "loading",

@@ -23,7 +23,7 @@ from tppo_fast.config import Config
 from tppo_fast.errors import UserError
 from tppo_fast.loading import in_short, read_causal_lm
 from tppo_fast.ppo import PPO
-from tppo_fast.sections import Section
+from tppo_fast.sections import Section, by_name, first_change
 
 FREE = {
     "run_dir", "threads", "train", "rollout.parity_gate", "rollout.parity_mean_limit", "rollout.parity_max_limit", "vllm.url",
@@ -115,14 +115,6 @@ def drop_best(run_dir: Path, step: int) -> None:
         shutil.rmtree(path)
 
 
-def by_name(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a dumped config under their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
-    return found
-
-
 def check_resumable(run_dir: Path, config: Section, free: Collection[str] = FREE) -> Path:
     """The newest checkpoint, if ``config`` may continue it; the settings and sections in ``free`` may differ.
 
@@ -134,15 +126,14 @@ def check_resumable(run_dir: Path, config: Section, free: Collection[str] = FREE
         raise UserError(
             f"run_dir = {str(run_dir)!r}: there is no checkpoint to resume; leave out --resume to start afresh"
         )
-    saved, now = by_name(read_state(checkpoints[-1])["config"]), by_name(config.model_dump(mode="json"))
-    for name in {**saved, **now}:
-        was, is_now = saved.get(name), now.get(name)
-        if was != is_now and name not in free and name.partition(".")[0] not in free:
-            raise UserError(
-                f"{name} = {is_now!r}, but the run in {str(run_dir)!r} has {was!r}: use the same value to resume, or "
-                "another run_dir"
-            )
-    _check_length(step_of(checkpoints[-1]), saved, now)
+    saved, now = read_state(checkpoints[-1])["config"], config.model_dump(mode="json")
+    if changed := first_change(saved, now, free):
+        name, was, is_now = changed
+        raise UserError(
+            f"{name} = {is_now!r}, but the run in {str(run_dir)!r} has {was!r}: use the same value to resume, or "
+            "another run_dir"
+        )
+    _check_length(step_of(checkpoints[-1]), by_name(saved), by_name(now))
     return checkpoints[-1]
 
 

@@ -32,6 +32,7 @@ from tppo_fast.finetune_config import LearnConfig
 from tppo_fast.metrics import read_metrics
 from tppo_fast.progress import Progress, table_console
 from tppo_fast.rewards import CLASS_NAMES, build_reward, token_spans
+from tppo_fast.sections import first_change
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,14 +154,12 @@ def open_folder(options: DemoSettings) -> None:
         shutil.rmtree(options.run_dir, ignore_errors=True)
     record = options.run_dir / "demo.json"
     wanted = {k: str(v) for k, v in asdict(options).items() if k not in ("fresh", "run_dir")}
-    if record.exists():
-        found = json.loads(record.read_text())
-        if changed := sorted(k for k in wanted if found.get(k) != wanted[k]):
-            key = changed[0]
-            raise UserError(
-                f"{key} = {wanted[key]!r}, but the demo in {str(options.run_dir)!r} was started with {found.get(key)!r}: use "
-                "--fresh to start again, or another --run-dir"
-            )
+    if record.exists() and (changed := first_change(json.loads(record.read_text()), wanted)):
+        name, was, is_now = changed
+        raise UserError(
+            f"{name} = {is_now!r}, but the demo in {str(options.run_dir)!r} was started with {was!r}: use --fresh to "
+            "start again, or another --run-dir"
+        )
     try:
         options.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,7 +19,7 @@ from tppo_fast.config import Config, RunConfig
 from tppo_fast.errors import EngineError, TrainingDiverged, UserError
 from tppo_fast.experiment_config import Experiment, Method
 from tppo_fast.finetune_config import DPOConfig
-from tppo_fast.sections import Section, build_section
+from tppo_fast.sections import Section, build_section, first_change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +138,6 @@ def check_record(path: Path, config: Section, who: str) -> None:
     if not path.exists():
         return
     free = checkpoint.FREE - {"run_dir", "train"}
-    saved, now = (checkpoint.by_name(v) for v in (json.loads(path.read_text()), config.model_dump(mode="json")))
-    for name, value in now.items():
-        if saved.get(name) != value and name not in free:
-            raise UserError(
-                f"{who}: {name} = {value!r}, but {str(path)!r} ran with {saved.get(name)!r}; use another name or run_dir"
-            )
+    if changed := first_change(json.loads(path.read_text()), config.model_dump(mode="json"), free):
+        name, was, is_now = changed
+        raise UserError(f"{who}: {name} = {is_now!r}, but {str(path)!r} ran with {was!r}; use another name or run_dir")

@@ -22,7 +22,7 @@ from tppo_fast.hashing import sha256_of
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.metrics import METRICS_FILE, MetricsLogger
 from tppo_fast.rollout import SamplingParams
-from tppo_fast.sections import Section
+from tppo_fast.sections import Section, by_name
 
 MARKER = ".tppo-fast"
 """Says that what else lies in a folder without a checkpoint is a run's, which never saved any. It holds the hashes of the files
@@ -128,7 +128,7 @@ def _noted(marker: Path) -> dict[str, str]:
 
 def _inputs(config: Section) -> dict[str, str]:
     """Hashes of the files and model folders that settings name, under ``setting = path``."""
-    values = checkpoint.by_name(config.model_dump(mode="json"))
+    values = by_name(config.model_dump(mode="json"))
     named = {name: values[name] for name in INPUTS if values.get(name) not in (None, "", "synthetic", "scratch")}
     found = {}
     for name, path in named.items():

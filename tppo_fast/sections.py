@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -170,3 +171,22 @@ def _names(section: type[Section], prefix: str = "") -> list[str]:
         inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
         names += _names(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return names
+
+
+def by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a dumped section under their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def first_change(
+    saved: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, as (dotted name, saved, now); None where none does but those and sections in ``free``."""
+    saved, now = by_name(saved), by_name(now)
+    for name in {**saved, **now}:
+        if saved.get(name) != now.get(name) and not {name, name.partition(".")[0]} & {*free}:
+            return name, saved.get(name), now.get(name)
+    return None

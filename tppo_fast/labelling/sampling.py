@@ -19,6 +19,7 @@ from tppo_fast.labelling.journal import Journal, fill
 from tppo_fast.labelling.records import Response, read_record, read_responses, write_record, write_responses
 from tppo_fast.rollout import SamplingParams, build_engine
 from tppo_fast.rollout.base import max_positions
+from tppo_fast.sections import first_change
 from tppo_fast.seeding import derive
 
 LEAST_PROMPT = 8
@@ -64,7 +65,10 @@ def sampled_responses(
         out.unlink(missing_ok=True)
         _journal(out).unlink(missing_ok=True)
     if out.exists():
-        _same(read_record(out), wanted, out)
+        if changed := first_change(read_record(out) or {}, wanted):
+            raise UserError(
+                f"{show(str(out))} was sampled with another {changed[0]}: use --fresh to sample again, or another --out"
+            )
         return read_responses(out, sessions)
     keys = [f"{number}/{hashlib.sha256(repr(wanted).encode()).hexdigest()[:16]}" for number in range(len(sessions))]
     with Journal(_journal(out)) as journal:
@@ -147,11 +151,3 @@ def _config(settings: SampleSettings, positions: int | None) -> Config:
 
 def _journal(out: Path) -> Path:
     return out.with_name(f"{out.name}.journal")
-
-
-def _same(found: dict[str, Any] | None, wanted: dict[str, Any], out: Path) -> None:
-    changed = sorted(name for name in wanted if (found or {}).get(name) != wanted[name])
-    if changed:
-        raise UserError(
-            f"{show(str(out))} was sampled with another {changed[0]}: use --fresh to sample again, or another --out"
-        )
