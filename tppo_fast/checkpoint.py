@@ -183,8 +183,7 @@ def reading(folder: Path, optimizer: torch.optim.Optimizer) -> Iterator[dict[str
             raise ValueError(f"{best_of(folder.parents[1], best).name}, which it names, is gone")
         yield state
         optimizers.load(optimizer, unflatten(load_file(folder / "optimizer.safetensors"), state["param_groups"]))
-        if "rng" in state:
-            seeding.set_global_state(state["rng"])
+        seeding.set_global_state(state["rng"])
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:

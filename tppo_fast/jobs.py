@@ -16,7 +16,7 @@ from rich.markup import escape
 from tppo_fast import checkpoint, dpo, trainer
 from tppo_fast.atomic import write_atomic
 from tppo_fast.config import Config, RunConfig
-from tppo_fast.errors import EngineError, TrainingDiverged, UserError
+from tppo_fast.errors import UserError
 from tppo_fast.experiment_config import Experiment, Method
 from tppo_fast.finetune_config import DPOConfig
 from tppo_fast.sections import Section, build_section, first_change
@@ -95,7 +95,7 @@ def run(jobs: list[Job]) -> dict[str, str]:
         train: Callable[..., Any] = dpo.dpo if isinstance(job.config, DPOConfig) else trainer.train
         try:
             train(job.config, resume=bool(checkpoint.list_checkpoints(job.config.run_dir)))
-        except (UserError, EngineError, TrainingDiverged, RuntimeError, MemoryError, OSError) as error:
+        except (UserError, RuntimeError, MemoryError, OSError) as error:
             failures[str(job.config.run_dir)] = " ".join(f"{type(error).__name__}: {error}".split())
             console.print(f"failed after {time.monotonic() - began:.0f} s: {error}", markup=False)
     return failures
