@@ -31,7 +31,8 @@ HEALTHY: dict[str, dict[str, Any]] = {
 def diagnosed(monkeypatch: pytest.MonkeyPatch, **facts: Mapping[str, Any]) -> dict[str, Check]:
     """The checks by name, for given facts and an installation whose declared packages are all there."""
     monkeypatch.setattr(doctor, "gather", lambda: {**HEALTHY, **facts})
-    monkeypatch.setattr(metadata, "requires", lambda _: ["rich>=13"])
+    declared = ["rich>=13", "torch>=2.11,<2.14", "transformers>=5.13", "triton>=3.6,<3.8; python_version > '3'"]
+    monkeypatch.setattr(metadata, "requires", lambda _: declared)
     return {check.name: check for check in diagnose()}
 
 
@@ -109,8 +110,8 @@ def test_the_name_of_a_missing_module_is_not_imported(
     [
         ({"absent": True}, "missing", "not installed"),
         ({"error": "ImportError: libc10.so"}, "broken", "libc10"),
-        ({"version": "2.10.1", "cuda_build": None, "threads": 1}, "broken", "2.11 to 2.13 is supported"),
-        ({"version": "2.14.0", "cuda_build": None, "threads": 1}, "broken", "2.11 to 2.13 is supported"),
+        ({"version": "2.10.1", "cuda_build": None, "threads": 1}, "broken", "but <2.14,>=2.11 is supported"),
+        ({"version": "2.14.0", "cuda_build": None, "threads": 1}, "broken", "but <2.14,>=2.11 is supported"),
         ({"version": "2.11.0+cu130", "cuda_build": "13.0", "threads": 1}, "ok", "2.11.0+cu130"),
         ({"version": "2.13.0a0+git1", "cuda_build": None, "threads": 1}, "ok", "2.13.0a0"),
     ],
@@ -139,8 +140,17 @@ def test_an_optional_part_never_stops_training(monkeypatch: pytest.MonkeyPatch, 
 
 def test_an_old_transformers_stops_training(monkeypatch: pytest.MonkeyPatch):
     checks = diagnosed(monkeypatch, transformers={"version": "5.9.0"})
-    assert checks["transformers"].detail == "5.9.0, but 5.13 or newer is supported"
+    assert checks["transformers"].detail == "5.9.0, but >=5.13 is supported"
     assert rendered(list(checks.values()))[0] == 1
+
+
+def test_without_an_installation_no_version_is_refused(monkeypatch: pytest.MonkeyPatch):
+    def requires(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    check = doctor._package("torch", {"version": "2.10.1"}, "")
+    assert (check.status, check.remedy) == ("ok", 'pip install "torch"')
 
 
 def test_packed_attention_says_what_it_runs_through(monkeypatch: pytest.MonkeyPatch):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Status = Literal["ok", "missing", "broken"]
-Version = tuple[int, int]
 
 GPU = "CUDA GPU"
 NOTHING_RUNS = "no training at all"
@@ -55,8 +52,8 @@ def diagnose() -> list[Check]:
     torch, cuda = facts["torch"], facts["cuda"]
     return [
         _python(),
-        _needed("torch", torch, (2, 11), (2, 13), ">=2.11,<2.14"),
-        _needed("transformers", facts["transformers"], (5, 13), None, ">=5.13"),
+        _package("torch", torch, NOTHING_RUNS, required=True),
+        _package("transformers", facts["transformers"], NOTHING_RUNS, required=True),
         _dependencies(),
         _cpu(torch),
         _gpu(torch, cuda),
@@ -100,15 +97,9 @@ def _python() -> Check:
     )
 
 
-def _needed(name: str, facts: Facts, low: Version, high: Version | None, specifier: str) -> Check:
-    part = partial(Check, name=name, cost=NOTHING_RUNS, remedy=f'pip install "{name}{specifier}"', required=True)
-    return _package(part, facts, low, high)
-
-
 def _triton(facts: Facts, cuda: Facts) -> Check:
     cost = "the torch reference ops run on the GPU, slower and with more memory" if cuda.get("devices") else NO_GPU
-    part = partial(Check, name="triton", cost=cost, remedy='pip install "triton>=3.6,<3.8"')
-    return _package(part, facts, (3, 6), (3, 7))
+    return _package("triton", facts, cost)
 
 
 def _attention(cuda: Facts, package: Facts) -> Check:
@@ -125,22 +116,30 @@ def _attention(cuda: Facts, package: Facts) -> Check:
     return part(status=status, detail=blocks, remedy="install a build of torch with flash attention, or flash-attn")
 
 
-def _package(part: Callable[..., Check], facts: Facts, low: Version, high: Version | None = None) -> Check:
-    """A package that imports in a version from ``low`` to ``high`` (major, minor), both included."""
+def _package(name: str, facts: Facts, cost: str, *, required: bool = False) -> Check:
+    """A package that imports, in a version that the installation declares."""
+    wanted = _declared(name)
+    remedy = f'pip install "{name}{wanted.specifier}"'
+    part = partial(Check, name=name, cost=cost, remedy=remedy, required=required)
     if facts.get("absent"):
         return part(status="missing", detail="not installed")
     if "error" in facts:
         return part(status="broken", detail=str(facts["error"]))
     version = str(facts["version"])
-    if low <= _minor(version) and (high is None or _minor(version) <= high):
+    if wanted.specifier.contains(version, prereleases=True):
         return part(status="ok", detail=version)
-    upper = "or newer" if high is None else f"to {high[0]}.{high[1]}"
-    return part(status="broken", detail=f"{version}, but {low[0]}.{low[1]} {upper} is supported")
+    return part(status="broken", detail=f"{version}, but {wanted.specifier} is supported")
 
 
-def _minor(version: str) -> Version:
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+def _declared(name: str) -> Requirement:
+    """What tppo-fast requires of a package; any version where nothing says."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = _requirements("tppo-fast")
+    except metadata.PackageNotFoundError:
+        declared = []
+    return next((r for r in declared if r.name == name), Requirement(name))
 
 
 def _dependencies() -> Check:
