@@ -59,7 +59,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     },
     "finetune": {
         "atomic", "checkpoint", "compiling", "config", "data", "data_types", "errors", "evaluate", "finetune_config", "interrupt",
-        "metrics", "model", "progress", "rollout", "runs", "seeding",
+        "metrics", "model", "optimizers", "progress", "rollout", "runs", "seeding",
     },
     "sft": {
         "config", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "rollout", "runs", "seeding",

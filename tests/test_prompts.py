@@ -119,7 +119,7 @@ def test_bos_is_kept_and_a_closing_token_is_not(before: str, after: str, kept: l
 
 
 def test_eos_is_required() -> None:
-    with pytest.raises(UserError, match="no response could end"):
+    with pytest.raises(UserError, match="has eos_token = None, so that no response could end"):
         PromptBuilder(tokenizer(eos=False), DataConfig())
 
 

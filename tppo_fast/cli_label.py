@@ -212,8 +212,8 @@ def _responses(
 def _estimate(work: Plan, judge: Judge, options: dict[str, Any]) -> int:
     """How many responses are still to be judged; what that will take is printed before it begins."""
     from tppo_fast.labelling.cost import by_characters, estimate
-    from tppo_fast.labelling.journal import read_journal
-    from tppo_fast.labelling.run import journal_path, without_rejects
+    from tppo_fast.labelling.journal import journal_path, read_journal
+    from tppo_fast.labelling.run import without_rejects
 
     done = {} if options["fresh"] else read_journal(journal_path(options["out"]))
     if options["retry_rejects"]:

@@ -6,20 +6,25 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tppo_fast.sections import (
+    TEMPLATE,
     Count,
     NonNegative,
     NotBlank,
     Pluggable,
     Positive,
     Section,
+    Template,
     Unit,
     build_section,
     load_section,
 )
 from tppo_fast.vllm_config import VLLMConfig
+
+LEAST_PROMPT = 8
+"""The least ``data.max_prompt_tokens``."""
 
 
 class ModelConfig(Section):
@@ -77,23 +82,16 @@ class DataConfig(Section):
     """Share of USERS held out when ``eval`` is None; no user stands on both sides."""
     synthetic_sessions: Annotated[int, Field(ge=20, le=1_000_000)] = 4000
     """How many sessions the embedded generator makes."""
-    template: str = "History:\n{history}\nNext queries:"
+    template: Template = TEMPLATE
     """Prompt text. {history} is replaced by the rendered history and must occur exactly once."""
     response_prefix: str = " "
     """Text between prompt and response in supervision, part of the response."""
     separator: NotBlank = ", "
     """Text between the queries of one response; a reward model must have been trained with the same."""
-    max_prompt_tokens: Annotated[int, Field(ge=8)] = 512
+    max_prompt_tokens: Annotated[int, Field(ge=LEAST_PROMPT)] = 512
     """Longer histories lose their OLDEST entries until the prompt fits."""
     num_queries: Count = 3
     """How many next queries a response should hold; supervision uses the first ones of ``next_queries``."""
-
-    @field_validator("template")
-    @classmethod
-    def _one_history(cls, value: str) -> str:
-        if value.count("{history}") != 1:
-            raise ValueError("must contain {history} exactly once")
-        return value
 
 
 class RolloutConfig(Section):

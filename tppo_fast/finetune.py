@@ -13,9 +13,8 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import get_scheduler
 
-from tppo_fast import checkpoint, model, seeding
+from tppo_fast import checkpoint, model, optimizers, seeding
 from tppo_fast.atomic import atomic_folder
 from tppo_fast.compiling import compile_layers
 from tppo_fast.config import RunConfig
@@ -87,8 +86,7 @@ class Learner:
             betas=(learn.adam_beta1, learn.adam_beta2),
             weight_decay=learn.weight_decay,
         )
-        schedule = "constant_with_warmup" if learn.lr_schedule == "constant" else learn.lr_schedule
-        self.scheduler = get_scheduler(schedule, self.optimizer, learn.lr_warmup_steps, steps)
+        self.scheduler = optimizers.schedule(self.optimizer, learn.lr_schedule, learn.lr_warmup_steps, steps)
 
     def take(self, gradient: Callable[[int], Metrics]) -> Metrics:
         """One optimizer step on what ``gradient`` leaves in the parameters.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import get_scheduler
 
 from tppo_fast.config import PPOConfig
 from tppo_fast.errors import UserError
@@ -45,6 +46,11 @@ def build(groups: Sequence[tuple[list[nn.Parameter], float]], config: PPOConfig)
             "'tppo-fast[adamw8bit]', or set it to \"adamw\""
         ) from None
     return AdamW8bit(params, bf16_stochastic_round=config.weights == "bfloat16", **options)
+
+
+def schedule(optimizer: torch.optim.Optimizer, name: str, warmup: int, steps: int) -> Any:
+    """The learning rate over ``steps`` steps: "constant", "linear" or "cosine" after a linear warm-up."""
+    return get_scheduler("constant_with_warmup" if name == "constant" else name, optimizer, warmup, steps)
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:

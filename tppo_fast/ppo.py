@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import tppo_kernels as tk
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from tppo_fast import flops, offload, optimizers, packing, parity, seeding
 from tppo_fast.advantages import penalised_rewards
@@ -62,9 +61,9 @@ class PPO:
         self._parked = offload.Parked(self.device)
         self._waiting = offload.unshared([reference, model.critic], model.actor)
         self._counter = flops.Counter(model.actor.lm, model.critic.body, reference=reference is not None)
-        schedule = ppo.lr_schedule if ppo.lr_schedule != "constant" else "constant_with_warmup"
-        optimizer_steps = total_steps * ppo.epochs * ppo.minibatches
-        self.scheduler = get_scheduler(schedule, self.optimizer, ppo.lr_warmup_steps, optimizer_steps)
+        self.scheduler = optimizers.schedule(
+            self.optimizer, ppo.lr_schedule, ppo.lr_warmup_steps, total_steps * ppo.epochs * ppo.minibatches
+        )
 
     @property
     def device(self) -> torch.device:

@@ -40,6 +40,17 @@ def _not_blank(value: str) -> str:
 NotBlank = Annotated[str, AfterValidator(_not_blank)]
 
 
+def _one_history(value: str) -> str:
+    if value.count("{history}") != 1:
+        raise ValueError("must contain {history} exactly once")
+    return value
+
+
+Template = Annotated[str, AfterValidator(_one_history)]
+TEMPLATE = "History:\n{history}\nNext queries:"
+"""Around a history, unless a config says otherwise."""
+
+
 class Section(BaseModel):
     """Settings that go together. Numbers are written as numbers and switches as true or false: nothing stands for another."""
 

@@ -44,8 +44,8 @@ class PromptBuilder:
         eos = tokenizer.eos_token_id
         if not isinstance(eos, int):
             raise UserError(
-                f"model.path: its tokenizer has eos_token = {tokenizer.eos_token!r}, so that no response could end; "
-                "set eos_token in its tokenizer_config.json"
+                f"model.path = {tokenizer.name_or_path!r}: its tokenizer has eos_token = {tokenizer.eos_token!r}, so that no "
+                "response could end; set eos_token in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
         self.config = config

@@ -72,6 +72,11 @@ class Journal:
         self._file.close()
 
 
+def journal_path(out: Path) -> Path:
+    """Where the journal of a run into ``out`` is."""
+    return out.with_name(f"{out.name}.journal")
+
+
 def read_journal(path: Path) -> dict[str, Entry]:
     """The entries of a journal that is not written now; none where there is no file."""
     if not path.exists():

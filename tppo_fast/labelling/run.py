@@ -12,7 +12,7 @@ from tppo_fast.data.files import write_rows
 from tppo_fast.data.rows import Session, searched, show
 from tppo_fast.errors import UserError
 from tppo_fast.hashing import sha256_of
-from tppo_fast.labelling.journal import Entry, Journal, fill
+from tppo_fast.labelling.journal import Entry, Journal, fill, journal_path
 from tppo_fast.labelling.judges import Item, Judge, Rejected, labeller_id
 from tppo_fast.labelling.records import (
     LabelledResponse,
@@ -164,10 +164,6 @@ def check_sources(out: Path, sources: Sources, work: Plan) -> None:
 def _item(label: LabelledResponse) -> Item:
     """What was judged."""
     return Item(history=tuple(searched(label.history)), next_queries=tuple(label.next_queries), response=label.response)
-
-
-def journal_path(out: Path) -> Path:
-    return out.with_name(f"{out.name}.journal")
 
 
 def rejects_path(out: Path) -> Path:

@@ -9,21 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tppo_fast.config import Config, DataConfig, build
+from tppo_fast.config import LEAST_PROMPT, Config, DataConfig, build
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.rows import Session, show
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.hashing import sha256_of
-from tppo_fast.labelling.journal import Journal, fill
+from tppo_fast.labelling.journal import Journal, fill, journal_path
 from tppo_fast.labelling.records import Response, read_record, read_responses, write_record, write_responses
 from tppo_fast.rollout import SamplingParams, build_engine
 from tppo_fast.rollout.base import max_positions
-from tppo_fast.sections import first_change
+from tppo_fast.sections import TEMPLATE, first_change
 from tppo_fast.seeding import derive
 
-LEAST_PROMPT = 8
-"""The least ``data.max_prompt_tokens``."""
 BATCH = 8
 """Sessions in one call of the engine; fixed, since it decides which random numbers a response gets."""
 
@@ -42,7 +40,7 @@ class SampleSettings:
     """Of the sampling."""
     engine: str = "hf"
     """Rollout engine."""
-    template: str = "History:\n{history}\nNext queries:"
+    template: str = TEMPLATE
     """Prompt text, as the policy was supervised with."""
     separator: str = ", "
     """Text between queries."""
@@ -63,7 +61,7 @@ def sampled_responses(
     }
     if fresh:
         out.unlink(missing_ok=True)
-        _journal(out).unlink(missing_ok=True)
+        journal_path(out).unlink(missing_ok=True)
     if out.exists():
         if changed := first_change(read_record(out) or {}, wanted):
             raise UserError(
@@ -71,7 +69,7 @@ def sampled_responses(
             )
         return read_responses(out, sessions)
     keys = [f"{number}/{hashlib.sha256(repr(wanted).encode()).hexdigest()[:16]}" for number in range(len(sessions))]
-    with Journal(_journal(out)) as journal:
+    with Journal(journal_path(out)) as journal:
         if not all(key in journal.entries for key in keys):
             with contextlib.closing(_Sampler(settings, sessions)) as sampler:
                 fill(journal, keys, sampler, chunk=BATCH, concurrency=0, verb="sample", unit="session")
@@ -83,7 +81,7 @@ def sampled_responses(
     ]
     write_record(out, wanted)
     write_responses(out, responses)
-    _journal(out).unlink()
+    journal_path(out).unlink()
     return responses
 
 
@@ -147,7 +145,3 @@ def _config(settings: SampleSettings, positions: int | None) -> Config:
             "rollout": {"engine": settings.engine, "max_new_tokens": settings.max_new_tokens},
         }
     )
-
-
-def _journal(out: Path) -> Path:
-    return out.with_name(f"{out.name}.journal")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from tppo_fast.sections import Count, NonNegative, NotBlank, Positive, Section, Unit
+from tppo_fast.sections import TEMPLATE, Count, NonNegative, NotBlank, Positive, Section, Template, Unit
 
 
 class BackboneConfig(Section):
@@ -28,19 +28,12 @@ class LabelsConfig(Section):
     """Share of the USERS on whom early stopping is decided."""
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the USERS that nothing but the final metrics reads; no user stands in two parts."""
-    template: str = "History:\n{history}\nNext queries:"
+    template: Template = TEMPLATE
     """Text of the history part. {history} is replaced by the queries and must occur exactly once."""
     separator: NotBlank = ", "
     """Text between the queries of a history and of a response."""
     max_tokens: Annotated[int, Field(ge=16)] = 2048
     """Longest input; a longer one loses the oldest part of its history. Lowered to what the backbone has (TPPO: 2048)."""
-
-    @field_validator("template")
-    @classmethod
-    def _one_history(cls, value: str) -> str:
-        if value.count("{history}") != 1:
-            raise ValueError("must contain {history} exactly once")
-        return value
 
     @model_validator(mode="after")
     def _something_to_train_on(self) -> LabelsConfig:
