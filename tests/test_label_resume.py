@@ -15,6 +15,7 @@ import pytest
 from endpoint import Endpoint, Reply, good, serve
 
 from tppo_fast.errors import LabellingFailed, UserError
+from tppo_fast.labelling import journal as journal_module
 from tppo_fast.labelling import read_labels
 from tppo_fast.labelling.journal import Journal, fill, read_journal
 
@@ -170,3 +171,20 @@ def test_what_is_under_way_when_the_run_stops_is_kept(tmp_path: Path) -> None:
     with Journal(tmp_path / "j", fresh=True) as journal:
         assert not journal.entries
     assert (tmp_path / "j").read_bytes() == b""
+
+
+def test_what_is_not_answered_in_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "GRACE", 0.2)
+    never = threading.Event()
+
+    def work(numbers: Any) -> list[dict[str, Any]]:
+        if numbers[0] == 0:
+            raise LabellingFailed("refused", final=True)
+        never.wait(60)
+        return entries(numbers)
+
+    began = time.monotonic()
+    with Journal(tmp_path / "j") as journal, pytest.raises(LabellingFailed, match="refused; 0 of 30 are done"):
+        fill(journal, [str(n) for n in range(30)], work, chunk=1, concurrency=3, verb="work", unit="item")
+    assert time.monotonic() - began < 10.0
+    never.set()

@@ -18,6 +18,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "errors": set(),
     "atomic": {"errors"},
     "hashing": set(),
+    "background": set(),
     "overrides": {"errors"},
     "sections": {"errors", "overrides"},
     "vllm_config": {"sections"},
@@ -71,8 +72,8 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"attention", "config", "data_types", "errors", "loading", "plugins", "words"},
     "labelling": {
-        "atomic", "config", "data", "data_types", "errors", "hashing", "interrupt", "loading", "progress", "rewards", "rollout",
-        "sections", "seeding", "words",
+        "atomic", "background", "config", "data", "data_types", "errors", "hashing", "interrupt", "loading", "progress",
+        "rewards", "rollout", "sections", "seeding", "words",
     },
     "reward_model": {
         "atomic", "checkpoint", "data", "errors", "evaluate", "figures", "hashing", "interrupt", "labelling", "loading",
@@ -80,7 +81,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     },
     "scratch": set(),
     "figures": {"report"},
-    "rollout": {"config", "data_types", "errors", "loading", "plugins", "seeding"},
+    "rollout": {"background", "config", "data_types", "errors", "loading", "plugins", "seeding"},
     "evaluate": {"data", "data_types", "errors", "rewards", "words"},
     "report": {"atomic", "errors", "metrics"},
     "judging": {"data_types", "errors", "rewards"},

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from tppo_fast.atomic import lock
+from tppo_fast.background import at_once, started
 from tppo_fast.data.rows import show
 from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.interrupt import Interrupted, InterruptGuard
@@ -167,79 +170,23 @@ def _outcomes(
 
     What is under way when ``stop`` is set, or at a Ctrl-C, still comes; after a Ctrl-C then ``Interrupted``.
     """
-    if concurrency == 0:
-        for numbers in chunks:
+    begin = started if concurrency else at_once
+    left, running = iter(chunks), dict[Future[list[Entry]], range]()
+    asked, deadline = False, math.inf
+    while True:
+        try:
             guard.check()
-            if stop.is_set():
-                return
-            try:
-                outcome: Any = work(numbers)
-            except LabellingFailed as error:
-                outcome = error
-            yield numbers, outcome
-        return
-    pool = _Pool(chunks, work, concurrency, stop)
-    asked = False  # whether Ctrl-C came
-    since = None  # when no more was begun
-    try:
-        while pool.unfinished():
-            try:
-                guard.check()
-            except Interrupted:
-                asked = True
-                stop.set()
-            if stop.is_set():
-                since = since or time.monotonic()
-                if time.monotonic() - since > GRACE:
-                    break
-            try:
-                numbers, outcome = pool.results.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if isinstance(outcome, BaseException) and not isinstance(outcome, LabellingFailed):
-                raise outcome
-            yield numbers, outcome
-    finally:
-        stop.set()
+        except Interrupted:
+            asked = True
+            stop.set()
+        while not stop.is_set() and len(running) < max(concurrency, 1) and (numbers := next(left, None)):
+            running[begin(partial(work, numbers))] = numbers
+        if stop.is_set():
+            deadline = min(deadline, time.monotonic() + GRACE)
+        if not running or time.monotonic() > deadline:
+            break
+        for future in wait(running, 0.1, FIRST_COMPLETED).done:
+            error = future.exception()
+            yield running.pop(future), error if isinstance(error, LabellingFailed) else future.result()
     if asked:
         raise Interrupted
-
-
-class _Pool:
-    """Threads that take chunks in order. Daemons: a request nobody waits for must not keep the process alive."""
-
-    def __init__(self, chunks: Sequence[range], work: Work, concurrency: int, stop: threading.Event) -> None:
-        self._work = work
-        self._tasks = iter(chunks)
-        self._lock = threading.Lock()
-        self._left = len(chunks)  # not yet taken
-        self._busy = 0
-        self.results: queue.Queue[tuple[range, Any]] = queue.Queue()
-        self._stop = stop
-        for _ in range(min(concurrency, len(chunks))):
-            threading.Thread(target=self._serve, daemon=True).start()
-
-    def unfinished(self) -> bool:
-        """Whether results are still to come, from chunks under way or, unless stopped, from ones not yet begun."""
-        with self._lock:
-            return bool(self._busy or not self.results.empty() or (self._left and not self._stop.is_set()))
-
-    def _serve(self) -> None:
-        while (numbers := self._take()) is not None:
-            try:
-                outcome: Any = self._work(numbers)
-            except BaseException as error:  # travels to the thread that waits for results
-                outcome = error
-                if isinstance(error, LabellingFailed) and error.final:
-                    self._stop.set()
-            with self._lock:
-                self.results.put((numbers, outcome))
-                self._busy -= 1
-
-    def _take(self) -> range | None:
-        with self._lock:
-            if self._stop.is_set() or not self._left:
-                return None
-            self._left -= 1
-            self._busy += 1
-            return next(self._tasks)

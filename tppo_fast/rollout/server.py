@@ -18,10 +18,9 @@ import os
 import secrets
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tppo_fast.background import started
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.rollout.base import SamplingParams
 from tppo_fast.rollout.publish import sampling_arguments
@@ -296,7 +296,7 @@ class ServerLive:
             with torch.cuda.stream(stream):  # a thread starts on the first GPU
                 return action()
 
-        both = _started(request), _started(on_stream)
+        both = started(request), started(on_stream)  # NCCL may block for ever
         late = wait(both, self._settings.timeout, FIRST_EXCEPTION).not_done
         error = next((e for future in both if future not in late and (e := future.exception())), None)
         if error is None and not late:
@@ -348,17 +348,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
-
-
-def _started(action: Callable[[], T]) -> Future[T]:
-    """``action`` in a thread that the interpreter's end does not wait for: NCCL may block in it for ever."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="transfer", daemon=True).start()
-    return future
