@@ -57,18 +57,28 @@ def open_run_dir(
         UserError: the folder holds a run, or none that could be resumed, or files of another kind, is in use or cannot be made,
             or the files that its run began with have changed.
     """
+    if (config.run_dir / LOCK).exists():
+        with _locked(config.run_dir):
+            pass  # that another run is there is said before anything of what it has written so far
+    with _resumed(config, free) if resume else _fresh(config, result, unsaved) as start_from:
+        yield start_from
+
+
+@contextlib.contextmanager
+def _resumed(config: Any, free: Collection[str]) -> Iterator[Path]:
+    """The newest checkpoint of the run in ``config.run_dir``, while no other run can open it."""
+    checkpoint.check_resumable(config.run_dir, config, free)  # before a folder that holds no run is written to
+    with _locked(config.run_dir):
+        start_from = checkpoint.check_resumable(config.run_dir, config, free)
+        _check_inputs(config, _noted(config.run_dir / MARKER))
+        yield start_from
+
+
+@contextlib.contextmanager
+def _fresh(config: Any, result: str, unsaved: Sequence[str]) -> Iterator[None]:
+    """``config.run_dir``, made and marked as a run's, while no other run can open it; a refused run leaves nothing there."""
     run_dir: Path = config.run_dir
     marker = run_dir / MARKER
-    if (run_dir / LOCK).exists():
-        with _locked(run_dir):
-            pass  # that another run is there is said before anything of what it has written so far
-    if resume:
-        checkpoint.check_resumable(run_dir, config, free)  # before a folder that holds no run is written to
-        with _locked(run_dir):
-            start_from = checkpoint.check_resumable(run_dir, config, free)
-            _check_inputs(config, _noted(marker))
-            yield start_from
-        return
     if checkpoint.list_checkpoints(run_dir) or (run_dir / result).exists():
         raise UserError(f"run_dir = {str(run_dir)!r} holds a run already: continue it with --resume, or choose another")
     new = not run_dir.exists()
@@ -83,7 +93,7 @@ def open_run_dir(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             write_atomic(marker, json.dumps(_inputs(config)).encode())
-            yield None
+            yield
         except UserError:
             if {path.name for path in run_dir.iterdir()} <= {MARKER, LOCK}:
                 marker.unlink(missing_ok=True)
