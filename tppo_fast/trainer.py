@@ -20,6 +20,7 @@ from tppo_fast.clock import Clock
 from tppo_fast.compiling import compile_layers
 from tppo_fast.config import Config
 from tppo_fast.data.prompts import PromptBuilder
+from tppo_fast.data.sessions import Session
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.evaluate import held_out
@@ -131,9 +132,8 @@ def _loop(
             try:
                 metrics = _step(run, guard, peak_rate)
             except Interrupted:
-                seeding.set_global_state(
-                    before
-                )  # the step will be taken again, and a user's reward may have drawn numbers
+                # The step will be taken again, and a user's reward may have drawn numbers.
+                seeding.set_global_state(before)
                 raise
             if due(ppo.step, config.train.eval_every, steps):
                 evaluation = evaluate(run)
@@ -195,36 +195,17 @@ def setup(config: Config, start_from: Path | None = None) -> Run:
         torch.set_num_threads(config.threads)
     seeding.seed_everything(config.seed)
     device = resolve_device(config.device)
-    train_sessions, eval_sessions = load_sessions(config)
-    algorithm = ALGORITHMS[config.algorithm]
     if config.ppo.offload and device.type != "cuda":
         raise UserError(f"ppo.offload = true moves memory off a GPU, and device is {device.type!r}: set it to false")
-    actor_critic, tokenizer = model.build(config.model, device, critic=algorithm.needs_critic)
-    if config.ppo.weights == "bfloat16":
-        optimizers.store_in_half(m for m in (actor_critic.actor, actor_critic.critic.body) if m is not None)
+    train_sessions, eval_sessions = load_sessions(config)
+    actor_critic, tokenizer = model.build(config.model, device, critic=ALGORITHMS[config.algorithm].needs_critic)
     builder = PromptBuilder(tokenizer, config.data)
-    expected = config.reward.expected_length
-    if expected is None and config.reward.length_penalty:
-        expected = builder.expected_length(train_sessions)
-    reward = build_reward(
-        algorithm.reward_config(config.reward),
-        tokenizer,
-        expected_length=expected or 0.0,
-        separator=config.data.separator,
-        num_queries=config.data.num_queries,
-        device=device,
-    )
+    reward = _reward(config, tokenizer, builder, train_sessions, device)
     prompts = builder.prompts(train_sessions)
     eval_prompts = builder.prompts(eval_sessions[: config.train.eval_prompts])
     longest = max(len(p.token_ids) for p in [*prompts, *eval_prompts]) + config.rollout.max_new_tokens
     check_lengths(longest, actor_critic.actor.lm.config, ("ppo.microbatch_tokens", config.ppo.microbatch_tokens))
-    reference = None if config.ppo.kl_placement == "off" else actor_critic.actor.frozen_copy()
-    if config.model.compile:
-        compile_layers([actor_critic.actor, actor_critic.critic.body, reference])
-    loss = losses.BUILT_IN.get(config.ppo.loss) or guarded(
-        load_object(config.ppo.loss, "ppo.loss"), f"ppo.loss = {config.ppo.loss!r}"
-    )
-    ppo = PPO(config, actor_critic, reference, loss, total_steps=config.train.steps)
+    ppo = _learner(config, actor_critic)
     pending = None if start_from is None else checkpoint.load(start_from, ppo)
     state = seeding.global_state()
     if config.ppo.offload:
@@ -250,6 +231,36 @@ def setup(config: Config, start_from: Path | None = None) -> Run:
         source=source,
         ppo=ppo,
     )
+
+
+def _reward(
+    config: Config, tokenizer: Any, builder: PromptBuilder, sessions: Sequence[Session], device: torch.device
+) -> TokenRewards:
+    """Who scores; the length that the length penalty expects is the ``sessions``'."""
+    expected = config.reward.expected_length
+    if expected is None and config.reward.length_penalty:
+        expected = builder.expected_length(sessions)
+    return build_reward(
+        ALGORITHMS[config.algorithm].reward_config(config.reward),
+        tokenizer,
+        expected_length=expected or 0.0,
+        separator=config.data.separator,
+        num_queries=config.data.num_queries,
+        device=device,
+    )
+
+
+def _learner(config: Config, actor_critic: model.ActorCritic) -> PPO:
+    """What learns, and the reference that it stays near; both as the settings store, compile and score them."""
+    if config.ppo.weights == "bfloat16":
+        optimizers.store_in_half(m for m in (actor_critic.actor, actor_critic.critic.body) if m is not None)
+    reference = None if config.ppo.kl_placement == "off" else actor_critic.actor.frozen_copy()
+    if config.model.compile:
+        compile_layers([actor_critic.actor, actor_critic.critic.body, reference])
+    loss = losses.BUILT_IN.get(config.ppo.loss) or guarded(
+        load_object(config.ppo.loss, "ppo.loss"), f"ppo.loss = {config.ppo.loss!r}"
+    )
+    return PPO(config, actor_critic, reference, loss, total_steps=config.train.steps)
 
 
 # -------------------------------------------------------------------- pieces of a step
