@@ -7,8 +7,7 @@ import io
 import itertools
 import json
 import os
-import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -128,7 +127,7 @@ def _read_parquet(path: Path) -> Generator[tuple[object, str], None, None]:
         for number in itertools.count(1):
             try:
                 row = next(rows, None)
-            except Exception as error:  # untrusted bytes: Arrow and datasets raise a dozen unrelated types
+            except Exception as error:  # untrusted bytes: Arrow raises a dozen unrelated types
                 reason = show(str(error).partition("\n")[0])
                 raise UserError(
                     f"{place} row {number}: not a readable Parquet file ({type(error).__name__}: "
@@ -140,32 +139,10 @@ def _read_parquet(path: Path) -> Generator[tuple[object, str], None, None]:
 
 
 def _parquet_rows(path: Path) -> Generator[Row, None, None]:
-    """Rows as Python objects, streamed in Arrow form, so that no media column of a hostile file is ever decoded."""
-    from datasets import Split  # imported here: it takes a second
-    from datasets.io.parquet import ParquetDatasetReader
+    """Rows as Python objects, converted one by one, so that the row with a bad value is the one that is named."""
+    from pyarrow import parquet  # imported here: it takes time
 
-    with tempfile.TemporaryDirectory(prefix="tppo-fast-") as folder, _quiet_datasets():
-        link = Path(folder, "rows.parquet")
-        link.symlink_to(path.resolve())  # datasets reads *, [ ], :: and hidden folders in a path as its own syntax
-        reader = ParquetDatasetReader(str(link), split=Split.TRAIN, cache_dir=folder, streaming=True)
-        dataset: Any = reader.read()  # typed as any of four classes; streaming gives the iterable one
-        for table in dataset.with_format("arrow").iter(batch_size=1000):
-            columns = dict(zip(table.column_names, table.columns, strict=True))
-            for index in range(table.num_rows):
-                yield {name: column[index].as_py() for name, column in columns.items()}
-
-
-@contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """No progress bars, and no log lines beside the one sentence of the UserError."""
-    from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled, logging
-
-    bars, level = is_progress_bar_enabled(), logging.get_verbosity()
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            enable_progress_bars()
+    with path.open("rb") as file, parquet.ParquetFile(file) as rows:
+        for batch in rows.iter_batches(1000):
+            for row in batch.to_struct_array():
+                yield row.as_py()
