@@ -9,7 +9,7 @@ from tppo_fast.plugins import load_object
 from tppo_fast.rewards.alignment import project, token_spans
 from tppo_fast.rewards.labels import CLASS_NAMES, Labeller, Labels
 from tppo_fast.rewards.lexical import LexicalLabeller
-from tppo_fast.rewards.transfer import encode, encode_labels, transfer
+from tppo_fast.rewards.transfer import transfer
 from tppo_fast.words import normalise_query
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ __all__ = [
     "RewardFunction",
     "TokenRewards",
     "build_reward",
-    "encode",
-    "encode_labels",
     "examples_table",
     "label_with",
     "load_object",

@@ -1,8 +1,7 @@
-"""From words and characters to the tokens of a second tokenizer, and back: a reward model rarely shares the policy's.
+"""From the tokens of one tokenizer to those of another, by character offsets: a reward model rarely shares the policy's.
 
-Labels live on words, so a reward model reads the TEXT of a response with its own tokenizer (``encode``), is trained on the
-classes of its own tokens (``encode_labels``), and what it says of its tokens reaches the policy's sampled tokens, whose spans
-``alignment.token_spans`` gives, by character offsets (``transfer``).
+A reward model reads the TEXT of a response with its own tokenizer (``token_model.Reader``); what it says of its tokens
+reaches the policy's sampled tokens, whose spans ``alignment.token_spans`` gives.
 """
 
 from __future__ import annotations
@@ -13,54 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tppo_fast.errors import UserError
-from tppo_fast.rewards.alignment import project
-from tppo_fast.rewards.labels import Labels, Span
+from tppo_fast.rewards.labels import Span
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from transformers import PreTrainedTokenizerBase
-
-_PREFIX_MARKS = "\N{LOWER ONE EIGHTH BLOCK}\N{LATIN CAPITAL LETTER G WITH DOT ABOVE} "
-"""What stands for a space in a vocabulary: sentencepiece's, byte-level BPE's, and itself."""
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
-    """The ids of ``text``, without special tokens, and the characters of ``text`` each token stands for.
-
-    Spans index the text as given, whatever the tokenizer's normaliser did to it. Tokens that hold part of a character get
-    the whole character; the space that sentencepiece and some byte-level tokenizers put before a text gets an empty span.
-    Starts never decrease.
-
-    Raises:
-        UserError: the tokenizer keeps no offsets.
-    """
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"tokenizer {type(tokenizer).__name__} keeps no character offsets: give a model with a tokenizer.json"
-        )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = encoded["input_ids"]
-    spans: list[Span] = []
-    reached = 0
-    for (start, end), token in zip(encoded["offset_mapping"], tokenizer.convert_ids_to_tokens(ids), strict=True):
-        if not token.strip(_PREFIX_MARKS) and text[start:end].strip(_PREFIX_MARKS):
-            end = start  # it claims the text's first character
-        start = max(start, reached)
-        spans.append((start, max(start, end)))
-        reached = start
-    return ids, spans
-
-
-def encode_labels(
-    tokenizer: PreTrainedTokenizerBase, text: str, labels: Labels
-) -> tuple[list[int], list[int], list[Span]]:
-    """The training targets of a token reward model: ids, class and span of every token of ``text``.
-
-    Every token inherits the class of the word it stands in; words are told apart by their position, so that a repeated
-    word may be relevant in one place and not in another.
-    """
-    ids, spans = encode(tokenizer, text)
-    return ids, project(labels, spans), spans
 
 
 def transfer(
@@ -81,7 +36,7 @@ def transfer(
 
     Args:
         scores: one number, or one row such as class probabilities, per source token.
-        source: the span of each source token, from ``encode``.
+        source: the span of each source token.
         target: the span of each target token, from ``alignment.token_spans``.
         text: what the spans index.
         default: score of a target token that no source token touches.
