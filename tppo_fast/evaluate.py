@@ -41,6 +41,8 @@ METRICS: dict[str, str] = {
 Parse = Callable[[str], Sequence[str]]
 Scores = dict[str, np.ndarray]
 """Metric name -> fp64 [B], one number per response."""
+RESAMPLES = 2000
+"""Of a bootstrap."""
 
 
 def score(rollouts: Sequence[Rollout], parse: Parse, *, num_queries: int) -> Scores:
@@ -116,7 +118,7 @@ def _distinct(items: Sequence[object]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean with its bootstrap interval."""
+    """A mean with its 95 % bootstrap interval."""
 
     mean: float
     """Mean over responses (and seeds)."""
@@ -129,7 +131,7 @@ class Estimate:
 
 
 def summarise(
-    scores: Scores, users: Sequence[str], *, seed: int = 0, confidence: float = 0.95, resamples: int = 2000
+    scores: Scores, users: Sequence[str], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Estimate]:
     """Mean and bootstrap interval of every metric; users are resampled whole, with all their responses.
 
@@ -140,16 +142,12 @@ def summarise(
         scores: name -> [B], or [R, B] from R runs that differ in their seed (runs are then resampled too).
         users: who each of the B responses belongs to.
         seed: of the resampling; equal input gives equal output.
-        confidence: coverage of the interval.
         resamples: bootstrap resamples.
 
     Raises:
-        UserError: a metric without one finite number per response, or a bad argument.
+        UserError: a metric without one finite number per response.
     """
-    return {
-        name: _estimate(name, values, users, seed=seed, confidence=confidence, resamples=resamples)
-        for name, values in scores.items()
-    }
+    return {name: _estimate(name, values, users, seed=seed, resamples=resamples) for name, values in scores.items()}
 
 
 def paired_difference(
@@ -158,8 +156,6 @@ def paired_difference(
     users: Sequence[str],
     *,
     seed: int = 0,
-    confidence: float = 0.95,
-    resamples: int = 2000,
 ) -> Estimate:
     """mean(a) - mean(b) with its paired bootstrap interval: both sides share every resample.
 
@@ -171,23 +167,19 @@ def paired_difference(
         b: the other side, of the same shape.
         users: who each of the B responses belongs to.
         seed: of the resampling.
-        confidence: coverage of the interval.
-        resamples: bootstrap resamples.
 
     Raises:
-        UserError: unequal shapes, no finite numbers, or a bad argument.
+        UserError: unequal shapes, or no finite numbers.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:
         raise UserError(f"a has shape {list(left.shape)} and b {list(right.shape)}: pair every response")
-    return _estimate("a - b", left - right, users, seed=seed, confidence=confidence, resamples=resamples)
+    return _estimate("a - b", left - right, users, seed=seed, resamples=RESAMPLES)
 
 
-def _estimate(
-    name: str, values: np.ndarray, users: Sequence[str], *, seed: int, confidence: float, resamples: int
-) -> Estimate:
+def _estimate(name: str, values: np.ndarray, users: Sequence[str], *, seed: int, resamples: int) -> Estimate:
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))  # [R, B]
-    _check(name, values, users, confidence, resamples)
+    _check(name, values, users)
     _, owner = np.unique(np.asarray(users), return_inverse=True)  # [B]
     counts = np.bincount(owner)  # [U]
     sums = np.stack([np.bincount(owner, weights=run) for run in values])  # [R, U]
@@ -196,16 +188,14 @@ def _estimate(
         return Estimate(mean=mean, low=np.nan, high=np.nan, users=len(counts))
     if np.ptp(values) == 0.0:  # every resample is the same: no interval to compute
         return Estimate(mean=mean, low=mean, high=mean, users=len(counts))
-    low, high = _interval(sums, counts, seed=seed, confidence=confidence, resamples=resamples)
+    low, high = _interval(sums, counts, seed=seed, resamples=resamples)
     if len(values) > 1:
-        half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values.mean(1))
+        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values.mean(1))
         low, high = min(low, mean - half), max(high, mean + half)
     return Estimate(mean=mean, low=low, high=high, users=len(counts))
 
 
-def _interval(
-    sums: np.ndarray, counts: np.ndarray, *, seed: int, confidence: float, resamples: int
-) -> tuple[float, float]:
+def _interval(sums: np.ndarray, counts: np.ndarray, *, seed: int, resamples: int) -> tuple[float, float]:
     """Percentile interval of the mean over responses; one run resamples users, several resample runs too."""
     runs, users = sums.shape
 
@@ -221,19 +211,15 @@ def _interval(
         axis=-1,
         n_resamples=resamples,
         batch=max(1, 2_000_000 // sums.size),  # bounds the memory of a batch of resamples
-        confidence_level=confidence,
+        confidence_level=0.95,
         method="percentile",
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def _check(name: str, values: np.ndarray, users: Sequence[str], confidence: float, resamples: int) -> None:
+def _check(name: str, values: np.ndarray, users: Sequence[str]) -> None:
     if values.ndim != 2 or not values.size or values.shape[1] != len(users):
         raise UserError(f"{name} has shape {list(values.shape)} for {len(users)} users: give one number per response")
     if not np.isfinite(values).all():
         raise UserError(f"{name} holds {values[~np.isfinite(values)][0]}: every response needs a finite number")
-    if not 0.0 < confidence < 1.0 or resamples < 1:
-        raise UserError(
-            f"confidence = {confidence}, resamples = {resamples}: use 0 < confidence < 1 and at least 1 resample"
-        )

@@ -296,7 +296,7 @@ def enable_checkpointing(lm: Any, config: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def check_packed_forward(actor: Actor, tolerance: float = 1e-3) -> None:
+def check_packed_forward(actor: Actor) -> None:
     """Compare the packed pass on two short sequences with the model's own pass on each of them.
 
     Raises:
@@ -328,7 +328,7 @@ def check_packed_forward(actor: Actor, tolerance: float = 1e-3) -> None:
         actor.config = kept
     own = _own_logprobs(actor, pairs)
     difference = (packed - own).abs().max().item()
-    if not difference <= tolerance:
+    if not difference <= 1e-3:
         raise UserError(
             f"model.path: packed and ordinary log-probabilities of {type(actor.lm).__name__} differ by {difference:.2g}; "
             "its architecture cannot be packed, use another model"

@@ -72,18 +72,17 @@ class Sizes:
     """Of them, those of one layer: what the backward pass holds in gradients of activations, at least once."""
 
 
-def plan(config: Config, *, sequence: int | None = None) -> list[Phase]:
-    """The phases of a step.
+def plan(config: Config) -> list[Phase]:
+    """The phases of a step, whose sequences are the longest that the config allows.
 
     Args:
         config: of ``tppo-fast train``; of the model folder only ``config.json`` is read.
-        sequence: tokens of a typical sequence. None: the longest one that the config allows.
 
     Raises:
         UserError: the folder holds no model configuration, or what vLLM takes of a GPU cannot be known here.
     """
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    sizes = measure(config, min(sequence or longest, config.ppo.microbatch_tokens))
+    sizes = measure(config, min(longest, config.ppo.microbatch_tokens))
     half = 2 if config.model.dtype == "bfloat16" else FULL
     critic = ALGORITHMS[config.algorithm].needs_critic
     own_body = critic and not config.model.shared_body

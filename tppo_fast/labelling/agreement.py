@@ -108,9 +108,7 @@ class Comparison:
         return table
 
 
-def compare(
-    a: Sequence[LabelledResponse], b: Sequence[LabelledResponse], *, seed: int = 0, resamples: int = 2000
-) -> Comparison:
+def compare(a: Sequence[LabelledResponse], b: Sequence[LabelledResponse], *, seed: int = 0) -> Comparison:
     """Compare two labellers on the responses that both labelled, each distinct one once.
 
     Raises:
@@ -134,7 +132,7 @@ def compare(
                 words[user, mine - 1, theirs - 1] += 1
             else:
                 dropped += mine in (IRRELEVANT, RELEVANT)
-    levels = [_level(name, counts, seed, resamples) for name, counts in (("word", words), ("sentence", sentences))]
+    levels = [_level(name, counts, seed) for name, counts in (("word", words), ("sentence", sentences))]
     return Comparison(
         labellers=(_labellers(left), _labellers(right)),
         responses=len(shared),
@@ -161,7 +159,7 @@ def _labellers(labels: Mapping[tuple[Any, ...], LabelledResponse]) -> str:
     return ", ".join(sorted({label.labeller for label in labels.values()}))
 
 
-def _level(name: str, counts: np.ndarray, seed: int, resamples: int) -> Agreement:
+def _level(name: str, counts: np.ndarray, seed: int) -> Agreement:
     total = counts.sum(0)
     n = total.sum()
     rates = (float(total[1].sum() / n), float(total[:, 1].sum() / n)) if n else (np.nan, np.nan)
@@ -169,8 +167,8 @@ def _level(name: str, counts: np.ndarray, seed: int, resamples: int) -> Agreemen
         level=name,
         count=int(n),
         relevant=rates,
-        agreement=_interval(_share, counts, seed, resamples),
-        kappa=_interval(_kappa, counts, seed, resamples),
+        agreement=_interval(_share, counts, seed),
+        kappa=_interval(_kappa, counts, seed),
     )
 
 
@@ -188,16 +186,14 @@ def _kappa(counts: np.ndarray) -> np.ndarray:
     return np.divide(_share(counts) - chance, 1 - chance, out=np.full(total.shape, np.nan), where=chance < 1)
 
 
-def _interval(statistic: Any, counts: np.ndarray, seed: int, resamples: int) -> Interval:
+def _interval(statistic: Any, counts: np.ndarray, seed: int) -> Interval:
     """Percentile interval; users are resampled whole, with all their words."""
     users = len(counts)
     value = float(statistic(counts.sum(0)))
     if users < 2 or not np.isfinite(value):
         return Interval(value=value, low=np.nan, high=np.nan)
-    drawn = np.random.default_rng(seed).multinomial(
-        users, np.full(users, 1 / users), size=resamples
-    )  # [R, U] times drawn
-    result = statistic((drawn @ counts.reshape(users, 4)).reshape(resamples, 2, 2))
+    drawn = np.random.default_rng(seed).multinomial(users, np.full(users, 1 / users), size=2000)  # [R, U] times drawn
+    result = statistic((drawn @ counts.reshape(users, 4)).reshape(-1, 2, 2))
     finite = result[np.isfinite(result)]  # a resample in which nothing varies has no kappa
     low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) else (np.nan, np.nan)
     return Interval(value=value, low=float(low), high=float(high))
