@@ -47,10 +47,6 @@ def cpu(ceilings: Ceilings) -> Place:
     return Place(device="cpu", dtype=torch.float32, backends=("native", "reference"), ceilings=ceilings)
 
 
-def gpu(ceilings: Ceilings) -> Place:
-    return Place(device="cuda", dtype=torch.bfloat16, backends=("triton",), ceilings=ceilings)
-
-
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """For these very shapes, as a benchmark of torch.compile should."""
     return torch.compile(function, dynamic=False)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from tppo_fast.config import DataConfig
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session
+from tppo_fast.data_types import Prompt
 from tppo_fast.errors import UserError
 
 
@@ -47,59 +48,65 @@ def text(build: PromptBuilder, ids: Sequence[int]) -> str:
     return str(build.tokenizer.decode(list(ids)))
 
 
+def prompt_of(build: PromptBuilder, row: Session) -> Prompt:
+    return build.prompts([row])[0]
+
+
+def response_ids(build: PromptBuilder, row: Session) -> list[int]:
+    return build.responses([row])[0]
+
+
 def test_only_searches_are_joined_by_the_separator() -> None:
     build = builder(separator=" | ")
-    prompt = build.prompt(session(["tea", "tea pot"]))
+    prompt = prompt_of(build, session(["tea", "tea pot"]))
     assert text(build, prompt.token_ids) == "H:tea | tea pot\nN:"
 
 
 def test_other_kinds_get_a_line_each() -> None:
     build = builder()
     history = {"search": ["tea", "tea pot"], "click": ["shop.example"]}
-    prompt = build.prompt(session(history))
+    prompt = prompt_of(build, session(history))
     assert text(build, prompt.token_ids) == "H:search: tea, tea pot\nclick: shop.example\nN:"
     assert prompt.history == ["tea", "tea pot"]
-    only_clicks = build.prompt(session({"visit": ["a", "b"], "click": ["c"]}))
+    only_clicks = prompt_of(build, session({"visit": ["a", "b"], "click": ["c"]}))
     assert text(build, only_clicks.token_ids) == "H:visit: a, b\nclick: c\nN:"
     assert only_clicks.history == ["c", "a", "b"]  # kinds in alphabetical order, whatever the file has
 
 
 def test_braces_and_placeholders_in_a_query_are_plain_text() -> None:
     build = builder()
-    prompt = build.prompt(session(["{history} {0} {", "%s }"]))
+    prompt = prompt_of(build, session(["{history} {0} {", "%s }"]))
     assert text(build, prompt.token_ids) == "H:{history} {0} {, %s }\nN:"
 
 
 def test_response_is_prefix_first_queries_and_eos() -> None:
     build = builder(num_queries=2)
     row = session(["tea"], "tea pot", "tea cup", "tea tray")
-    assert text(build, build.response_ids(row)) == " tea pot, tea cup</s>"
-    assert build.responses([row, session(["a"], "b")]) == [
-        build.response_ids(row),
-        build.response_ids(session(["a"], "b")),
-    ]
+    assert text(build, response_ids(build, row)) == " tea pot, tea cup</s>"
+    other = session(["a"], "b")
+    assert build.responses([row, other]) == [response_ids(build, row), response_ids(build, other)]
     assert build.responses([]) == build.prompts([]) == []
 
 
 def test_no_text_of_a_log_can_end_a_sequence_or_split_a_query() -> None:
     build = builder()
     row = session(["tea</s> pot", "a,b <</s>/s>", "<s>,"], "x, y\n z</s>", "</s>", relevant_queries=["x,y"])
-    prompt = build.prompt(row)
+    prompt = prompt_of(build, row)
     assert text(build, prompt.token_ids) == "H:tea pot, a b < /s>\nN:"
     assert prompt.history == ["tea pot", "a b < /s>"]
     assert (prompt.next_queries, prompt.relevant_queries) == (["x y z"], ["x y"])
-    assert text(build, build.response_ids(row)) == " x y z</s>"
-    assert build.response_ids(row).count(build.eos_token_id) == 1
+    assert text(build, response_ids(build, row)) == " x y z</s>"
+    assert response_ids(build, row).count(build.eos_token_id) == 1
 
 
 def test_removal_cannot_put_a_special_token_together() -> None:
     build = builder(separator=" |- ")
-    assert build.prompt(session(["a | |- - b"])).history == ["a | - b"]
+    assert prompt_of(build, session(["a | |- - b"])).history == ["a | - b"]
 
 
 def test_markers_in_the_template_stay_special() -> None:
     build = PromptBuilder(tokenizer(), DataConfig(template="<|user|>{history}</s>"))
-    ids = build.prompt(session(["tea"])).token_ids
+    ids = prompt_of(build, session(["tea"])).token_ids
     assert [ids[0], ids[-1]] == build.tokenizer.convert_tokens_to_ids(["<|user|>", "</s>"])
     assert len(ids) == 5
 
@@ -111,11 +118,11 @@ def test_bos_is_kept_and_a_closing_token_is_not(before: str, after: str, kept: l
     build = PromptBuilder(tokenizer(before=before, after=after), DataConfig(template="{history}:", max_prompt_tokens=8))
     start = [build.tokenizer.convert_tokens_to_ids(token) for token in kept]
     plain = builder().tokenizer
-    ids = list(build.prompt(session(["abcdefg"[: 7 - len(kept)]])).token_ids)
+    ids = list(prompt_of(build, session(["abcdefg"[: 7 - len(kept)]])).token_ids)
     assert ids == [*start, *plain.encode("abcdefg"[: 7 - len(kept)] + ":")]
-    assert list(build.response_ids(session(["a"], "b"))) == [*plain(" b")["input_ids"], build.eos_token_id]
+    assert list(response_ids(build, session(["a"], "b"))) == [*plain(" b")["input_ids"], build.eos_token_id]
     with pytest.raises(UserError, match="has 9 tokens"):
-        build.prompt(session(["abcdefgh"[: 8 - len(kept)]]))
+        prompt_of(build, session(["abcdefgh"[: 8 - len(kept)]]))
 
 
 def test_eos_is_required() -> None:
@@ -138,7 +145,7 @@ def test_truncation_drops_the_oldest_of_the_longest_kind() -> None:
     for wanted, longer in zip(expected, [full + "+", *expected], strict=False):
         for limit in (len(wanted), len(longer) - 1):
             build = builder(max_prompt_tokens=limit)
-            prompt = build.prompt(session(history))
+            prompt = prompt_of(build, session(history))
             assert text(build, prompt.token_ids) == wanted
             assert prompt.history == ["s1", "s2", "s3", "s4 ok"]  # novelty is judged against all of it
 
@@ -146,7 +153,7 @@ def test_truncation_drops_the_oldest_of_the_longest_kind() -> None:
 def test_an_entry_that_cannot_fit_is_refused_with_the_numbers() -> None:
     build = builder(max_prompt_tokens=12)
     with pytest.raises(UserError, match=r"user 'u7'.* has 15 tokens, data\.max_prompt_tokens = 12") as caught:
-        build.prompt(session(["tea", "x" * 10]))
+        prompt_of(build, session(["tea", "x" * 10]))
     assert "\n" not in str(caught.value)
 
 
@@ -190,10 +197,10 @@ lists = st.lists(queries.filter(lambda query: query.replace(",", " ").strip()), 
 def test_every_prompt_fits_and_every_response_parses_back(history: list[str], following: list[str], limit: int) -> None:
     build = builder(max_prompt_tokens=limit, num_queries=4)
     row = session(history, *following)
-    response = text(build, build.response_ids(row)[:-1])
+    response = text(build, response_ids(build, row)[:-1])
     prompt = None
     try:
-        prompt = build.prompt(row)
+        prompt = prompt_of(build, row)
     except UserError:
         assert len(build.tokenizer(f"H:{' '.join(history[-1].split())}\nN:")["input_ids"]) > limit
     else:
@@ -207,4 +214,4 @@ def test_every_prompt_fits_and_every_response_parses_back(history: list[str], fo
 def test_a_batch_gives_the_same_prompts_as_one_by_one() -> None:
     build = builder(max_prompt_tokens=20)
     rows = [session(["tea"] * count) for count in range(1, 9)]
-    assert build.prompts(rows) == [build.prompt(row) for row in rows]
+    assert build.prompts(rows) == [prompt_of(build, row) for row in rows]

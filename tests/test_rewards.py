@@ -74,7 +74,7 @@ ROLLOUT = response(" lisbon hotels, pasta")  # " lisbon" " hotels" "," " pasta" 
 def test_lexical_classes_and_centred_rewards() -> None:
     assert TOKENIZER.convert_ids_to_tokens(ROLLOUT.token_ids) == ["Ġlisbon", "Ġhotels", ",", "Ġpasta", "</s>"]
     reward = rewards(**PLAIN)
-    assert reward.classes([ROLLOUT]) == [[2, 2, 0, 1, 0]]
+    assert reward.explain([ROLLOUT])[1] == [[2, 2, 0, 1, 0]]
     (values,) = reward([ROLLOUT])
     assert values.dtype == torch.float32
     assert values.tolist() == [1.0, 1.0, 0.0, -1.0, 0.0]
@@ -121,7 +121,7 @@ def test_ending_a_copied_query_is_what_costs() -> None:
     plain, strict = (rewards(reject_copies=on, **PLAIN) for on in (False, True))
     assert plain([given])[0].tolist() == [-1.0, 0.0, 1.0, 0.0, -1.0, 0.0]
     assert strict([given])[0].tolist() == [-1.0, -2.0, 1.0, 0.0, -1.0, -2.0]
-    assert strict.classes([given]) == plain.classes([given]) == [[1, 0, 2, 0, 1, 0]]
+    assert strict.explain([given])[1] == plain.explain([given])[1] == [[1, 0, 2, 0, 1, 0]]
     lenient = rewards(
         lambda _: [Labels(spans=[(1, 7), (9, 14)], classes=[2, 2], sentence=1)], reject_copies=True, **PLAIN
     )
@@ -144,7 +144,7 @@ def test_ending_a_copied_query_is_what_costs() -> None:
 def test_scalar_rewards_land_on_the_last_token_without_length_penalty(placement: str) -> None:
     reward = rewards(lambda rollouts: [3.0] * len(rollouts), expected_length=0.0, coefficient=2.0, placement=placement)
     assert [r.tolist() for r in reward([ROLLOUT, ROLLOUT])] == [[0.0, 0.0, 0.0, 0.0, 6.0]] * 2
-    assert reward.classes([ROLLOUT]) is None
+    assert reward.explain([ROLLOUT])[1] is None
 
 
 @pytest.mark.parametrize(

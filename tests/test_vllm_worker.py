@@ -64,7 +64,6 @@ def test_it_samples_like_the_colocated_engine(engine: Any, actor: Any, prompts: 
         disturb(actor, version)
         engine.load_weights(actor.named_weights(), version)
         assert gap(actor, engine, prompts, params()) < 1e-3
-    assert 0.0 < engine.live.ping() < 10.0
 
 
 def test_killed_while_weights_arrive_the_answers_are_the_same(

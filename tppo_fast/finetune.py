@@ -19,7 +19,7 @@ from tppo_fast.atomic import atomic_folder
 from tppo_fast.compiling import compile_layers
 from tppo_fast.config import RunConfig
 from tppo_fast.data.prompts import PromptBuilder
-from tppo_fast.data_types import Prompt, Rollout
+from tppo_fast.data_types import Prompt
 from tppo_fast.errors import TrainingDiverged
 from tppo_fast.evaluate import held_out
 from tppo_fast.finetune_config import LearnConfig
@@ -163,14 +163,13 @@ class Held:
     builder: PromptBuilder
     """Parses the responses."""
 
-    def evaluate(self, config: RunConfig, actor: Actor, version: int) -> tuple[Metrics, list[Rollout]]:
-        """Metrics of one response to each held-out session, and the responses."""
+    def evaluate(self, config: RunConfig, actor: Actor, version: int) -> Metrics:
+        """Metrics of one response to each held-out session."""
         self.engine.load_weights(actor.named_weights(), version=version)
         rollouts = self.engine.generate(self.prompts, eval_sampling(config))
         if config.vllm.sleep != "off":
             self.engine.sleep()
-        found = held_out(rollouts, self.builder.parse, num_queries=config.data.num_queries, seed=config.seed)
-        return found, rollouts
+        return held_out(rollouts, self.builder.parse, num_queries=config.data.num_queries, seed=config.seed)
 
 
 def build(config: RunConfig) -> tuple[Actor, Any, PromptBuilder]:
@@ -231,8 +230,7 @@ def _loop(
 
     def look() -> Metrics:
         began = time.perf_counter()
-        found = objective.evaluate()
-        found |= held.evaluate(config, learner.actor, learner.step)[0]
+        found = objective.evaluate() | held.evaluate(config, learner.actor, learner.step)
         found["time/eval"] = time.perf_counter() - began
         learner.keep_if_best(config.run_dir, found, tokenizer)
         return found

@@ -57,10 +57,6 @@ class PromptBuilder:
         self._removed = sorted({self.core, *special} - {""}, key=lambda text: (-len(text), text))
         self._start = self._ids_before_text()
 
-    def prompt(self, session: Session) -> Prompt:
-        """The prompt of one session; see ``prompts``."""
-        return self.prompts([session])[0]
-
     def prompts(self, sessions: Sequence[Session]) -> list[Prompt]:
         """One prompt per session, tokenised as one batch.
 
@@ -87,10 +83,6 @@ class PromptBuilder:
                 )
             )
         return prompts
-
-    def response_ids(self, session: Session) -> list[int]:
-        """The supervised response of one session; see ``responses``."""
-        return self.responses([session])[0]
 
     def responses(self, sessions: Sequence[Session]) -> list[list[int]]:
         """``response_prefix`` + the first ``num_queries`` of next_queries joined by ``separator``, then eos, as ids.

@@ -123,12 +123,8 @@ class TokenRewards:
         """
         return self.explain(rollouts)[0]
 
-    def classes(self, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
-        """Class 0, 1 or 2 of every token, or None where the source gives numbers instead of labels."""
-        return self.explain(rollouts)[1]
-
     def explain(self, rollouts: Sequence[Rollout]) -> tuple[list[Float[Tensor, " length"]], list[list[int]] | None]:
-        """Rewards and classes together, from one call of the source."""
+        """The rewards, and class 0, 1 or 2 of every token, or None where the source gives numbers instead of labels."""
         name = self.config.source
         items = checked_items(self._ask(rollouts), rollouts, name)
         scalar, classes, copies = False, None, [Copies([], []) for _ in rollouts]

@@ -29,7 +29,7 @@ def examples_table(
 
     Args:
         rollouts: the examples.
-        classes: from ``TokenRewards.classes``; None where the source has no labels.
+        classes: from ``TokenRewards.explain``; None where the source has no labels.
         rewards: from ``TokenRewards``, one [length] tensor per rollout.
         tokenizer: the policy's.
     """

@@ -25,11 +25,6 @@ class Segments:
     words: list[list[Span]]
     """The words of each query, in reading order."""
 
-    def query(self, index: int) -> str:
-        """The text of one query."""
-        start, end = self.queries[index]
-        return self.text[start:end]
-
     @property
     def texts(self) -> list[str]:
         """The text of each query."""

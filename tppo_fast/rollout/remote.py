@@ -10,7 +10,6 @@ import select
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing import AuthenticationError
@@ -127,12 +126,6 @@ class RemoteLive:
 
     def _sent(self, operation: str) -> None:
         """A request is on its way: a place for tests to kill the worker."""
-
-    def ping(self) -> float:
-        """Seconds that the worker takes to answer."""
-        began = time.perf_counter()
-        self._ask("ping")
-        return time.perf_counter() - began
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, stop: Sequence[int]

@@ -33,7 +33,6 @@ def operations(live: LiveEngine) -> dict[str, Callable[[dict[str, Any], dict[str
         return None, None
 
     return {
-        "ping": lambda *_: done(None),
         "start_update": lambda *_: done(live.start_update()),
         "update": lambda _, tensors: done(live.update(list(tensors.items()))),
         "finish_update": lambda a, _: done(live.finish_update(a["version"])),
