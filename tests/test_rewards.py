@@ -20,16 +20,10 @@ from transformers import PreTrainedTokenizerFast
 from tppo_fast.config import RewardConfig
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.rewards import (
-    Labels,
-    LexicalLabeller,
-    TokenRewards,
-    build_reward,
-    examples_table,
-    label_with,
-    load_object,
-    lwp,
-)
+from tppo_fast.plugins import load_object
+from tppo_fast.rewards import Labels, LexicalLabeller, TokenRewards, build_reward, label_with
+from tppo_fast.rewards.display import examples_table
+from tppo_fast.rewards.length_penalty import lwp
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
