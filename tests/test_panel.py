@@ -117,6 +117,21 @@ def test_names_are_text_and_stand_in_the_files_first(tiny_model: Path, tmp_path:
     assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())["table"])[1:] == ["[/x]", "B [lr 1e-3]"]
 
 
+def test_the_table_is_made_once_with_the_runs_seed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    summarise = panel.evaluate.summarise
+
+    def seen(scores: panel.Scores, users: list[str], *, seed: int) -> dict[str, panel.Estimate]:
+        seeds.append(seed)
+        return summarise(scores, users, seed=seed)
+
+    monkeypatch.setattr(panel.evaluate, "summarise", seen)
+    assert evaluate(tmp_path, f"A={tiny_model}", "--seed", "7").exception is None
+    assert seeds == [7, 7]  # A and the copies
+
+
 def broken(folder: Path, how: str) -> str:
     """Why a copy of a good folder cannot be evaluated, once it is made so."""
     if how == "vocabulary":

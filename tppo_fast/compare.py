@@ -237,7 +237,7 @@ def _write(
     ]
     table = {
         name: {f"eval/{m}": report.Estimate(mean=e.mean, low=e.low, high=e.high) for m, e in row.items() if m in TABLE}
-        for name, row in found.table().items()
+        for name, row in found.table.items()
     }
     written = report.write_report(
         folder / "report.html",

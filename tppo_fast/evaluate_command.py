@@ -135,12 +135,11 @@ def parse_policies(words: Sequence[str]) -> dict[str, list[Path]]:
 
 def show(found: panel.Panel, duels: Sequence[panel.Duel]) -> None:
     """The table, the duels and a sentence for each pair; names are text, whatever rich would read into them."""
-    table = found.table()
     shown = Table(title="Held-out sessions: mean [95 % interval over users, and seeds where there are several]")
-    present = [column for column in COLUMNS if any(column in row for row in table.values())]
+    present = [column for column in COLUMNS if any(column in row for row in found.table.values())]
     for column in ("policy", *present):
         shown.add_column(column, overflow="fold")
-    for name, row in table.items():
+    for name, row in found.table.items():
         shown.add_row(Text(name), *(cell(row.get(metric), metric in WITH_INTERVAL) for metric in present))
     console = table_console()
     console.print(shown)

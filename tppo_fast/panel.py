@@ -79,10 +79,8 @@ class Panel:
     """Policy -> metric -> [R, B], R runs."""
     rollouts: dict[str, list[list[Rollout]]] = field(default_factory=dict)
     """Policy -> run -> responses; empty for the copy-last row."""
-
-    def table(self, seed: int = 0) -> dict[str, dict[str, Estimate]]:
-        """Every metric of every policy, with its interval."""
-        return {name: evaluate.summarise(scores, self.users, seed=seed) for name, scores in self.scores.items()}
+    table: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    """Policy -> metric -> its mean and interval."""
 
     def duels(self, judges: Judges, seed: int = 0) -> list[Duel]:
         """Every pair of policies with equally many runs."""
@@ -121,7 +119,7 @@ def evaluate_policies(
     What can be known of a folder without its weights is asked of all of them before anything is sampled.
 
     Args:
-        config: the ``data``, ``rollout``, ``vllm`` and ``device`` settings; its ``model.path`` is not used.
+        config: the ``seed``, ``data``, ``rollout``, ``vllm`` and ``device`` settings; its ``model.path`` is not used.
         policies: name -> its folders, one for each seed.
         sessions: held-out sessions.
         judges: who judges.
@@ -154,6 +152,9 @@ def evaluate_policies(
     first = next(iter(panel.rollouts.values()))[0]
     panel.users = [rollout.prompt.user_id for rollout in first]
     panel.scores = {COPY_LAST: _copy_last(first, config, judges), **panel.scores}
+    panel.table = {
+        name: evaluate.summarise(scores, panel.users, seed=config.seed) for name, scores in panel.scores.items()
+    }
     return panel
 
 
@@ -232,8 +233,8 @@ def default_judge(config: RunConfig) -> LexicalLabeller:
 
 def write(folder: Path, panel: Panel, duels: Sequence[Duel], record: Mapping[str, object]) -> list[Path]:
     """``evaluation.json`` (table, duels, record) and ``evaluation.csv`` (one row per policy and metric) in ``folder``."""
-    table = panel.table()
-    rows = [(name, metric, e.mean, e.low, e.high, e.users) for name, row in table.items() for metric, e in row.items()]
+    each = [(name, metric, e) for name, row in panel.table.items() for metric, e in row.items()]
+    rows = [(name, metric, e.mean, e.low, e.high, e.users) for name, metric, e in each]
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerows([("policy", "metric", "mean", "low", "high", "users"), *rows])
@@ -245,7 +246,7 @@ def write(folder: Path, panel: Panel, duels: Sequence[Duel], record: Mapping[str
                 metric: _finite(asdict(e)) | {"runs": panel.scores[name][metric].mean(1).tolist()}
                 for metric, e in row.items()
             }
-            for name, row in table.items()
+            for name, row in panel.table.items()
         },
         "duels": [
             {key: _finite(value) if isinstance(value, dict) else value for key, value in asdict(duel).items()}
