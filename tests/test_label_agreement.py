@@ -37,9 +37,9 @@ def test_shares_and_kappa_by_hand() -> None:
     a = [labelled("2222", 1, "u"), labelled("2111", 0, "v")]
     b = [labelled("2211", 1, "u", who="y"), labelled("2112", 0, "v", who="y")]
     word, sentence = (found := compare(a, b)).levels
-    assert (word.count, word.agreement.value, word.relevant) == (8, 5 / 8, (5 / 8, 4 / 8))
-    assert word.kappa.value == pytest.approx((5 / 8 - 1 / 2) / (1 - 1 / 2))
-    assert (sentence.count, sentence.agreement.value, sentence.kappa.value) == (2, 1.0, 1.0)
+    assert (word.count, word.agreement.mean, word.relevant) == (8, 5 / 8, (5 / 8, 4 / 8))
+    assert word.kappa.mean == pytest.approx((5 / 8 - 1 / 2) / (1 - 1 / 2))
+    assert (sentence.count, sentence.agreement.mean, sentence.kappa.mean) == (2, 1.0, 1.0)
     assert (found.labellers, found.users, found.only) == (("x", "y"), 2, (0, 0))
 
 
@@ -48,7 +48,7 @@ def test_separators_and_words_that_only_one_cut_do_not_count() -> None:
     two = Labels(spans=[(0, 3), (6, 7)], classes=[2, 1], sentence=1)  # one wide word over "a b", none at "c"
     b = [replace(a[0], labels=two, labeller="y")]
     word = compare(a, b).levels[0]
-    assert (word.count, word.agreement.value) == (2, 1.0)
+    assert (word.count, word.agreement.mean) == (2, 1.0)
     assert compare(a, b).dropped == 1
 
 
@@ -69,7 +69,7 @@ def test_intervals_resample_users_whole() -> None:
         for x in a
     ]
     sentence = compare(a, b).levels[1]
-    assert sentence.agreement.value == pytest.approx(0.8)
+    assert sentence.agreement.mean == pytest.approx(0.8)
     assert sentence.agreement.low < 0.5
     assert sentence.agreement.high == 1.0
     order = rng.permutation(400)
@@ -80,7 +80,7 @@ def test_intervals_resample_users_whole() -> None:
 def test_a_labeller_that_never_varies_has_no_kappa() -> None:
     a, b = [labelled("22", 1), labelled("22", 1, "v")], [labelled("22", 1), labelled("22", 1, "v")]
     found = compare(a, b)
-    assert math.isnan(found.levels[0].kappa.value)
+    assert math.isnan(found.levels[0].kappa.mean)
     assert found.as_json()["word"]["kappa"] == {"value": None, "low": None, "high": None}
     assert math.isnan(compare(a[:1], b[:1]).levels[0].agreement.low)  # one user has no spread
 

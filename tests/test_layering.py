@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrows go one way
     "errors": set(),
+    "estimates": set(),
     "atomic": {"errors"},
     "hashing": set(),
     "background": set(),
@@ -72,25 +73,24 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"attention", "config", "data_types", "errors", "loading", "plugins", "words"},
     "labelling": {
-        "atomic", "background", "config", "data", "data_types", "errors", "hashing", "interrupt", "loading", "progress",
-        "rewards", "rollout", "sections", "seeding", "words",
+        "atomic", "background", "config", "data", "data_types", "errors", "estimates", "hashing", "interrupt", "loading", "progress", "rewards", "rollout", "sections", "seeding", "words",
     },
     "reward_model": {
-        "atomic", "checkpoint", "data", "errors", "evaluate", "figures", "hashing", "interrupt", "labelling", "loading",
+        "atomic", "checkpoint", "data", "errors", "estimates", "figures", "hashing", "interrupt", "labelling", "loading",
         "metrics", "progress", "report", "rewards", "runs", "scratch", "sections", "seeding", "words",
     },
     "scratch": set(),
     "figures": {"report"},
     "rollout": {"background", "config", "data_types", "errors", "loading", "plugins", "seeding"},
-    "evaluate": {"data", "data_types", "errors", "rewards", "words"},
-    "report": {"atomic", "errors", "metrics"},
+    "evaluate": {"data", "data_types", "errors", "estimates", "rewards", "words"},
+    "report": {"atomic", "errors", "estimates", "metrics"},
     "judging": {"data_types", "errors", "rewards"},
     "panel": {
-        "atomic", "config", "data", "data_types", "errors", "evaluate", "judging", "loading", "progress", "rewards", "rollout",
-        "runs", "words",
+        "atomic", "config", "data", "data_types", "errors", "estimates", "evaluate", "judging", "loading", "progress", "rewards",
+        "rollout", "runs", "words",
     },
     "evaluate_command": {
-        "config", "data", "errors", "evaluate", "labelling", "panel", "plugins", "progress", "report", "rewards",
+        "config", "data", "errors", "estimates", "labelling", "panel", "plugins", "progress", "report", "rewards",
     },
     "probing": set(),
     "doctor": {"probing"},

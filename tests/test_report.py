@@ -15,10 +15,10 @@ import pytest
 
 from tppo_fast import report as report_module
 from tppo_fast.errors import UserError
+from tppo_fast.estimates import Estimate
 from tppo_fast.report import (
     CURVES,
     Curve,
-    Estimate,
     Example,
     Report,
     Run,

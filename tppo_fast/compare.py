@@ -235,10 +235,7 @@ def _write(
         report.Run(name=job.method.name, rows=read_metrics(job.config.run_dir), samples_per_step=job.samples_per_step)
         for job in done
     ]
-    table = {
-        name: {f"eval/{m}": report.Estimate(mean=e.mean, low=e.low, high=e.high) for m, e in row.items() if m in TABLE}
-        for name, row in found.table.items()
-    }
+    table = {name: {f"eval/{m}": e for m, e in row.items() if m in TABLE} for name, row in found.table.items()}
     written = report.write_report(
         folder / "report.html",
         report.Report(

@@ -27,6 +27,7 @@ from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session, write_sessions
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
+from tppo_fast.estimates import Estimate, cell
 from tppo_fast.figures import reward_histogram
 from tppo_fast.finetune_config import LearnConfig
 from tppo_fast.metrics import read_metrics
@@ -114,7 +115,7 @@ class DemoSettings:
         return replace(base, **{name: value for name, value in chosen.items() if value is not None})
 
 
-def run_demo(options: DemoSettings) -> dict[str, dict[str, evaluate.Estimate]]:
+def run_demo(options: DemoSettings) -> dict[str, dict[str, Estimate]]:
     """Run (or continue) the demo; returns method -> metric -> estimate on held-out sessions, and writes the report.
 
     Raises:
@@ -318,12 +319,12 @@ def _verdict(scores: dict[str, evaluate.Scores], users: list[str], a: str, b: st
     return report.verdict(a, b, gap.mean, gap.low, gap.high, "eval/relevance")
 
 
-def _print_table(table: dict[str, dict[str, evaluate.Estimate]], verdicts: list[str]) -> None:
+def _print_table(table: dict[str, dict[str, Estimate]], verdicts: list[str]) -> None:
     shown = Table(title="Held-out sessions: mean [95 % interval over users]")
     for column in ("policy", *TABLE):
         shown.add_column(column)
     for name, row in table.items():
-        cells = [_cell(row.get(metric), metric == "relevance") for metric in TABLE]
+        cells = [cell(row.get(metric), metric == "relevance") for metric in TABLE]
         shown.add_row(name, *cells)
     console = table_console()
     console.print(shown)
@@ -331,26 +332,17 @@ def _print_table(table: dict[str, dict[str, evaluate.Estimate]], verdicts: list[
         console.print(sentence)
 
 
-def _cell(value: evaluate.Estimate | None, interval: bool) -> str:
-    if value is None:
-        return "-"
-    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]" if interval else f"{value.mean:.3f}"
-
-
 def _write_report(
     path: Path,
     options: DemoSettings,
     configs: dict[str, Config],
-    table: dict[str, dict[str, evaluate.Estimate]],
+    table: dict[str, dict[str, Estimate]],
     verdicts: list[str],
     evaluation: Evaluation,
 ) -> None:
     per_step = configs["TPPO"].rollout.prompts_per_step * configs["TPPO"].rollout.samples_per_prompt
     runs = [report.Run(name=n, rows=read_metrics(c.run_dir), samples_per_step=per_step) for n, c in configs.items()]
-    rows = {
-        name: {f"eval/{m}": report.Estimate(mean=e.mean, low=e.low, high=e.high) for m, e in row.items() if m in TABLE}
-        for name, row in table.items()
-    }
+    rows = {name: {f"eval/{m}": e for m, e in row.items() if m in TABLE} for name, row in table.items()}
     given = {k: v for k, v in asdict(options).items() if k != "fresh" and v != getattr(DemoSettings(), k)}
     flags = "".join(f" --{k.replace('_', '-')} {v}" for k, v in given.items())
     report.write_report(

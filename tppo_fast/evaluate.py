@@ -8,7 +8,6 @@ for novelty, and ``copy_last`` gives the row of that baseline.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +16,7 @@ from scipy import stats
 from tppo_fast.data.relevance import relevance
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import UserError
+from tppo_fast.estimates import Estimate
 from tppo_fast.rewards.labels import RELEVANT
 from tppo_fast.rewards.lexical import classify_queries
 from tppo_fast.words import normalise_query
@@ -114,20 +114,6 @@ def _share(flags: Sequence[bool]) -> float:
 
 def _distinct(items: Sequence[object]) -> float:
     return len(set(items)) / len(items) if items else 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A mean with its 95 % bootstrap interval."""
-
-    mean: float
-    """Mean over responses (and seeds)."""
-    low: float
-    """Lower end; NaN with fewer than two users, whose spread nobody can know."""
-    high: float
-    """Upper end; NaN as ``low``."""
-    users: int
-    """Resampled units: distinct users."""
 
 
 def summarise(

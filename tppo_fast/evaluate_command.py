@@ -16,7 +16,7 @@ from tppo_fast import panel
 from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import read_sessions
 from tppo_fast.errors import UserError
-from tppo_fast.evaluate import Estimate
+from tppo_fast.estimates import cell
 from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
 from tppo_fast.plugins import guarded, load_object
 from tppo_fast.progress import table_console
@@ -149,17 +149,10 @@ def show(found: panel.Panel, duels: Sequence[panel.Duel]) -> None:
         console.print(
             Text(
                 f"  judged in both orders: {duel.a} wins {duel.win:.1%}, ties {duel.tie:.1%}, loses {duel.lose:.1%}; wins minus "
-                f"losses {duel.margin.mean:+.3f} [{duel.margin.low:+.3f}, {duel.margin.high:+.3f}]"
+                f"losses {duel.margin:+.3f}"
             )
         )
     for (a, left), (b, right) in combinations(found.rollouts.items(), 2):
         if len(left) != len(right):
             said = f"{a} and {b} are not compared: {len(left)} and {len(right)} runs; give both the same number of folders."
             console.print(Text(said))
-
-
-def cell(value: Estimate | None, interval: bool) -> str:
-    """One cell of a table."""
-    if value is None:
-        return "-"
-    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]" if interval else f"{value.mean:.3f}"

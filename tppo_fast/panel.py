@@ -23,7 +23,8 @@ from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.evaluate import Estimate, Scores
+from tppo_fast.estimates import Estimate
+from tppo_fast.evaluate import Scores
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import Labeller, LexicalLabeller
 from tppo_fast.rollout import build_engine

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tppo_fast.atomic import write_atomic
 from tppo_fast.errors import UserError
+from tppo_fast.estimates import Estimate
 from tppo_fast.metrics import GLOSSARY, recorded
 
 if TYPE_CHECKING:
@@ -56,15 +57,6 @@ class Run:
     """The rows of ``metrics.read_metrics``: ``step`` and metrics; None where a value was not finite."""
     samples_per_step: int
     """Responses sampled per step: the curves' x axis counts samples."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A mean with its confidence interval; NaN ends where there is none."""
-
-    mean: float
-    low: float = math.nan
-    high: float = math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

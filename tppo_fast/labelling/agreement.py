@@ -17,21 +17,13 @@ from rich.table import Table
 
 from tppo_fast.data.rows import show
 from tppo_fast.errors import UserError
+from tppo_fast.estimates import Estimate, bootstrap_users
 from tppo_fast.labelling.records import LabelledResponse
 from tppo_fast.rewards.alignment import project
 from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT
 
 PAPER = {"word": 0.9118, "sentence": 0.8095}
 """LLaMA-3-70B against people, 60 examples (TPPO, section 4)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A value with its 95 % bootstrap interval over users; NaN ends with fewer than two users."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +36,9 @@ class Agreement:
     """Words, or responses, compared."""
     relevant: tuple[float, float]
     """The share that A and that B call relevant."""
-    agreement: Interval
+    agreement: Estimate
     """Share of equal labels."""
-    kappa: Interval
+    kappa: Estimate
     """Cohen's kappa."""
 
 
@@ -95,10 +87,7 @@ class Comparison:
             table.add_column(name, justify="right")
         for level in self.levels:
             rates = [f"{rate:.1%}" for rate in level.relevant]
-            share = level.agreement
-            shown = f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}]"
-            kappa = f"{level.kappa.value:.3f} [{level.kappa.low:.3f}, {level.kappa.high:.3f}]"
-            table.add_row(level.level, str(level.count), *rates, shown, kappa)
+            table.add_row(level.level, str(level.count), *rates, f"{level.agreement:.1%}", f"{level.kappa:.3f}")
         for name, value in PAPER.items():
             table.add_row(f"paper, {name}, LLM and people", "", "", "", f"{value:.2%}", "", style="dim")
         table.caption = (
@@ -160,47 +149,34 @@ def _labellers(labels: Mapping[tuple[Any, ...], LabelledResponse]) -> str:
 
 
 def _level(name: str, counts: np.ndarray, seed: int) -> Agreement:
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        return {"agreement": _share(total := np.tensordot(weights, counts, 1)), "kappa": _kappa(total)}
+
     total = counts.sum(0)
     n = total.sum()
-    rates = (float(total[1].sum() / n), float(total[:, 1].sum() / n)) if n else (np.nan, np.nan)
     return Agreement(
         level=name,
         count=int(n),
-        relevant=rates,
-        agreement=_interval(_share, counts, seed),
-        kappa=_interval(_kappa, counts, seed),
+        relevant=(float(total[1].sum() / n), float(total[:, 1].sum() / n)) if n else (np.nan, np.nan),
+        **bootstrap_users(figures, len(counts), seed=seed, resamples=2000),
     )
 
 
-def _share(counts: np.ndarray) -> np.ndarray:
-    """[..., 2, 2] -> [...] share on the diagonal, NaN where nothing was counted."""
-    total = counts.sum((-2, -1))
-    return np.divide(np.trace(counts, axis1=-2, axis2=-1), total, out=np.full(total.shape, np.nan), where=total > 0)
+def _share(counts: np.ndarray) -> float:
+    """The share on the diagonal of [2, 2] counts, NaN where nothing was counted."""
+    total = counts.sum()
+    return float(np.trace(counts) / total) if total else np.nan
 
 
-def _kappa(counts: np.ndarray) -> np.ndarray:
-    """[..., 2, 2] -> [...] Cohen's kappa."""
-    total = counts.sum((-2, -1))
-    chance = (counts.sum(-1) * counts.sum(-2)).sum(-1)
-    chance = np.divide(chance, total**2, out=np.ones(total.shape), where=total > 0)
-    return np.divide(_share(counts) - chance, 1 - chance, out=np.full(total.shape, np.nan), where=chance < 1)
+def _kappa(counts: np.ndarray) -> float:
+    """Cohen's kappa of [2, 2] counts."""
+    total = counts.sum()
+    chance = float(counts.sum(1) @ counts.sum(0) / total**2) if total else 1.0
+    return (_share(counts) - chance) / (1.0 - chance) if chance < 1.0 else np.nan
 
 
-def _interval(statistic: Any, counts: np.ndarray, seed: int) -> Interval:
-    """Percentile interval; users are resampled whole, with all their words."""
-    users = len(counts)
-    value = float(statistic(counts.sum(0)))
-    if users < 2 or not np.isfinite(value):
-        return Interval(value=value, low=np.nan, high=np.nan)
-    drawn = np.random.default_rng(seed).multinomial(users, np.full(users, 1 / users), size=2000)  # [R, U] times drawn
-    result = statistic((drawn @ counts.reshape(users, 4)).reshape(-1, 2, 2))
-    finite = result[np.isfinite(result)]  # a resample in which nothing varies has no kappa
-    low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) else (np.nan, np.nan)
-    return Interval(value=value, low=float(low), high=float(high))
-
-
-def _plain(interval: Interval) -> dict[str, float | None]:
-    values = {"value": interval.value, "low": interval.low, "high": interval.high}
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    values = {"value": estimate.mean, "low": estimate.low, "high": estimate.high}
     return {name: value if np.isfinite(value) else None for name, value in values.items()}
 
 

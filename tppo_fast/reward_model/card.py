@@ -11,7 +11,7 @@ from typing import Any
 
 from tppo_fast import figures, report
 from tppo_fast.data.rows import searched
-from tppo_fast.evaluate import Estimate
+from tppo_fast.estimates import Estimate
 from tppo_fast.hashing import sha256_of
 from tppo_fast.metrics import GLOSSARY, read_metrics
 from tppo_fast.reward_model.data import Example
@@ -64,8 +64,8 @@ def verdict(table: Mapping[str, Mapping[str, Estimate]]) -> str:
     """Whether the model's token AUC is above both baselines, in one sentence."""
     own = table[MODEL]["auc"]
     others = {name: row["auc"] for name, row in table.items() if name != MODEL}
-    figure = f"Held-out token AUC {own.mean:.3f} [{own.low:.3f}, {own.high:.3f}]"
-    named = ", ".join(f"{name} {e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in others.items())
+    figure = f"Held-out token AUC {own:.3f}"
+    named = ", ".join(f"{name} {e:.3f}" for name, e in others.items())
     if math.isnan(own.low):
         return f"{figure}, from too few test users ({own.users}) to show anything ({named}): label more."
     missed = [name for name, e in others.items() if not own.low > e.high]
@@ -81,7 +81,7 @@ def _card(result: Result, record: Mapping[str, Any]) -> str:
         loader=PackageLoader("tppo_fast"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )  # no autoescape: the card is Markdown
     classifier = result.model.classifier
-    table = {name: {m: _cell(row[m]) for m in METRICS} for name, row in result.table.items()}
+    table = {name: {m: f"{row[m]:.3f}" for m in METRICS} for name, row in result.table.items()}
     return environment.get_template("model_card.md").render(
         record,
         architecture=type(classifier).__name__,
@@ -97,16 +97,9 @@ def _card(result: Result, record: Mapping[str, Any]) -> str:
     )
 
 
-def _cell(estimate: Estimate) -> str:
-    return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
 def _write_report(path: Path, result: Result, record: Mapping[str, Any]) -> None:
     losses = {"reward_model/loss": "training", "reward_model/validation_loss": "validation"}
-    rows = {
-        name: {f"reward_model/{m}": report.Estimate(mean=e.mean, low=e.low, high=e.high) for m, e in row.items()}
-        for name, row in result.table.items()
-    }
+    rows = {name: {f"reward_model/{m}": e for m, e in row.items()} for name, row in result.table.items()}
     report.write_report(
         path,
         report.Report(

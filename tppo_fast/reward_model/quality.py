@@ -1,7 +1,6 @@
 """How good a reward model is on held-out users, beside two baselines; every figure with its interval over users.
 
-A bootstrap resample draws users with replacement, with all their responses: the figure of a resample is that of the data
-in which user u's tokens count ``weights[u]`` times. All figures are therefore written for weighted users.
+All figures are written for weighted users, as ``estimates.bootstrap_users`` draws them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tppo_fast.evaluate import Estimate
+from tppo_fast.estimates import Estimate, bootstrap_users
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -78,30 +77,18 @@ def _replaced(scored: Scored, probabilities: Float[np.ndarray, "K 3"]) -> Scored
 
 
 def measure(scored: Scored, *, seed: int = 0, resamples: int = 1000) -> dict[str, Estimate]:
-    """Every metric with its 95 % percentile bootstrap interval over users; NaN where a metric is not defined.
+    """Every metric with its interval over users; NaN where a metric is not defined.
 
     The same ``seed`` draws the same users for every model that is measured on the same responses.
     """
-    statistics = _Statistics(scored)
-    users = int(scored.user.max()) + 1 if len(scored.user) else 0
-    value = statistics(np.ones(users))
-    rng = np.random.default_rng(seed)
-    drawn = [statistics(rng.multinomial(users, np.full(users, 1.0 / users)).astype(float)) for _ in range(resamples)]
-    out = {}
-    for name, mean in value.items():
-        sample = np.array([d[name] for d in drawn])
-        sample = sample[np.isfinite(sample)]
-        enough = users > 1 and len(sample) > 0
-        low, high = np.quantile(sample, (0.025, 0.975)) if enough else (np.nan, np.nan)
-        out[name] = Estimate(mean=mean, low=float(low), high=float(high), users=users)
-    return out
+    return bootstrap_users(_Statistics(scored), int(scored.user.max()) + 1, seed=seed, resamples=resamples)
 
 
 class _Statistics:
     """What the metrics need, summed per user where they are sums, sorted once where they are ranks."""
 
     def __init__(self, scored: Scored) -> None:
-        users = int(scored.user.max()) + 1 if len(scored.user) else 0
+        users = int(scored.user.max()) + 1
         owner = scored.user[scored.response]  # [K]
         confusion = np.zeros((users, 3, 3))
         np.add.at(confusion, (owner, scored.labels, scored.probabilities.argmax(1)), 1.0)

@@ -12,7 +12,7 @@ import torch
 from tppo_fast.atomic import atomic_folder
 from tppo_fast.data.rows import searched
 from tppo_fast.errors import UserError
-from tppo_fast.evaluate import Estimate
+from tppo_fast.estimates import Estimate
 from tppo_fast.hashing import sha256_of
 from tppo_fast.labelling.records import LabelledResponse, read_labels, read_record
 from tppo_fast.metrics import METRICS_FILE, MetricsLogger
