@@ -54,6 +54,7 @@ from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.token_model import load
 from tppo_fast.rollout import SamplingParams, build_engine
 from tppo_fast.sections import build_section, first_change
+from tppo_fast.words import queries_of
 
 LEXICAL = {"planted": ("hit", "mrr", "exact", "word_relevance"), "next": ("relevance",)}
 """Labels -> the held-out metrics whose truth the lexical labeller never saw. ``relevance`` reads the relevant queries of the
@@ -178,7 +179,7 @@ def _labels(options: argparse.Namespace, config: Config, sessions: Sequence[Sess
     pool = [query for session in sessions for query in session.next_queries]
     items, owners = [], []
     for session, text in _sampled(options, config, _drawn(sessions, options.sessions)):
-        queries = [query.strip() for query in text.split(config.data.separator.strip()) if query.strip()]
+        queries = queries_of(text, config.data.separator)
         spoiled = perturb(queries, searched(session.history), pool, rng) if queries else []
         copied = searched(session.history)[-rng.randint(1, 3) :] if options.copies else []
         truth = session.relevant_queries if options.labels == "planted" else session.next_queries
@@ -317,9 +318,8 @@ def _filled_slots(examples: Sequence[Example], sessions: Sequence[Session]) -> l
     shares = []
     for row in (example.row for example in examples):
         history = searched(row.history)
-        queries = [query.strip() for query in row.response.split(",") if query.strip()]
         truth = known[row.user_id, tuple(history)]
-        shares.append(relevance(queries, relevant=truth, history=history, num_queries=3))
+        shares.append(relevance(queries_of(row.response, ","), relevant=truth, history=history, num_queries=3))
     return shares
 
 

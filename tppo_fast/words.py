@@ -1,4 +1,4 @@
-"""Words of a query: where they stand, their normal form and their stem. Any script, nothing but Unicode categories."""
+"""Queries of a response and words of a query: where they stand, normal form, stem. Any script, by Unicode categories alone."""
 
 from __future__ import annotations
 
@@ -75,6 +75,12 @@ def normalise_query(query: str) -> str:
     """The query's normal form: its words' normal forms joined by one space. Equal normal form = same query."""
     forms = (normalise_word(query[start:end]) for start, end in word_spans(query))
     return " ".join(form for form in forms if form)
+
+
+def queries_of(response: str, separator: str) -> list[str]:
+    """The queries of a response: split at the visible part of ``separator``, single spaces, empty ones dropped."""
+    parts = (" ".join(part.split()) for part in response.split(separator.strip()))
+    return [part for part in parts if part]
 
 
 @lru_cache(maxsize=8)

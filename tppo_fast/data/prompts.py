@@ -10,6 +10,7 @@ from tppo_fast.config import DataConfig
 from tppo_fast.data.rows import Session, searched, show
 from tppo_fast.data_types import Prompt
 from tppo_fast.errors import UserError
+from tppo_fast.words import queries_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,9 +97,8 @@ class PromptBuilder:
         return [[*ids, self.eos_token_id] for ids in encoded]
 
     def parse(self, text: str) -> list[str]:
-        """The queries of a decoded response: split at the separator's core, single spaces, empty ones dropped."""
-        parts = (" ".join(part.split()) for part in text.split(self.core))
-        return [part for part in parts if part]
+        """The queries of a decoded response."""
+        return queries_of(text, self.config.separator)
 
     def expected_length(self, sessions: Sequence[Session]) -> float:
         """sl of the length penalty (TPPO, section 3.3), in tokens, the separators included and eos not.

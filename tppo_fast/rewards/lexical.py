@@ -84,7 +84,7 @@ class LexicalLabeller:
     """
 
     separator: str = ", "
-    """Text between queries; its visible part splits a response wherever it stands, as in ``PromptBuilder.parse``."""
+    """Text between queries; its visible part splits a response wherever it stands, as in ``words.queries_of``."""
     num_queries: int | None = None
     """Queries a response should hold; words of later ones are irrelevant. None sets no limit."""
     language: str = "english"

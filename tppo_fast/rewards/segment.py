@@ -45,7 +45,7 @@ class Segments:
 
 
 def segment(text: str, separator: str) -> Segments:
-    """Cut ``text`` at the visible part of ``separator``, wherever it stands, as ``PromptBuilder.parse`` does.
+    """Cut ``text`` at the visible part of ``separator``, wherever it stands, as ``words.queries_of`` does.
 
     Raises:
         UserError: a blank separator.
@@ -71,7 +71,7 @@ def repetitions(history: Sequence[str], queries: Sequence[str]) -> list[bool]:
 def admitted(history: Sequence[str], queries: Sequence[str], num_queries: int | None) -> list[bool]:
     """Whether words of each query can be relevant: it repeats nothing, and is among the first ``num_queries``.
 
-    An empty piece is no query, as in ``PromptBuilder.parse``.
+    An empty piece is no query, as in ``words.queries_of``.
     """
     places = accumulate(bool(query.strip()) for query in queries)
     repeated = repetitions(history, queries)

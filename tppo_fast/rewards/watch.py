@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from tppo_fast.data_types import Rollout
-from tppo_fast.words import normalise_query
+from tppo_fast.words import normalise_query, queries_of
 
 REFERENCE_STEPS = 5
 """The first steps of a run, whose means the later ones are compared with."""
@@ -29,7 +29,7 @@ def repetition_and_copies(rollouts: Sequence[Rollout], separator: str) -> dict[s
     """
     repeated, copied = [], []
     for rollout in rollouts:
-        forms = [form for form in map(normalise_query, rollout.text.split(separator.strip())) if form]
+        forms = [form for form in map(normalise_query, queries_of(rollout.text, separator)) if form]
         history = {normalise_query(query) for query in rollout.prompt.history}
         count = max(len(forms), 1)
         repeated.append((len(forms) - len(set(forms))) / count)
