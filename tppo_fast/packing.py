@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,24 @@ from tppo_fast.data_types import Rollout, RolloutBatch, TrainBatch, TrainRows, t
 from tppo_fast.errors import UserError
 
 _PER_ACTION = tuple(f.name for f in fields(TrainRows))
+
+
+@dataclass(slots=True)
+class SegmentLists:
+    """Segments, one after the other: the lists that a packed batch is made of."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])
+    prefix: list[int] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], first_position: int = 0, parent: int = -1) -> int:
+        """Append a segment, which continues segment ``parent`` (-1: none); returns its number."""
+        self.tokens.extend(ids)
+        self.positions.extend(range(first_position, first_position + len(ids)))
+        self.starts.append(len(self.tokens))
+        self.prefix.append(parent)
+        return len(self.prefix) - 1
 
 
 def pack(
@@ -28,43 +46,35 @@ def pack(
         UserError: an empty prompt or response, or rewards of the wrong length.
     """
     _check(rollouts, rewards)
-    tokens: list[int] = []
-    positions: list[int] = []
-    starts, prefix = [0], []
+    made = SegmentLists()
     action_index: list[int] = []
     state_index: list[int] = []
     final_index, cu_actions = [], [0]
     shared: tuple[object, int, int] | None = None  # (prompt, its segment, its last token)
 
-    def segment(ids: Sequence[int], first_position: int, parent: int) -> int:
-        tokens.extend(ids)
-        positions.extend(range(first_position, first_position + len(ids)))
-        starts.append(len(tokens))
-        prefix.append(parent)
-        return len(prefix) - 1
-
     for rollout in rollouts:
         prompt, response = rollout.prompt.token_ids, rollout.token_ids
         if share_prompts:
             if shared is None or shared[0] is not rollout.prompt:
-                shared = (rollout.prompt, segment(prompt, 0, -1), len(tokens) - 1)
-            segment(response, len(prompt), shared[1])
+                shared = (rollout.prompt, made.add(prompt), len(made.tokens) - 1)
+            made.add(response, first_position=len(prompt), parent=shared[1])
             before_first = shared[2]
         else:
-            segment([*prompt, *response], 0, -1)
-            before_first = len(tokens) - len(response) - 1
-        first = len(tokens) - len(response)
-        action_index.extend(range(first, len(tokens)))
-        state_index.extend([before_first, *range(first, len(tokens) - 1)])
-        final_index.append(len(tokens) - 1)
+            made.add([*prompt, *response])
+            before_first = len(made.tokens) - len(response) - 1
+        end = len(made.tokens)
+        first = end - len(response)
+        action_index.extend(range(first, end))
+        state_index.extend([before_first, *range(first, end - 1)])
+        final_index.append(end - 1)
         cu_actions.append(len(action_index))
 
     flat = [torch.as_tensor(r, dtype=torch.float32) for r in rewards]
     return RolloutBatch(
-        token_ids=torch.tensor(tokens, dtype=torch.int64),
-        position_ids=torch.tensor(positions, dtype=torch.int64),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        prefix=torch.tensor(prefix, dtype=torch.int64),
+        token_ids=torch.tensor(made.tokens, dtype=torch.int64),
+        position_ids=torch.tensor(made.positions, dtype=torch.int64),
+        cu_seqlens=torch.tensor(made.starts, dtype=torch.int32),
+        prefix=torch.tensor(made.prefix, dtype=torch.int64),
         action_index=torch.tensor(action_index, dtype=torch.int64),
         state_index=torch.tensor(state_index, dtype=torch.int64),
         final_index=torch.tensor(final_index, dtype=torch.int64),
@@ -173,22 +183,23 @@ def _lots(batch: RolloutBatch, sequences: Sequence[int], token_budget: int, pair
         families.setdefault((parent, -1) if parent >= 0 else (-1, b), []).append(b)
     for (parent, _), members in families.items():
         before = lengths[parent] if parent >= 0 else 0
-        room: list[tuple[int, list[int]]] = []  # (response tokens, sequences) of each lot of this family
-        for b in sorted(members, key=lambda b: (-lengths[own[b]], b)):
-            size = lengths[own[b]]
-            if before + size > token_budget:
+        sizes = {b: lengths[own[b]] for b in members}
+        lots: list[list[int]] = []
+        for b in sorted(members, key=lambda b: (-sizes[b], b)):
+            if before + sizes[b] > token_budget:
                 raise UserError(
-                    f"ppo.microbatch_tokens = {token_budget}: one sequence has {before + size} tokens; raise it, or lower "
+                    f"ppo.microbatch_tokens = {token_budget}: one sequence has {before + sizes[b]} tokens; raise it, or lower "
                     "data.max_prompt_tokens or rollout.max_new_tokens"
                 )
-            place = next((i for i, (held, _) in enumerate(room) if before + held + size <= token_budget), len(room))
-            held, lot = room[place] if place < len(room) else (0, [])
-            room[place : place + 1] = [(held + size, [*lot, b])]
-        for held, lot in room:
-            pairs = before * (before + 1) // 2 + sum(
-                n * (n + 1) // 2 + n * before for n in (lengths[own[b]] for b in lot)
-            )
-            yield _Lot(sequences=lot, tokens=before + held, cost=before + held + pair_cost * pairs)
+            with_room = (lot for lot in lots if before + sum(sizes[c] for c in (*lot, b)) <= token_budget)
+            lot = next(with_room, None)
+            if lot is None:
+                lots.append(lot := [])
+            lot.append(b)
+        for lot in lots:
+            tokens = before + sum(sizes[b] for b in lot)
+            pairs = before * (before + 1) // 2 + sum(n * (n + 1) // 2 + n * before for n in (sizes[b] for b in lot))
+            yield _Lot(sequences=lot, tokens=tokens, cost=tokens + pair_cost * pairs)
 
 
 def _fill(lots: Sequence[_Lot], groups: int, token_budget: int, *, even: bool) -> list[list[_Lot]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tppo_fast import attention
 from tppo_fast.errors import UserError
+from tppo_fast.packing import SegmentLists
 from tppo_fast.rewards.labels import Span
 
 if TYPE_CHECKING:
@@ -236,33 +237,23 @@ def _vocabulary(classifier: Any) -> int:
 
 def _packed_logits(classifier: Any, batch: Sequence[Encoded], device: torch.device) -> Tensor:
     """Without padding, and with each distinct history only once, however many of the responses answer it."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    starts, prefix, index = [0], [], []
+    made, index = SegmentLists(), []
     known: dict[tuple[int, ...], int] = {}  # history part -> its segment
-
-    def segment(ids: Sequence[int], first_position: int, parent: int) -> int:
-        tokens.extend(ids)
-        positions.extend(range(first_position, first_position + len(ids)))
-        starts.append(len(tokens))
-        prefix.append(parent)
-        return len(prefix) - 1
-
     for encoded in batch:
         cut = encoded.response[0] if encoded.response else len(encoded.input_ids)
         history, rest = tuple(encoded.input_ids[:cut]), encoded.input_ids[cut:]
         if history and history not in known:
-            known[history] = segment(history, 0, -1)
+            known[history] = made.add(history)
         if rest:
-            index += [len(tokens) + place - cut for place in encoded.response]
-            segment(rest, cut, known.get(history, -1))
+            index += [len(made.tokens) + place - cut for place in encoded.response]
+            made.add(rest, first_position=cut, parent=known.get(history, -1))
     segments = attention.Segments(
-        token_ids=torch.tensor(tokens, device=device),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
-        prefix=torch.tensor(prefix, device=device),
+        token_ids=torch.tensor(made.tokens, device=device),
+        cu_seqlens=torch.tensor(made.starts, dtype=torch.int32, device=device),
+        prefix=torch.tensor(made.prefix, device=device),
     )
     layout = attention.build_layout(segments)
-    ids, places = segments.token_ids[None], torch.tensor(positions, device=device)[None]
+    ids, places = segments.token_ids[None], torch.tensor(made.positions, device=device)[None]
     out = classifier(input_ids=ids, position_ids=places, use_cache=False, layout=layout)
     return out.logits[0][torch.tensor(index, dtype=torch.int64, device=device)]
 
