@@ -35,7 +35,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "attention": {"attention_varlen", "data_types", "errors"},
     "packing": {"data_types", "errors"},
     "parity": {"config", "errors"},
-    "flops": set(),
+    "flops": {"data_types"},
     "clock": set(),
     "compiling": set(),
     "profiling": {"errors"},

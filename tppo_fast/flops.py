@@ -11,25 +11,19 @@ import functools
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+if TYPE_CHECKING:
+    from tppo_fast.data_types import RolloutBatch
 
 DATASHEET = {
     "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "RTX 4090": 165e12, "MI300X": 1307e12,
 }  # fmt: skip
 """Part of a GPU's name -> its dense bf16 FLOP per second, by its maker."""
-
-
-class Segmented(Protocol):
-    """A packed batch, or what of it says who sees whom: see ``RolloutBatch``."""
-
-    @property
-    def cu_seqlens(self) -> Tensor: ...
-    @property
-    def prefix(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +76,7 @@ def costs(body: nn.Module, head: nn.Module | None = None) -> Costs:
     )
 
 
-def visible_pairs(batch: Segmented) -> int:
+def visible_pairs(batch: RolloutBatch) -> int:
     """(query, key) pairs that attention must look at: causal in a segment, and all of the segment's prefix."""
     lengths = [end - start for start, end in pairwise(batch.cu_seqlens.tolist())]
     before = [0 if p < 0 else lengths[p] for p in batch.prefix.tolist()]
@@ -106,19 +100,19 @@ class Counter:
         """A phase begins."""
         self._tokens, self._flop = 0, 0.0
 
-    def prepared(self, batch: Any) -> None:
-        """A microbatch (a ``RolloutBatch``) was read without gradients, by the policy, the reference and the critic."""
+    def prepared(self, batch: RolloutBatch) -> None:
+        """A microbatch was read without gradients, by the policy, the reference and the critic."""
         size = self._size(batch)
         self._flop += self._policy.forward(*size) * (1 + self._reference)
         self._flop += self._critic.forward(*size) if self._critic else 0.0
 
-    def updated(self, batch: Any, train_policy: bool) -> None:
+    def updated(self, batch: RolloutBatch, train_policy: bool) -> None:
         """A microbatch was read with gradients; only for the critic where ``train_policy`` is False."""
         size = self._size(batch)
         self._flop += self._policy.training(*size) if train_policy else self._policy.forward(*size)
         self._flop += self._critic.training(*size) if self._critic else 0.0
 
-    def _size(self, batch: Any) -> tuple[int, int, int]:
+    def _size(self, batch: RolloutBatch) -> tuple[int, int, int]:
         self._tokens += batch.num_tokens
         return batch.num_tokens, visible_pairs(batch), batch.num_actions
 
