@@ -12,6 +12,7 @@ added is a third kind of bad response.
 from __future__ import annotations
 
 import argparse
+import operator
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,7 +85,8 @@ def main() -> None:
         close, gain, label = (np.array(column) for column in zip(*rows, strict=True))
         grid = [(q, w) for q in np.arange(0.2, 0.8, 0.05) for w in np.arange(-0.1, 0.06, 0.01)]
         (q, w), best = max(
-            ((pair, _balanced((close >= pair[0]) & (gain >= pair[1]), label)) for pair in grid), key=_second
+            ((pair, _balanced((close >= pair[0]) & (gain >= pair[1]), label)) for pair in grid),
+            key=operator.itemgetter(1),
         )
         print(
             f"{mode}: {len(label)} words, AUC of the gain {_auc(gain, label):.3f}, of the similarity {_auc(close, label):.3f}"
@@ -96,10 +98,6 @@ def main() -> None:
     label = np.array([flags[0] for _, _, flags in wholes])
     best, at = max((_balanced(score >= t, label), t) for t in np.quantile(score, np.linspace(0, 1, 201)))
     print(f"queries: {len(label)}, AUC {_auc(score, label):.3f}, best threshold {at:.2f}: balanced accuracy {best:.3f}")
-
-
-def _second(pair: tuple[object, float]) -> float:
-    return pair[1]
 
 
 def _balanced(said: np.ndarray, label: np.ndarray) -> float:

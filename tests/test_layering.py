@@ -67,8 +67,8 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
         "config", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "rollout", "runs", "seeding",
     },
     "dpo": {
-        "data_types", "errors", "finetune", "finetune_config", "hashing", "labelling", "model", "packing", "rollout", "runs",
-        "seeding", "sft",
+        "algorithms", "data_types", "errors", "finetune", "finetune_config", "hashing", "labelling", "model", "packing",
+        "rollout", "runs", "seeding", "sft",
     },
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"attention", "config", "data_types", "errors", "loading", "packing", "plugins", "words"},

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tppo_fast import finetune, packing, seeding
+from tppo_fast.algorithms.base import owners
 from tppo_fast.data_types import Prompt, RolloutBatch
 from tppo_fast.errors import UserError
 from tppo_fast.finetune_config import DPOConfig, DPOSection
@@ -228,9 +229,7 @@ def dpo_loss(
 
 def sequence_sums(values: Float[Tensor, "A"], batch: RolloutBatch) -> Float[Tensor, "B"]:
     """The sum of each response's values."""
-    lengths = batch.cu_actions.diff().long()
-    owner = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
-    return values.new_zeros(len(lengths)).index_add(0, owner, values)
+    return values.new_zeros(batch.num_sequences).index_add(0, owners(batch), values)
 
 
 def _pair_groups(batch: RolloutBatch, budget: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -144,23 +145,19 @@ class PromptBuilder:
     def _truncated(self, history: History, session: Session) -> list[int]:
         """Ids of the prompt with as few of the oldest entries dropped as make it fit."""
         limit = self.config.max_prompt_tokens - len(self._start)
-        candidates = list(_drops(history))
-        low, high = 0, len(candidates)  # the first that fits: dropping an entry makes the prompt shorter
-        best: list[int] | None = None
-        while low < high:
-            middle = (low + high) // 2
-            ids = self._encode([self._render(candidates[middle])])[0]
-            if len(ids) <= limit:
-                best, high = ids, middle
-            else:
-                low = middle + 1
-        if best is None:
-            least = len(self._encode([self._render(candidates[-1] if candidates else history)])[0])
+
+        def encoded(left: History) -> list[int]:
+            return self._encode([self._render(left)])[0]
+
+        candidates = list(_drops(history)) or [history]  # dropping an entry makes the prompt shorter
+        first = bisect.bisect_left(candidates, True, key=lambda left: len(encoded(left)) <= limit)
+        ids = encoded(candidates[min(first, len(candidates) - 1)])
+        if len(ids) > limit:
             raise UserError(
                 f"user {show(session.user_id)}: the prompt with only the newest history entry has "
-                f"{least + len(self._start)} tokens, {self._limit}: raise the limit or shorten the entry"
+                f"{len(ids) + len(self._start)} tokens, {self._limit}: raise the limit or shorten the entry"
             )
-        return best
+        return ids
 
     def _cleaned(self, queries: Sequence[str], session: Session, field: str) -> list[str]:
         cleaned = self._clean_all(queries)
@@ -191,7 +188,7 @@ class PromptBuilder:
 
 def _drops(history: History) -> Iterator[History]:
     """The history with 1, 2, ... of its entries dropped, until one is left."""
-    left = dict.fromkeys(history, 0) | {kind: len(entries) for kind, entries in history.items()}
+    left = {kind: len(entries) for kind, entries in history.items()}
     for _ in range(sum(left.values()) - 1):
         longest = max(left, key=lambda kind: (left[kind], kind != "search"))
         left[longest] -= 1
