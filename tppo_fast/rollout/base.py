@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,6 +74,40 @@ class RolloutEngine(Protocol):
 
 
 # -------------------------------------------------------------------- what every engine checks alike
+
+
+def loaded(version: int | None) -> int:
+    """The version of the loaded weights; UserError where there are none."""
+    if version is None:
+        raise UserError("generate was called before load_weights: publish the policy first")
+    return version
+
+
+def answered(
+    prompt: Prompt,
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    *,
+    decode: Callable[[Sequence[int]], str],
+    stop: Collection[int],
+    version: int,
+) -> Rollout:
+    """The rollout of one answer, which ends with the first of the ``stop`` tokens, if there is one."""
+    length = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
+    kept = list(tokens[:length])
+    return Rollout(
+        prompt=prompt,
+        token_ids=kept,
+        logprobs=list(logprobs[:length]),
+        text=decode(kept),
+        finish_reason="stop" if kept and kept[-1] in stop else "length",
+        policy_version=version,
+    )
+
+
+def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """How engines turn tokens into text: as they are, without special tokens."""
+    return functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def max_positions(model_config: Any) -> int | None:

@@ -14,8 +14,8 @@ from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor,
 from transformers.cache_utils import DynamicLayer
 
 from tppo_fast.data_types import Prompt, Rollout
-from tppo_fast.errors import EngineError, UserError
-from tppo_fast.rollout.base import SamplingParams, check_lengths, fitting, stop_tokens
+from tppo_fast.errors import EngineError
+from tppo_fast.rollout.base import SamplingParams, answered, check_lengths, decoder, fitting, loaded, stop_tokens
 
 
 class _Recorder(LogitsProcessor):
@@ -82,7 +82,7 @@ class HFEngine:
     def __init__(self, lm: Any, tokenizer: Any, *, batch_size: int = 256) -> None:
         """``lm`` is a transformers causal LM that this engine may keep for itself; ``batch_size`` bounds one generate call."""
         self._lm: Any = lm.eval().requires_grad_(False)
-        self._tokenizer = tokenizer
+        self._decode = decoder(tokenizer)
         self._batch_size = batch_size
         self._version: int | None = None
         self._eos = stop_tokens(lm.generation_config, tokenizer)
@@ -93,21 +93,25 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        if self._version is None:
-            raise UserError("generate was called before load_weights: publish the policy first")
+        version = loaded(self._version)
         longest = max((len(p.token_ids) for p in prompts), default=0) + sampling.max_new_tokens
         check_lengths(longest, self._lm.config)
         rows = [place for place in range(len(prompts)) for _ in range(sampling.n)]
-        rollouts: list[Rollout] = []
+        answers: list[tuple[list[int], list[float]]] = []
         devices = [self._lm.device] if self._lm.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(sampling.seed)
             for start in range(0, len(rows), self._batch_size):
-                rollouts += self._generate_batch(prompts, rows[start : start + self._batch_size], sampling)
-        return rollouts
+                answers += self._answers(prompts, rows[start : start + self._batch_size], sampling)
+        return [
+            answered(prompts[row], *answer, decode=self._decode, stop=self._eos, version=version)
+            for row, answer in zip(rows, answers, strict=True)
+        ]
 
-    def _generate_batch(self, prompts: Sequence[Prompt], rows: list[int], sampling: SamplingParams) -> list[Rollout]:
-        """A rollout for each of ``rows``, ascending places in ``prompts``."""
+    def _answers(
+        self, prompts: Sequence[Prompt], rows: list[int], sampling: SamplingParams
+    ) -> list[tuple[list[int], list[float]]]:
+        """(tokens, log-probabilities) for each of ``rows``, ascending places in ``prompts``."""
         ids, mask = self._left_padded([p.token_ids for p in prompts[rows[0] : rows[-1] + 1]])
         places = torch.tensor(rows, device=ids.device) - rows[0]
         cache = self._cache(ids.shape[1] + sampling.max_new_tokens)
@@ -129,7 +133,7 @@ class HFEngine:
         recorder.chosen(out)
         tokens = out[:, ids.shape[1] :].tolist()
         logprobs = torch.stack(recorder.columns, 1).tolist()
-        return [self._rollout(prompts[row], *said) for row, *said in zip(rows, tokens, logprobs, strict=True)]
+        return list(zip(tokens, logprobs, strict=True))
 
     def _cache(self, capacity: int) -> Cache | None:
         """An empty cache, or None where generate had better make its own."""
@@ -154,18 +158,6 @@ class HFEngine:
             ids[row, width - len(sequence) :] = torch.tensor(sequence)
             mask[row, width - len(sequence) :] = 1
         return ids.to(self._lm.device), mask.to(self._lm.device)
-
-    def _rollout(self, prompt: Prompt, tokens: list[int], logprobs: list[float]) -> Rollout:
-        end = next((i for i, t in enumerate(tokens) if t in self._eos), None)
-        length = len(tokens) if end is None else end + 1
-        return Rollout(
-            prompt=prompt,
-            token_ids=tokens[:length],
-            logprobs=logprobs[:length],
-            text=self._tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            finish_reason="length" if end is None else "stop",
-            policy_version=self._version or 0,
-        )
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

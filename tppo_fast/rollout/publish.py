@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tppo_fast import seeding
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import EngineError, EngineLost, UserError
-from tppo_fast.rollout.base import SamplingParams, check_lengths, fitting, stop_tokens
+from tppo_fast.rollout.base import SamplingParams, answered, check_lengths, decoder, fitting, loaded, stop_tokens
 
 PROBE_LENGTH = 24
 """Tokens of the probe prompt."""
@@ -246,15 +246,14 @@ class PublishedEngine:
         """``max_model_len``: the longest prompt plus response that the live engine was started for."""
         self.live = live
         self._policy = policy
-        self._tokenizer = tokenizer
+        self._decode = decoder(tokenizer)
         self._stop = stop_tokens(policy.generation_config, tokenizer)
         self._max_model_len = max_model_len
         self._bucket_bytes = bucket_bytes
         self._version: int | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        if self._version is None:
-            raise UserError("generate was called before load_weights: publish the policy first")
+        version = loaded(self._version)
         longest = max((len(p.token_ids) for p in prompts), default=0) + sampling.max_new_tokens
         check_lengths(longest, self._policy.config)
         if longest > self._max_model_len:
@@ -266,22 +265,15 @@ class PublishedEngine:
         repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
         if sampling.greedy:  # the engine answers each prompt once
             answers = [answer for answer in answers for _ in range(sampling.n)]
-        return [self._rollout(p, *answer) for p, answer in zip(repeated, answers, strict=True)]
+        return [
+            answered(p, *answer, decode=self._decode, stop=self._stop, version=version)
+            for p, answer in zip(repeated, answers, strict=True)
+        ]
 
     def _sample(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> list[tuple[list[int], list[float]]]:
         return self.live.generate(prompts, sampling, self._stop)
-
-    def _rollout(self, prompt: Prompt, tokens: list[int], logprobs: list[float]) -> Rollout:
-        return Rollout(
-            prompt=prompt,
-            token_ids=tokens,
-            logprobs=logprobs,
-            text=self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            finish_reason="stop" if tokens[-1] in self._stop else "length",
-            policy_version=self._version or 0,
-        )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         named = self._policy.checked(weights)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.rollout.base import SamplingParams
+from tppo_fast.rollout.base import SamplingParams, answered, loaded
 
 Script = Callable[[Prompt, int], tuple[Sequence[int], Sequence[float]]]
 """(prompt, sample index) -> (token ids, log-probabilities)."""
@@ -25,23 +25,12 @@ class ScriptedEngine:
         self.weights: dict[str, Tensor] = {}
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        if self._version is None:
-            raise UserError("generate was called before load_weights: publish the policy first")
-        return [self._rollout(prompt, i, sampling) for prompt in prompts for i in range(sampling.n)]
-
-    def _rollout(self, prompt: Prompt, index: int, sampling: SamplingParams) -> Rollout:
-        tokens, logprobs = self._script(prompt, index)
-        length = next((i + 1 for i, t in enumerate(tokens) if t in self._eos), len(tokens))
-        length = min(length, sampling.max_new_tokens)
-        tokens, logprobs = list(tokens[:length]), list(logprobs[:length])
-        return Rollout(
-            prompt=prompt,
-            token_ids=tokens,
-            logprobs=logprobs,
-            text=self._decode(tokens),
-            finish_reason="stop" if tokens and tokens[-1] in self._eos else "length",
-            policy_version=self._version or 0,
-        )
+        version, limit = loaded(self._version), sampling.max_new_tokens
+        asked = [(prompt, self._script(prompt, i)) for prompt in prompts for i in range(sampling.n)]
+        return [
+            answered(p, tokens[:limit], logprobs[:limit], decode=self._decode, stop=self._eos, version=version)
+            for p, (tokens, logprobs) in asked
+        ]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         given = {name: tensor.clone() for name, tensor in weights}
