@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers, providers
-from benchmarks.measure import host_peak
+from benchmarks.measure import from_place, host_peak
 from benchmarks.results import Options, Outcome, Result, summarise
 from tppo_fast import config as settings
 from tppo_fast import loading, model, packing, parity, trainer
@@ -143,7 +143,7 @@ def compare(
     for k in range(options.rounds or (1 if options.quick else ROUNDS)):
         given = random_prompts(prompts, longest, vocabulary, options.seed + k)
         sampling = SamplingParams(n=samples, max_new_tokens=new, seed=options.seed + k)
-        for name in list(rows)[k % len(rows) :] + list(rows)[: k % len(rows)]:
+        for name in from_place(list(rows), k):
             row = rows[name]
             if row.problem is None:
                 seconds, rollouts, peak = _timed(partial(engines[name].generate, given, sampling))

@@ -21,21 +21,20 @@ alike; their losses must agree.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import peer_envs
 from benchmarks.drivers import ruler
 from benchmarks.drivers.ruler import PHASES
-from benchmarks.providers import ask, chosen, named
+from benchmarks.measure import from_place
+from benchmarks.providers import answer_in, ask, chosen, named
 from benchmarks.results import Options, Outcome, Result, summarise
 from benchmarks.step_ours import run as run_here
 from benchmarks.step_work import GRPO, LEVERS, Row, Work, inputs, whole, works
@@ -75,7 +74,7 @@ def _compare(
     one = {"count": True, "iterations": 1, "epochs": 1} if levers else {}
     taking_part = [row for row in rows if row.name in names]
     for turn in range(1 if levers else options.rounds or work.rounds):
-        for row in [*taking_part[turn:], *taking_part[:turn]]:
+        for row in from_place(taking_part, turn):
             request = work.request(options.threads, learned=turn == 0, **one, **row.changes)
             answer = answer_of(row, request, tensors, options)
             print(f"{title}, {work.name}, {row.provider}: {answer.get('problem') or _seconds(answer)}", flush=True)
@@ -132,21 +131,10 @@ def _own_process(
     request: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path, extra_path: Sequence[str], timeout: float
 ) -> dict[str, Any]:
     """``step_ours`` in a process of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "request.json").write_text(json.dumps(request))
-    save_file(dict(tensors), folder / "inputs.safetensors")
-    path = [str(ROOT), str(ROOT / "kernels"), *extra_path]
-    environment = os.environ | {"OMP_NUM_THREADS": str(request["threads"]), "PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_ours", str(folder.resolve())]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"it was stopped after {timeout:.0f} s") from None
-    if done.returncode:
-        raise RuntimeError(f"it ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return json.loads((folder / "answer.json").read_text())
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *extra_path])
+    settings = {"OMP_NUM_THREADS": str(request["threads"]), "PYTHONPATH": path}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_ours", folder.resolve()]
+    return answer_in(folder, command, request, tensors, settings, timeout=timeout, cwd=ROOT)
 
 
 def _merged(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

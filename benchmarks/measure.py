@@ -219,16 +219,21 @@ def _take_turns(case: Case, rows: Mapping[str, Result], meter: Meter, rounds: in
                 turns[name] = min(rounds, 3) if took > SLOW else rounds
             except Exception as error:  # out of memory, most likely: the others go on
                 rows[name].problem = _short(error)
-    order = list(calls)
     for k in range(rounds):
         case.refresh(seed + 1 + k)
-        for name in order[k % max(len(order), 1) :] + order[: k % max(len(order), 1)]:
+        for name in from_place(list(calls), k):
             if k >= turns[name] or rows[name].problem:
                 continue
             try:
                 rows[name].values.append(meter.time(case.runs[name], calls[name]))
             except Exception as error:  # it ran once; the others go on
                 rows[name].problem, rows[name].values = _short(error), []
+
+
+def from_place(items: Sequence[T], number: int) -> list[T]:
+    """All of them, from place ``number`` on and around: who begins in round ``number``, so that nobody always comes first."""
+    first = number % max(len(items), 1)
+    return [*items[first:], *items[:first]]
 
 
 def _short(error: Exception) -> str:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.drivers import ruler
+
 Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(hidden, weight) -> (logp, entropy); or (logits, targets) -> them."""
 Scalar = Callable[[Tensor, Tensor], Tensor]
@@ -63,17 +65,10 @@ def find(module: str, name: str, *, alone: int = 0, stand_ins: Sequence[str] = (
         with warnings.catch_warnings(), _standing_in(stand_ins):
             warnings.simplefilter("ignore")
             if module.startswith("trl."):
-                _hide_vllm_from_trl()
+                ruler.hide_vllm_from_trl()
             return getattr(_import_alone(module, alone), name)
     except Exception as error:
         return f"{module}.{name} cannot be imported ({type(error).__name__}: {str(error)[:120]})"
-
-
-def _hide_vllm_from_trl() -> None:
-    """TRL 1.12 imports names that vLLM 0.32 no longer has, wherever vLLM is installed; what is compared needs no vLLM."""
-    from trl import import_utils
-
-    import_utils.is_vllm_available = lambda *_, **__: False
 
 
 def _import_alone(module: str, number: int) -> Any:

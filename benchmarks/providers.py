@@ -161,6 +161,23 @@ def ask(
     Raises:
         RuntimeError: it failed, took longer than ``timeout`` seconds or left no answer; the message ends with its last lines.
     """
+    script = Path(__file__).parent / driver
+    path = os.pathsep.join(
+        [str(script.parent), *extra_path]
+    )  # instead of ours: nothing of this checkout may be in its way
+    settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
+    return answer_in(folder, [python, script, folder], request, tensors, settings, timeout=timeout)
+
+
+def answer_in(
+    folder: Path, command: Sequence[str | Path], request: Mapping[str, Any], tensors: Mapping[str, Any] | None,
+    settings: Mapping[str, str], *, timeout: float, cwd: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What ``command`` leaves as ``answer.json`` in ``folder``, where the request lies; ``settings`` are of its environment.
+
+    Raises:
+        RuntimeError: as ``ask``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
@@ -169,18 +186,13 @@ def ask(
         from safetensors.torch import save
 
         write_atomic(folder / "inputs.safetensors", save(dict(tensors)))
-    script = Path(__file__).parent / driver
-    path = os.pathsep.join(
-        [str(script.parent), *extra_path]
-    )  # instead of ours: nothing of this checkout may be in its way
-    settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
     environment = os.environ | settings
     try:
         done = subprocess.run(
-            [python, script, folder], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{driver} was stopped after {timeout:.0f} s") from None
+        raise RuntimeError(f"it was stopped after {timeout:.0f} s") from None
     if done.returncode or not answer.exists():
-        raise RuntimeError(f"{driver} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(f"it ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return json.loads(answer.read_text())

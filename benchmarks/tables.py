@@ -131,9 +131,8 @@ def full(report: Mapping[str, Any]) -> str:
     parts = [f"{caption(report)}. Providers: {versions}.", blocks(list(by_case(rows).values()))]
     if note := report.get("note"):
         parts.append(note)
-    settings = report["settings"]
-    if left := settings.get("skipped_cases") or settings.get("skipped_rows"):
-        parts.append(f"{left} {'cases' if 'skipped_cases' in settings else 'rows'} were left out: the time was over.")
+    if left := report["settings"].get("skipped_cases"):
+        parts.append(f"{left} cases were left out: the time was over.")
     if absent:
         parts.append("Not here:\n\n" + "\n".join(absent))
     if growth := exponents(report):

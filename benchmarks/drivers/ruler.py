@@ -37,6 +37,13 @@ def write(folder: Path, answer: dict[str, Any], tensors: dict[str, torch.Tensor]
     part.replace(folder / "answer.json")
 
 
+def hide_vllm_from_trl() -> None:
+    """TRL 1.12 imports names that vLLM 0.32 no longer has, wherever vLLM is installed; what is compared needs no vLLM."""
+    from trl import import_utils
+
+    import_utils.is_vllm_available = lambda *_, **__: False
+
+
 def even_share(responses: torch.Tensor) -> torch.Tensor:
     """The reward of every trainer: the share of even ids in each response, [B, R] -> [B]. It costs nothing."""
     return (responses % 2 == 0).float().mean(1)

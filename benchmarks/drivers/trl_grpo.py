@@ -17,9 +17,8 @@ import ruler  # pyright: ignore[reportMissingImports]
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import import_utils
 
-import_utils.is_vllm_available = lambda *_, **__: False  # not used here, and TRL refuses versions that it does not know
+ruler.hide_vllm_from_trl()
 
 from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402

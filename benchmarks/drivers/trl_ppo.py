@@ -21,9 +21,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from trl import import_utils
 
-import_utils.is_vllm_available = lambda *_, **__: False  # not used here, and TRL refuses versions that it does not know
+ruler.hide_vllm_from_trl()
 
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: E402
 
