@@ -73,7 +73,8 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"attention", "config", "data_types", "errors", "loading", "packing", "plugins", "words"},
     "labelling": {
-        "atomic", "background", "config", "data", "data_types", "errors", "estimates", "hashing", "interrupt", "loading", "progress", "rewards", "rollout", "sections", "seeding", "words",
+        "atomic", "background", "config", "data", "data_types", "errors", "estimates", "hashing", "interrupt", "loading",
+        "progress", "rewards", "rollout", "sections", "seeding", "words",
     },
     "reward_model": {
         "atomic", "checkpoint", "data", "errors", "estimates", "figures", "hashing", "interrupt", "labelling", "loading",
