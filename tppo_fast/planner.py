@@ -81,78 +81,82 @@ def plan(config: Config) -> list[Phase]:
     Raises:
         UserError: the folder holds no model configuration, or what vLLM takes of a GPU cannot be known here.
     """
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    sizes = measure(config, min(longest, config.ppo.microbatch_tokens))
-    half = 2 if config.model.dtype == "bfloat16" else FULL
-    critic = ALGORITHMS[config.algorithm].needs_critic
-    own_body = critic and not config.model.shared_body
-    frozen_shared = config.model.lora_rank > 0  # adapters: policy, critic and reference share their frozen weights
-    stored = 2 if config.ppo.weights == "bfloat16" else FULL  # adapters are fp32 either way
-    weights = {"policy weights": stored * sizes.parameters + FULL * (sizes.trained if frozen_shared else 0)}
-    waiting: dict[str, int] = {}  # what ppo.offload moves away during rollouts
-    if own_body:
-        waiting["critic weights"] = FULL * sizes.trained_body if frozen_shared else stored * sizes.body
-    if config.ppo.kl_placement != "off" and not frozen_shared:
-        waiting["reference weights"] = stored * sizes.parameters
-        if half < stored:  # see model.Actor.frozen_copy
-            waiting["reference weights"] -= (stored - half) * sizes.rounded
+    sizes = measure(config, min(_longest(config), config.ppo.microbatch_tokens))
+    own_body = ALGORITHMS[config.algorithm].needs_critic and not config.model.shared_body
     learned = sizes.trained + (sizes.trained_body if own_body else 0)
+    weights, waiting = _weights(config, sizes, own_body)
     waiting["optimizer states"] = int(bytes_per_weight(config.ppo) * learned)
-    kept = weights | waiting
+    engine, beside = _engine(config, sizes)
+    held = weights | waiting | beside
     tokens = config.ppo.microbatch_tokens
-    bodies = 1 + own_body
     head = _head_bytes(config, sizes)
-    sampled = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    engine = {"engine weights": half * sizes.parameters}
-    if config.rollout.engine == "vllm":
-        engine["key-value cache"] = _vllm_cache(config, engine["engine weights"])
-        if config.vllm.process == "server":
-            engine = {}  # planned for where it runs
-        beside = engine if config.vllm.sleep == "off" else {}
-        if frozen_shared:
-            engine = engine | {"merged weights": stored * sizes.parameters}  # while they are published
-    else:
-        beside = dict(engine)  # its cache lives no longer than a call
-        engine["key-value cache"] = min(sampled, 256) * longest * sizes.cache_per_token * half
     streams = 4 * tokens * sizes.hidden * FULL  # hidden states of a pass that keeps nothing for a backward pass
+    update = {
+        "gradients": FULL * learned,
+        "activations": int((1 + own_body) * (sizes.saved_per_token * tokens + sizes.saved_once)),
+        "gradients of activations": int(sizes.largest_layer * tokens),
+        "head workspace": head,
+    }
     return [
-        Phase(name="rollout", parts=(weights if config.ppo.offload else kept) | engine),
-        Phase(name="prepare", parts=kept | beside | {"hidden states": streams, "head workspace": head}),
-        Phase(
-            name="update",
-            parts=kept
-            | beside
-            | {
-                "gradients": FULL * learned,
-                "activations": int(bodies * (sizes.saved_per_token * tokens + sizes.saved_once)),
-                "gradients of activations": int(sizes.largest_layer * tokens),
-                "head workspace": head,
-            },
-        ),
+        Phase(name="rollout", parts=(weights if config.ppo.offload else weights | waiting) | engine),
+        Phase(name="prepare", parts=held | {"hidden states": streams, "head workspace": head}),
+        Phase(name="update", parts=held | update),
     ]
+
+
+def _longest(config: Config) -> int:
+    """Tokens of the longest sequence that the config allows."""
+    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+
+
+def _stored(config: Config) -> int:
+    """Bytes of a stored weight; adapters have ``FULL`` either way."""
+    return 2 if config.ppo.weights == "bfloat16" else FULL
+
+
+def _half(config: Config) -> int:
+    """Bytes of a number that the forward pass computes with."""
+    return 2 if config.model.dtype == "bfloat16" else FULL
+
+
+def _weights(config: Config, sizes: Sizes, own_body: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """The policy's weights, and those that ``ppo.offload`` moves away during rollouts.
+
+    With adapters, policy, critic and reference share their frozen weights.
+    """
+    stored, half = _stored(config), _half(config)
+    if config.model.lora_rank:
+        critic = {"critic weights": FULL * sizes.trained_body} if own_body else {}
+        return {"policy weights": stored * sizes.parameters + FULL * sizes.trained}, critic
+    waiting = {"critic weights": stored * sizes.body} if own_body else {}
+    if config.ppo.kl_placement != "off":
+        saved = max(stored - half, 0) * sizes.rounded  # see model.Actor.frozen_copy
+        waiting["reference weights"] = stored * sizes.parameters - saved
+    return {"policy weights": stored * sizes.parameters}, waiting
+
+
+def _engine(config: Config, sizes: Sizes) -> tuple[dict[str, int], dict[str, int]]:
+    """What the engine holds during rollouts, and during the rest of a step."""
+    half = _half(config)
+    engine = {"engine weights": half * sizes.parameters}
+    if config.rollout.engine != "vllm":
+        sampled = min(config.rollout.prompts_per_step * config.rollout.samples_per_prompt, 256)
+        cache = sampled * _longest(config) * sizes.cache_per_token * half  # it lives no longer than a call
+        return engine | {"key-value cache": cache}, engine
+    engine["key-value cache"] = _vllm_cache(config, engine["engine weights"])
+    if config.vllm.process == "server":
+        engine = {}  # planned for where it runs
+    beside = engine if config.vllm.sleep == "off" else {}
+    if config.model.lora_rank:
+        engine = engine | {"merged weights": _stored(config) * sizes.parameters}  # while they are published
+    return engine, beside
 
 
 def measure(config: Config, sequence: int) -> Sizes:
     """Count parameters, cache and activations of ``config.model.path`` on fake tensors."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = config.model.path
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"model.path = {path!r}: there is no config.json; give the folder of a causal language model")
-    try:
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.path = {path!r}: its config.json cannot be used ({' '.join(str(error).split())})"
-        ) from None
+    settings = _settings(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        stored = getattr(torch, config.ppo.weights)
-        lm: Any = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=stored)
-        if config.model.gradient_checkpointing:
-            lm.train()
-            enable_checkpointing(lm, config.model.model_copy(update={"checkpoint_offload": False}))
-        if config.model.compile:  # what a graph keeps is decided before kernels are made of it
-            compile_layers([lm], backend="aot_eager_decomp_partition")
+        lm = _built(config, settings)
         body: Any = lm.base_model
         parameters, body_size = _count(lm), _count(body)
         rounded = sum(p.numel() for p in rounded_anyway(lm))
@@ -164,19 +168,17 @@ def measure(config: Config, sequence: int) -> Sizes:
     each = (most - some) / max(sequence - short, 1)
     once = max(most - each * sequence, 0.0)
     text = settings.get_text_config()
+    layers = text.num_hidden_layers
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layer = (
-        each / text.num_hidden_layers / 2
-    )  # about half of what a layer keeps is wide, and has its gradient at one time
-    if (
-        config.model.gradient_checkpointing
-    ):  # each layer's input is kept, and one layer is computed again with all it keeps
+    layer = each / layers / 2  # about half of what a layer keeps is wide, and has its gradient at one time
+    if config.model.gradient_checkpointing:
+        # Each layer's input is kept, and one layer is computed again with all it keeps; a kept last layer goes first.
         plain = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": False})})
-        last_recomputed = (text.num_hidden_layers - 1) % config.model.checkpoint_every == 0
-        layer = measure(plain, sequence).largest_layer * (3 if last_recomputed else 1)  # a kept last layer goes first
-        kept = 0 if config.model.checkpoint_offload else -(-text.num_hidden_layers // config.model.checkpoint_every)
-        each += kept * text.hidden_size * stored.itemsize
+        last_recomputed = (layers - 1) % config.model.checkpoint_every == 0
+        layer = measure(plain, sequence).largest_layer * (3 if last_recomputed else 1)
+        kept = 0 if config.model.checkpoint_offload else -(-layers // config.model.checkpoint_every)
+        each += kept * text.hidden_size * _stored(config)
     return Sizes(
         parameters=parameters,
         body=body_size,
@@ -185,11 +187,44 @@ def measure(config: Config, sequence: int) -> Sizes:
         rounded=rounded,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
-        cache_per_token=2 * text.num_hidden_layers * heads * size,
+        cache_per_token=2 * layers * heads * size,
         saved_per_token=each,
         saved_once=once,
         largest_layer=layer,
     )
+
+
+def _settings(config: Config) -> Any:
+    """The model's own configuration.
+
+    Raises:
+        UserError: there is none, or it cannot be used.
+    """
+    from transformers import AutoConfig
+
+    path = config.model.path
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"model.path = {path!r}: there is no config.json; give the folder of a causal language model")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.path = {path!r}: its config.json cannot be used ({' '.join(str(error).split())})"
+        ) from None
+
+
+def _built(config: Config, settings: Any) -> Any:
+    """The model without weights, with its layers recomputed or compiled as in the run."""
+    from transformers import AutoModelForCausalLM
+
+    stored = getattr(torch, config.ppo.weights)
+    lm: Any = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=stored)
+    if config.model.gradient_checkpointing:
+        lm.train()
+        enable_checkpointing(lm, config.model.model_copy(update={"checkpoint_offload": False}))
+    if config.model.compile:  # what a graph keeps is decided before kernels are made of it
+        compile_layers([lm], backend="aot_eager_decomp_partition")
+    return lm
 
 
 class _Adapted(nn.Module):
@@ -245,8 +280,7 @@ def _head_bytes(config: Config, sizes: Sizes) -> int:
     """The chunked head's one reused buffer of fp32 logits; in bf16 also a chunk and the weight as the GEMMs read them."""
     half = config.model.dtype == "bfloat16"
     device = torch.device("cuda" if _on_gpu(config) else "cpu")
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    actions = -(-config.ppo.microbatch_tokens * config.rollout.max_new_tokens // longest)
+    actions = -(-config.ppo.microbatch_tokens * config.rollout.max_new_tokens // _longest(config))
     logits = min(chunk_rows(None, sizes.vocabulary, torch.float32, device), actions) * sizes.vocabulary
     rounded = sizes.hidden * sizes.vocabulary if config.ppo.weights == "float32" else 0
     return FULL * logits + 2 * half * (logits + rounded)
