@@ -17,7 +17,7 @@ from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import write_sessions
 from tppo_fast.data.synthetic import generate_sessions
 from tppo_fast.data_types import Rollout
-from tppo_fast.errors import UserError
+from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.evaluate_command import parse_policies
 from tppo_fast.rewards import LexicalLabeller
 
@@ -163,8 +163,6 @@ def test_every_folder_is_looked_at_before_one_is_sampled(
     [
         (["--judge", "json:dumps"], "--judge = 'json:dumps' failed with TypeError"),
         (["--judge", "test_panel:mute"], "--judge = 'test_panel:mute' returned a NoneType"),
-        (["--pair-judge", "json:dumps"], "--pair-judge = 'json:dumps' failed with TypeError"),
-        (["--pair-judge", "test_panel:several"], "the pair judge answered"),
         (["--embedding", "nosuch"], "--embedding 'nosuch': give a folder"),
     ],
 )
@@ -172,6 +170,22 @@ def test_judges_that_do_not_keep_their_side(tiny_model: Path, tmp_path: Path, op
     done = evaluate(tmp_path, f"A={tiny_model}", f"B={tiny_model}", *options)
     assert isinstance(done.exception, UserError)
     assert said in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        ("json:dumps", "--pair-judge = 'json:dumps' failed with TypeError"),
+        ("test_panel:several", "the pair judge answered"),
+    ],
+)
+def test_a_pair_judge_that_fails_costs_only_the_duels(tiny_model: Path, tmp_path: Path, judge: str, said: str) -> None:
+    done = evaluate(tmp_path, f"A={tiny_model}", f"B={tiny_model}", "--pair-judge", judge)
+    assert isinstance(done.exception, LabellingFailed)
+    assert said in str(done.exception)
+    assert "copy the last query" in " ".join(done.output.replace("│", " ").split())
+    whole = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (list(whole["table"]), whole["duels"]) == ([panel.COPY_LAST, "A", "B"], [])
 
 
 def mute(*_: object) -> None: ...

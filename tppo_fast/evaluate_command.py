@@ -15,7 +15,7 @@ from rich.text import Text
 from tppo_fast import panel
 from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import read_sessions
-from tppo_fast.errors import UserError
+from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.estimates import cell
 from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
 from tppo_fast.plugins import guarded, load_object
@@ -53,6 +53,7 @@ def run(
 
     Raises:
         UserError: a folder, file or judge that cannot be used.
+        LabellingFailed: the judge of pairs failed; table and files are written without its part.
     """
     place = next(p for p in (out, *out.parents) if p.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
@@ -63,7 +64,10 @@ def run(
         torch.set_num_threads(config.threads)
     judges = build_judges(config, judge, pair_judge, embedding)
     found = panel.evaluate_policies(config, policies, sessions, judges, responses=responses)
-    duels = found.duels(judges, config.seed)
+    try:
+        duels, failed = found.duels(judges, config.seed), ""
+    except (UserError, LabellingFailed) as error:  # what was sampled and scored is worth having all the same
+        duels, failed = [], str(error)
     record = {
         "policies": {name: [str(f) for f in folders] for name, folders in policies.items()}, "data": str(data),
         "sessions": len(sessions), "responses": responses, "judge": judge,
@@ -74,6 +78,8 @@ def run(
     show(found, duels)
     for path in written:
         Console(stderr=True).print(Text(f"wrote {path}"))
+    if failed:
+        raise LabellingFailed(f"{failed}; the table is complete, but no policy was judged against another")
     return found
 
 
