@@ -307,6 +307,10 @@ def test_segments_grow_unless_somebody_decided_or_vllm_sleeps(monkeypatch: pytes
         monkeypatch.setenv(name, "")  # so that it is undone at the end, whatever is written
         monkeypatch.delenv(name)
     sleeping = {"rollout": {"engine": "vllm"}, "vllm": {"sleep": "discard"}}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    runs.growing_segments(settings.build({"device": "cpu"}))
+    assert names[0] not in os.environ
     runs.growing_segments(settings.build(sleeping))
     assert names[0] not in os.environ
     runs.growing_segments(settings.build({}))

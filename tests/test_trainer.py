@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -13,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from tppo_fast import checkpoint, trainer
+from tppo_fast import checkpoint, seeding, trainer
 from tppo_fast import config as settings
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import EngineError, TrainingDiverged, UserError
@@ -119,6 +121,19 @@ def test_same_seed_same_run(tiny_model: Path, whole_run: Path, tmp_path: Path) -
     assert trajectory(tmp_path / "again") == trajectory(whole_run)
     trainer.train(config(tiny_model, tmp_path / "other", seed=1))
     assert trajectory(tmp_path / "other") != trajectory(whole_run)
+
+
+def test_the_callers_generators_and_threads_stay_as_they_were(tiny_model: Path, tmp_path: Path) -> None:
+    def drawn() -> tuple[float, ...]:
+        return random.random(), float(np.random.rand()), torch.rand(()).item(), torch.get_num_threads()
+
+    before, given = seeding.global_state(), config(tiny_model, tmp_path / "r", threads=2, train__steps=1)
+    expected = drawn()
+    seeding.set_global_state(before)
+    trainer.train(given)
+    assert drawn() == expected
+    with pytest.raises(UserError, match="holds a run already"):
+        trainer.train(given)
 
 
 def test_sharing_prompts_changes_only_rounding(tiny_model: Path, whole_run: Path, tmp_path: Path) -> None:

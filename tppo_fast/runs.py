@@ -202,7 +202,8 @@ def growing_segments(config: RunConfig) -> None:
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     sleeps = config.rollout.engine == "vllm" and config.vllm.process != "server" and config.vllm.sleep != "off"
-    if not sleeps and not torch.cuda.is_initialized() and not any(name in os.environ for name in names):
+    late = resolve_device(config.device).type != "cuda" or torch.cuda.is_initialized()
+    if not sleeps and not late and not any(name in os.environ for name in names):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,17 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Leave the global generators and torch's thread count as they were: a caller in Python has uses of its own for them."""
+    state, threads = global_state(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        set_global_state(state)
+        torch.set_num_threads(threads)
 
 
 def global_state() -> dict[str, Any]:

@@ -38,7 +38,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> finetune.FinetuneResult:
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
-    with open_run_dir(config, resume) as start_from:
+    with seeding.restored(), open_run_dir(config, resume) as start_from:
         return _train(config, start_from)
 
 

@@ -81,6 +81,7 @@ def train(config: Config, *, resume: bool = False, profile: int = 0, memory_snap
     """
     growing_segments(config)
     with (
+        seeding.restored(),
         open_run_dir(config, resume) as start_from,
         profiling.memory_snapshot(config.run_dir, resolve_device(config.device), memory_snapshot),
     ):

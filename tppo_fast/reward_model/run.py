@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tppo_fast import seeding
 from tppo_fast.atomic import atomic_folder
 from tppo_fast.data.rows import searched
 from tppo_fast.errors import UserError
@@ -51,13 +52,14 @@ def train_reward_model(config: RewardModelConfig, *, resume: bool = False) -> Re
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with open_run_dir(config, resume, result="model", unsaved=(METRICS_FILE,), free=FREE) as start_from:
+    opened = open_run_dir(config, resume, result="model", unsaved=(METRICS_FILE,), free=FREE)
+    with seeding.restored(), opened as start_from:
         return _train(config, start_from)
 
 
 def _train(config: RewardModelConfig, start_from: Path | None) -> RewardModelResult:
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if not config.data.labels:
         raise UserError("data.labels = '': give the file of labelled responses (tppo-fast label makes one)")
     rows, data_hash = read_labels(config.data.labels), sha256_of(Path(config.data.labels))
