@@ -114,6 +114,7 @@ def test_a_setting_that_takes_a_path_is_no_switch(tmp_path: Path) -> None:
         ({"threads": 100_000_000}, (), "threads = 100000000"),
         ({"zzz": 1}, (), "unknown setting 'zzz': there are run_dir, seed"),
         ({}, ("--ppo.kl_target", "1", "--ppo.kl_placement", "off"), "has no effect"),
+        ({}, ("--ppo.kl_estimator", "k1", "--ppo.kl_placement", "loss"), "use k2 or k3"),
     ],
 )  # fmt: skip
 def test_bad_settings(values: dict[str, Any], overrides: tuple[str, ...], expected: str) -> None:

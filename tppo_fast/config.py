@@ -220,7 +220,7 @@ class PPOConfig(Section):
     kl_placement: Literal["reward", "loss", "off"] = "reward"
     """KL to the reference policy: subtracted from each token's reward (k1), added to the loss, or absent."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the loss term; the reward always uses k1."""
+    """Estimator of the loss term: k2 or k3, as k1's gradient does not depend on the reference. The reward always uses k1."""
     kl_coef: NonNegative = 0.05
     """Initial KL coefficient."""
     kl_target: Positive | None = None
@@ -249,11 +249,16 @@ class PPOConfig(Section):
     min(pi_old / pi_behaviour, cap)."""
 
     @model_validator(mode="after")
-    def _adaptive(self) -> PPOConfig:
+    def _kl_term(self) -> PPOConfig:
         if self.kl_target is not None and self.kl_placement == "off":
             raise ValueError(
                 f'ppo.kl_target = {self.kl_target} has no effect with ppo.kl_placement = "off"; '
                 "choose reward or loss, or remove kl_target"
+            )
+        if self.kl_placement == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                'ppo.kl_estimator = "k1" with ppo.kl_placement = "loss": its gradient is that of the log-probability alone and '
+                "pulls towards no reference; use k2 or k3"
             )
         return self
 
