@@ -91,6 +91,16 @@ def test_length_penalty_counts_positions_from_one() -> None:
     assert values[3].item() == pytest.approx(-0.5, abs=1e-6)  # position 4 is sl + 3
 
 
+def test_numbers_of_an_own_reward_are_taken_as_they_are_unless_a_penalty_is_asked_for() -> None:
+    def numbers(rollouts: Sequence[Rollout]) -> list[list[float]]:
+        return [[1.0] * len(r.token_ids) for r in rollouts]
+
+    (plain,) = rewards(numbers, expected_length=1.0)([ROLLOUT])
+    assert plain.tolist() == [1.0] * 5
+    (penalised,) = rewards(numbers, expected_length=1.0, length_penalty=True)([ROLLOUT])
+    torch.testing.assert_close(penalised, lwp([1, 2, 3, 4, 5], 1.0, 2.0))
+
+
 def test_the_configured_expected_length_wins() -> None:
     assert rewards(expected_length=7.0).expected_length == 7.0
     assert rewards(expected_length=7.0).config.expected_length is None

@@ -160,8 +160,10 @@ class RewardConfig(Section):
     "binary": 0 / 1, so that only relevant ones do. "centred": -1 / +1, so that ending early beats a poor query."""
     coefficient: float = 1.0
     """Multiplies every reward."""
-    length_penalty: bool = True
-    """Multiply by lwp(l) = 1 / (1 + exp(alpha (l - sl) - 6)), so that length past sl stops paying (TPPO, section 3.3)."""
+    length_penalty: bool | None = None
+    """Multiply the l-th token's reward by lwp(l) = 1 / (1 + exp(alpha (l - sl) - 6)), so that length past sl stops paying (TPPO,
+    section 3.3). None: those from labels and class probabilities, while a reward's own numbers are taken as they are. One
+    number per response is never multiplied."""
     length_alpha: Positive = 2.0
     """alpha of the length penalty, per token."""
     expected_length: NonNegative | None = None

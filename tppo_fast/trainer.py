@@ -239,7 +239,7 @@ def _reward(
 ) -> TokenRewards:
     """Who scores; the length that the length penalty expects is the ``sessions``'."""
     expected = config.reward.expected_length
-    if expected is None and config.reward.length_penalty:
+    if expected is None and config.reward.length_penalty is not False:
         expected = builder.expected_length(sessions)
     return build_reward(
         ALGORITHMS[config.algorithm].reward_config(config.reward),

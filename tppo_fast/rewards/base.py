@@ -83,7 +83,7 @@ def build_reward(
         UserError: a source that cannot be loaded, or an expected length that is not a number of tokens.
     """
     length = expected_length if config.expected_length is None else config.expected_length
-    if config.length_penalty and not (math.isfinite(length) and length >= 0.0):
+    if config.length_penalty is not False and not (math.isfinite(length) and length >= 0.0):
         raise UserError(f"reward.expected_length = {length}: give a number of tokens, 0 or more")
     if config.source == "lexical":
         source: RewardFunction = label_with(LexicalLabeller(separator=separator, num_queries=num_queries))
@@ -162,7 +162,9 @@ class TokenRewards:
             for array, found in zip(arrays, copies, strict=True):
                 array[found.ends] -= gap(self.config)
         lengths = [len(rollout.token_ids) for rollout in rollouts]
-        penalty = self._penalty(max(lengths, default=0), scalar)
+        wanted = self.config.length_penalty
+        penalised = not scalar and (classes is not None if wanted is None else wanted)
+        penalty = self._penalty(max(lengths, default=0), penalised)
         rewards = [self._placed(a, n, penalty) for a, n in zip(arrays, lengths, strict=True)]
         return rewards, classes
 
@@ -174,10 +176,10 @@ class TokenRewards:
         except Exception as error:
             raise UserError(f"reward {self.config.source!r} failed with {raised(error)}") from error
 
-    def _penalty(self, longest: int, scalar: bool) -> np.ndarray:
-        """[longest] factors: coefficient times lwp, which scalar rewards are spared."""
+    def _penalty(self, longest: int, penalised: bool) -> np.ndarray:
+        """[longest] factors: the coefficient, times lwp where length is penalised."""
         factors = np.full(longest, self.config.coefficient)
-        if self.config.length_penalty and not scalar:
+        if penalised:
             positions = torch.arange(1, longest + 1)
             factors *= lwp(positions, self.expected_length, self.config.length_alpha).numpy()
         return factors
