@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -103,6 +104,13 @@ def test_a_scheduler_stops_a_run_as_ctrl_c_does_and_a_second_signal_at_once() ->
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_sweep_that_survives_errors_still_stops_at_ctrl_c() -> None:
+    with InterruptGuard() as guard:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted), contextlib.suppress(Exception):
+            guard.check()
 
 
 def test_a_model_whose_generation_settings_cannot_be_saved(tiny_model: Path, tmp_path: Path) -> None:

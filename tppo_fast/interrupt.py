@@ -10,8 +10,11 @@ from types import FrameType
 from typing import Any
 
 
-class Interrupted(Exception):
-    """The person asked to stop; the message says where the run was saved. The shell exits with 130."""
+class Interrupted(KeyboardInterrupt):
+    """The person asked to stop; the message says where the run was saved. The shell exits with 130.
+
+    A ``KeyboardInterrupt``, so that a sweep's ``except Exception`` does not go on with the next run.
+    """
 
     @classmethod
     def after(cls, step: int, saved: Path) -> Interrupted:
