@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import subprocess
 import sys
@@ -29,6 +31,31 @@ def test_defaults_are_valid_and_frozen() -> None:
     assert config.ppo.gamma == 1.0
     with pytest.raises(ValueError, match="frozen"):
         config.ppo.gamma = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"ppo": {"learning_rat": 1e-5}}, "unknown setting 'ppo.learning_rat'"),
+        ({"run_dirr": "x"}, "did you mean 'run_dir'?"),
+        ({"rollout": {"top_p": 0.9}}, "rollout.top_p = 0.9"),
+        ({"algorithm": "grop"}, "algorithm = 'grop'"),
+    ],
+)
+def test_python_says_it_in_the_same_sentence(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        settings.Config(**values)
+    assert expected in str(caught.value)
+    assert str(caught.value) == sentence(values)
+
+
+def test_a_config_is_copied_as_any_model_of_pydantic() -> None:
+    config = settings.Config(ppo=settings.PPOConfig(lr=1e-3), seed=3)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    assert settings.Config.model_validate(config.model_dump()) == config
+    assert settings.Config.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(UserError, match=r"^lr = '1': write a number"):
+        settings.PPOConfig(lr="1")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,9 @@ def test_kernels_is_a_folder_and_shadows_no_package() -> None:
 
 
 def test_public_names() -> None:
-    assert tppo_fast.__all__ == ["Config", "train"]
+    assert {"Config", "train", "TrainResult", "UserError", "EngineError", "TrainingDiverged", "Interrupted"} == set(
+        tppo_fast.__all__
+    )
     for name in tppo_fast.__all__:
         assert callable(getattr(tppo_fast, name))
     with pytest.raises(AttributeError, match="nonsense"):

@@ -58,6 +58,19 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
 
+    def __init__(self, **values: Any) -> None:
+        """Validate the settings given.
+
+        Raises:
+            UserError: the first problem, as ``build_section`` says it.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(_sentence(error, type(self))) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # so that pydantic itself goes on without calling it
+
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
