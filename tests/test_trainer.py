@@ -231,6 +231,11 @@ def test_resume_refuses_what_would_change_the_run(tiny_model: Path, whole_run: P
         trainer.train(config(tiny_model, whole_run))
     with pytest.raises(UserError, match="no checkpoint to resume"):
         trainer.train(config(tiny_model, tmp_path / "new"), resume=True)
+    older = checkpoint.list_checkpoints(whole_run)[0]
+    others: list[Any] = [older, str(older), 4]
+    for what in others:
+        with pytest.raises(UserError, match="give True, to continue the newest checkpoint"):
+            trainer.train(config(tiny_model, whole_run), resume=what)
 
 
 def test_a_damaged_checkpoint_is_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def check_resumable(run_dir: Path, config: Section, free: Collection[str] = FREE
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         raise UserError(
-            f"run_dir = {str(run_dir)!r}: there is no checkpoint to resume; leave out --resume to start afresh"
+            f"run_dir = {str(run_dir)!r}: there is no checkpoint to resume; leave out --resume (resume=True) to start afresh"
         )
     saved, now = read_state(checkpoints[-1])["config"], config.model_dump(mode="json")
     if changed := first_change(saved, now, free):

@@ -20,7 +20,8 @@ class Interrupted(KeyboardInterrupt):
     def after(cls, step: int, saved: Path) -> Interrupted:
         """A run of optimizer steps, stopped with a checkpoint."""
         return cls(
-            f"stopped after step {step}, saved in {saved}; continue with --resume (compare, demo: the same command)"
+            f"stopped after step {step}, saved in {saved}; continue with --resume (resume=True; compare, demo: the same "
+            "command)"
         )
 
 

@@ -80,7 +80,9 @@ def _fresh(config: Any, result: str, unsaved: Sequence[str]) -> Iterator[None]:
     run_dir: Path = config.run_dir
     marker = run_dir / MARKER
     if checkpoint.list_checkpoints(run_dir) or (run_dir / result).exists():
-        raise UserError(f"run_dir = {str(run_dir)!r} holds a run already: continue it with --resume, or choose another")
+        raise UserError(
+            f"run_dir = {str(run_dir)!r} holds a run already: continue it with --resume (resume=True), or choose another"
+        )
     new = not run_dir.exists()
     make_run_dir(run_dir)
     left = [path for name in unsaved for path in run_dir.glob(name)]

@@ -79,6 +79,10 @@ def train(config: Config, *, resume: bool = False, profile: int = 0, memory_snap
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
+    if not isinstance(resume, bool):
+        raise UserError(
+            f"resume = {resume!r}: give True, to continue the newest checkpoint in config.run_dir, or False"
+        )
     growing_segments(config)
     with (
         seeding.restored(),
