@@ -41,7 +41,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "profiling": {"errors"},
     "optimizers": {"config", "errors"},
     "offload": set(),
-    "ahead": {"clock", "data_types", "errors", "rollout"},
+    "ahead": {"clock", "data_types", "rollout"},
     "advantages": {"config"},
     "algorithms": {"advantages", "config", "data_types", "errors"},
     "lora": {"config", "errors"},

@@ -125,6 +125,10 @@ def test_refuses_bad_input() -> None:
     good = rollout(prompt([1]), [2, 3])
     with pytest.raises(UserError, match=r"2 tokens.*1 rewards"):
         packing.pack([good], [[1.0]])
+    with pytest.raises(UserError, match="no list of rewards"):
+        packing.pack([good], [torch.tensor(1.0)])
+    with pytest.raises(UserError, match="no list of rewards"):
+        packing.pack([good], [1.0])  # type: ignore[list-item]
     with pytest.raises(UserError, match="2 entries for 1 rollouts"):
         packing.pack([good], [[1.0, 2.0], [3.0]])
     with pytest.raises(UserError, match="empty prompt or response"):

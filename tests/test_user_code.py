@@ -6,28 +6,97 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from support import prompt, tokenizer
 from test_trainer import config
 
 from tppo_fast import loading, losses, trainer
+from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
+from tppo_fast.rollout import SamplingParams
 from tppo_fast.rollout.hf_engine import HFEngine
+from tppo_fast.rollout.plug_in import PlugIn
+
+PROMPTS = [prompt([i, 2]) for i in range(4)]
+CHANGES: dict[str, Any] = {
+    "as it is": lambda rs: rs,
+    "tensors": lambda rs: [
+        replace(r, token_ids=torch.tensor(r.token_ids), logprobs=np.array(r.logprobs), prompt=replace(r.prompt))
+        for r in rs
+    ],
+    "seven": lambda rs: rs[:7],
+    "none": lambda _: None,
+    "another order": lambda rs: rs[::-1],
+    "floats": lambda rs: [replace(r, token_ids=[float(t) for t in r.token_ids]) for r in rs],
+    "beyond": lambda rs: [replace(r, token_ids=[300 for _ in r.token_ids]) for r in rs],
+    "negative": lambda rs: [replace(r, token_ids=[-1 for _ in r.token_ids]) for r in rs],
+    "empty": lambda rs: [replace(r, token_ids=[], logprobs=[]) for r in rs],
+    "long": lambda rs: [replace(r, token_ids=[1] * 9, logprobs=[0.0] * 9) for r in rs],
+    "no logprobs": lambda rs: [replace(r, logprobs=None) for r in rs],
+    "nan": lambda rs: [replace(r, logprobs=[float("nan") for _ in r.logprobs]) for r in rs],
+    "few logprobs": lambda rs: [replace(r, logprobs=r.logprobs[1:]) for r in rs],
+    "no text": lambda rs: [replace(r, text=None) for r in rs],
+    "eos": lambda rs: [replace(r, finish_reason="eos") for r in rs],
+    "version": lambda rs: [replace(r, policy_version=9) for r in rs],
+}
 
 
-def seven_rollouts(config: Any, tokenizer: Any, device: Any) -> Any:
+def answered(name: str, folder: Path) -> list[Rollout]:
+    """What an engine answers four prompts with whose every answer is changed so."""
+    lm = loading.load_causal_lm(str(folder))
+    own = HFEngine(loading.load_causal_lm(str(folder)), tokenizer())
+    generate = own.generate
+    own.generate = lambda *asked: CHANGES[name](generate(*asked))  # type: ignore[method-assign]
+    engine = PlugIn(own, "rollout.engine = 'mine:engine'", 300)
+    engine.load_weights(lm.state_dict().items(), 3)
+    return engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=8, seed=1))
+
+
+def test_tensors_and_arrays_of_an_engine_become_lists(tiny_model: Path) -> None:
+    taken = answered("tensors", tiny_model)
+    assert taken == answered("as it is", tiny_model)
+    assert taken[0].prompt is PROMPTS[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("seven", "answered 4 prompts with 7 rollouts that are not 2 of each"),
+        ("none", "generate returned a NoneType: give a list of Rollouts"),
+        ("another order", "in the prompts' order"),
+        ("floats", "rollout 0 has token_ids that are no list of integers"),
+        ("beyond", "a token outside the vocabulary of 300"),
+        ("negative", "a token outside the vocabulary of 300"),
+        ("empty", "has 0 tokens, and between 1 and max_new_tokens = 8"),
+        ("long", "has 9 tokens, and between 1 and max_new_tokens = 8"),
+        ("no logprobs", "finite numbers, one for each token"),
+        ("nan", "finite numbers, one for each token"),
+        ("few logprobs", "finite numbers, one for each token"),
+        ("no text", "text = None"),
+        ("eos", "finish_reason = 'eos'"),
+        ("version", "policy_version = 9, and load_weights was given 3"),
+    ],
+)
+def test_an_engine_that_does_not_answer_what_it_was_asked(tiny_model: Path, name: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected) as caught:
+        answered(name, tiny_model)
+    assert str(caught.value).startswith("rollout.engine = 'mine:engine'")
+
+
+def unfinished_in_evaluations(config: Any, tokenizer: Any, device: Any) -> Any:
     del device
-    lm = loading.load_causal_lm(config.model.path)
-    engine = HFEngine(lm, tokenizer)
+    engine = HFEngine(loading.load_causal_lm(config.model.path), tokenizer)
     generate = engine.generate
-    engine.generate = lambda *a: generate(*a)[:7]  # type: ignore[method-assign]
+    engine.generate = lambda asked, sampling: generate(asked, sampling)[: 8 if sampling.n > 1 else 1]  # type: ignore[method-assign]
     return engine
 
 
-def test_an_engine_that_does_not_answer_what_it_was_asked(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="answered 4 prompts with 7 rollouts that are not 2 of each"):
-        trainer.train(
-            config(tiny_model, tmp_path / "r", rollout__engine="test_user_code:seven_rollouts", train__eval_prompts=1)
-        )
+def test_evaluations_check_what_an_engine_answered_too(tiny_model: Path, tmp_path: Path) -> None:
+    engine = "test_user_code:unfinished_in_evaluations"
+    with pytest.raises(UserError, match="answered 4 prompts with 1 rollouts"):
+        trainer.train(config(tiny_model, tmp_path / "r", rollout__engine=engine))
 
 
 @losses.row_local

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,11 +92,17 @@ def _check(rollouts: Sequence[Rollout], rewards: Sequence[Sequence[float] | Tens
     for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
         if not rollout.prompt.token_ids or not rollout.token_ids:
             raise UserError(f"rollout {i} has an empty prompt or response: both need at least one token")
-        if len(rollout.logprobs) != len(rollout.token_ids) or len(reward) != len(rollout.token_ids):
+        logprobs, rewarded = _length(rollout.logprobs), _length(reward)
+        if (logprobs, rewarded) != (len(rollout.token_ids),) * 2:
             raise UserError(
-                f"rollout {i} has {len(rollout.token_ids)} tokens, {len(rollout.logprobs)} logprobs and "
-                f"{len(reward)} rewards: all three must have the same length"
+                f"rollout {i} has {len(rollout.token_ids)} tokens, {logprobs} logprobs and {rewarded} rewards: all three must "
+                "have the same length"
             )
+
+
+def _length(values: Any) -> int | str:
+    """How many there are in a list, array or tensor of one axis."""
+    return len(values) if hasattr(values, "__len__") and getattr(values, "ndim", 1) == 1 else "no list of"
 
 
 def select(batch: RolloutBatch, sequences: Sequence[int]) -> tuple[RolloutBatch, Tensor]:

@@ -12,6 +12,7 @@ from tppo_fast.config import RunConfig
 from tppo_fast.errors import UserError
 from tppo_fast.plugins import guarded, load_object
 from tppo_fast.rollout.base import RolloutEngine, SamplingParams, max_positions
+from tppo_fast.rollout.plug_in import PlugIn
 
 if TYPE_CHECKING:
     from tppo_fast.rollout.publish import LiveEngine, LiveSettings
@@ -28,9 +29,12 @@ def build_engine(config: RunConfig, tokenizer: Any, device: torch.device) -> Rol
     if config.rollout.engine == "vllm":
         return _vllm(config, tokenizer, device)
     if config.rollout.engine != "hf":
+        from tppo_fast.loading import load_settings
+
         field = f"rollout.engine = {config.rollout.engine!r}"
         made = guarded(load_object(config.rollout.engine, "rollout.engine"), field)(config, tokenizer, device)
-        return _PlugIn(made, field)
+        settings = load_settings(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        return PlugIn(made, field, settings.get_text_config().vocab_size)
     from tppo_fast.loading import load_causal_lm
     from tppo_fast.rollout.hf_engine import HFEngine
 
@@ -39,21 +43,6 @@ def build_engine(config: RunConfig, tokenizer: Any, device: torch.device) -> Rol
         for parameter in lm.parameters():  # and no buffer: rotary frequencies stay as the trainer has them
             parameter.data = parameter.data.bfloat16()
     return HFEngine(lm.to(device), tokenizer)
-
-
-class _PlugIn:
-    """A user's engine, whose failures are one sentence that names the setting it came from."""
-
-    def __init__(self, engine: Any, field: str) -> None:
-        for name in ("generate", "load_weights", "close"):
-            if not callable(getattr(engine, name, None)):
-                raise UserError(
-                    f"{field} returned a {type(engine).__name__} without a method {name}: see RolloutEngine"
-                )
-        self.generate = guarded(engine.generate, field)
-        self.load_weights = guarded(engine.load_weights, field)
-        self.sleep = guarded(getattr(engine, "sleep", lambda: None), field)  # only where vllm.sleep asks for it
-        self.close = guarded(engine.close, field)
 
 
 def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEngine:
