@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from test_trainer import config
+from test_trainer import config, trajectory
 
 from tppo_fast import checkpoint, runs, sft, trainer
 from tppo_fast.config import Config
+from tppo_fast.data_types import Rollout
 from tppo_fast.errors import EngineError, UserError
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.metrics import read_metrics
@@ -144,6 +147,70 @@ def test_a_failure_one_step_ahead_costs_no_finished_step(
     rows = read_metrics(tmp_path / "r")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert [row["rollout/staleness"] for row in rows[1:]] == [0, 0, 1]
+
+
+class Judge:
+    """A reward that draws numbers and whose third call fails, once."""
+
+    calls = 0
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
+        self.calls += 1
+        drawn = [random.random() for _ in rollouts]
+        if self.calls == 3:
+            raise TimeoutError("the judge did not answer")
+        return drawn
+
+
+judge = Judge()
+no_judge = lambda rollouts: [random.random() for _ in rollouts]  # noqa: E731
+
+
+def test_a_reward_that_fails_costs_no_finished_step(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    long: dict[str, Any] = {**SHORT, "train__steps": 4, "train__save_every": 0}
+    given = config(tiny_model, tmp_path / "r", **long, reward={"source": "test_resume:judge"})
+    with pytest.raises(
+        UserError, match=r"TimeoutError.*; step 2 is saved in .*step_000002: continue with --resume \(resume"
+    ):
+        trainer.train(given)
+    trainer.train(given, resume=True)
+    trainer.train(config(tiny_model, tmp_path / "whole", **long, reward={"source": "test_resume:no_judge"}))
+    assert trajectory(tmp_path / "r") == trajectory(tmp_path / "whole")
+
+
+def test_an_engine_that_fails_in_an_evaluation_costs_no_finished_step(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(tiny_model, tmp_path / "r", **{**SHORT, "train__eval_every": 1, "train__save_every": 0})
+    sampled, calls = HFEngine.generate, iter(range(100))
+
+    def lost(*arguments: Any) -> Any:
+        if next(calls) == 2:  # the evaluation after the first step
+            raise EngineError("the engine is gone")
+        return sampled(*arguments)
+
+    monkeypatch.setattr(HFEngine, "generate", lost)
+    with pytest.raises(EngineError, match="the engine is gone; step 1 is saved"):
+        trainer.train(given)
+    trainer.train(given, resume=True)
+    assert [row["step"] for row in read_metrics(tmp_path / "r")] == [0, 1, 2]
+
+
+def test_a_half_finished_update_is_not_saved(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls = trainer.PPO._optimizer_step, iter(range(100))
+
+    def broken(*arguments: Any) -> Any:
+        if next(calls) == 5:  # of four in a step
+            raise UserError("the loss failed")
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer.PPO, "_optimizer_step", broken)
+    with pytest.raises(UserError, match=r"^the loss failed$"):
+        trainer.train(config(tiny_model, tmp_path / "r", **{**SHORT, "train__save_every": 0}))
+    assert not checkpoint.list_checkpoints(tmp_path / "r")
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

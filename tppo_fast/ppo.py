@@ -51,6 +51,7 @@ class PPO:
         self.reference = reference
         self.loss = loss
         self.step = 0
+        self.updating = False  # and, when an update failed, for good: some weights are of the next step
         self.kl = KLController(config.ppo)
         self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
         ppo = config.ppo
@@ -154,6 +155,7 @@ class PPO:
         train_policy = self.step >= ppo.value_warmup_steps
         steps: list[tuple[list[int], int]] = []  # (sequences, microbatches) of each optimizer step
         found: list[dict[str, Tensor]] = []
+        self.updating = True
         self._bad.zero_()
         self._counter.reset()
         epochs_done, lr = 0, 0.0
@@ -174,6 +176,7 @@ class PPO:
                 raise TrainingDiverged(self._divergence_report(batch, sequences, row, train_policy))
         self.optimizer.zero_grad(set_to_none=True)  # or gradients would live through the next rollouts
         self.step += 1
+        self.updating = False
         metrics = {**self._summary(rows), **self._counter.metrics("update")}
         metrics["perf/padding_waste"] = 1.0 - epochs_done * batch.rollouts.num_tokens / metrics["perf/update_tokens"]
         metrics["ppo/microbatches"] = sum(count for _, count in steps)

@@ -22,7 +22,7 @@ from tppo_fast.config import Config
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session
 from tppo_fast.data_types import Prompt, Rollout
-from tppo_fast.errors import UserError
+from tppo_fast.errors import EngineError, UserError
 from tppo_fast.evaluate import held_out
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.metrics import MetricsLogger, read_metrics
@@ -75,7 +75,9 @@ def train(config: Config, *, resume: bool = False, profile: int = 0, memory_snap
         memory_snapshot: write torch's snapshot of the GPU's allocator into ``run_dir``.
 
     Raises:
-        UserError: bad settings, data or model, before any expensive work.
+        UserError: bad settings, data or model, before any expensive work; or a reward, loss or engine that failed later.
+        EngineError: the engine was lost or samples from another policy. After this and what failed later, a checkpoint of the
+            last finished step was saved, unless the next update had begun.
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
@@ -111,7 +113,23 @@ def _logged(run: Run, profile: int) -> Metrics:
         logged(run.config, start, lambda: _save(run)) as (logger, guard),
         profiling.StepTrace(run_dir, profile) as trace,
     ):
-        return _loop(run, logger, guard, trace, evaluate_first=start == 0)
+        try:
+            return _loop(run, logger, guard, trace, evaluate_first=start == 0)
+        except (UserError, EngineError) as error:
+            if saved := _saved_in_time(run):
+                error.args = (
+                    f"{error}; step {run.ppo.step} is saved in {saved}: continue with --resume (resume=True)",
+                )
+            raise
+
+
+def _saved_in_time(run: Run) -> Path | None:
+    """The checkpoint of the last finished step, made now where there is none; None where no step can be gone on from."""
+    ppo = run.ppo
+    if not ppo.step or ppo.updating or not all(bool(p.isfinite().all()) for p in ppo.model.parameters()):
+        return None
+    newest = checkpoint.list_checkpoints(run.config.run_dir)[-1:]
+    return newest[0] if newest and checkpoint.step_of(newest[0]) == ppo.step else _save(run)
 
 
 def _save(run: Run) -> Path:
@@ -136,14 +154,16 @@ def _loop(
             before = seeding.global_state()
             try:
                 metrics = _step(run, guard, peak_rate)
-            except Interrupted:
+            except (Interrupted, UserError, EngineError):
                 # The step will be taken again, and a user's reward may have drawn numbers.
                 seeding.set_global_state(before)
                 raise
-            if due(ppo.step, config.train.eval_every, steps):
-                evaluation = evaluate(run)
-                metrics |= evaluation
-            logger.log(ppo.step, metrics)
+            try:
+                if due(ppo.step, config.train.eval_every, steps):
+                    evaluation = evaluate(run)
+                    metrics |= evaluation
+            finally:
+                logger.log(ppo.step, metrics)
             for warning in watch(metrics):
                 Console(stderr=True).print(f"[yellow]step {ppo.step}: {warning}[/]")
             if due(ppo.step, config.train.save_every, steps):
