@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from support import prompt, tokenizer
+from test_ppo import build
 from test_trainer import config
 
 from tppo_fast import loading, losses, trainer
-from tppo_fast.data_types import Rollout
+from tppo_fast.data_types import LossOutput, Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.rollout import SamplingParams
 from tppo_fast.rollout.hf_engine import HFEngine
@@ -99,22 +100,54 @@ def test_evaluations_check_what_an_engine_answered_too(tiny_model: Path, tmp_pat
         trainer.train(config(tiny_model, tmp_path / "r", rollout__engine=engine))
 
 
-@losses.row_local
-def meddling_loss(*args: Any) -> Any:
-    out = losses.ppo(*args)
-    return replace(out, metrics=out.metrics | {"actions": out.loss.detach()})
+def policy_alone(evaluation: Any, batch: Any, *_: Any) -> LossOutput:
+    """No value term, no metrics."""
+    return LossOutput(loss=-(evaluation.logprobs * batch.advantages).sum(), metrics={})
 
 
-@losses.row_local
-def number_loss(*args: Any) -> Any:
-    out = losses.ppo(*args)
-    return replace(out, metrics=out.metrics | {"mine": 1.0})
+LOSSES: dict[str, Any] = {
+    "meddling": lambda out: replace(out, metrics=out.metrics | {"actions": out.loss.detach()}),
+    "number": lambda out: replace(out, metrics=out.metrics | {"mine": 1.0}),
+    "vector": lambda out: replace(out, metrics=out.metrics | {"mine": out.loss.expand(3)}),
+    "no metrics": lambda out: replace(out, metrics=None),
+    "per token": lambda out: replace(out, loss=out.loss.expand(3)),
+    "float": lambda out: replace(out, loss=1.0),
+}
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected"),
-    [("meddling_loss", "metric 'actions'"), ("number_loss", r"metric 'mine' = 1\.0: give a tensor")],
+    ("name", "expected"),
+    [
+        ("meddling", r"has a metric 'actions' of shape \[\]: give .* under a name other than"),
+        ("number", r"has a metric 'mine' = 1\.0: give a tensor"),
+        ("vector", r"has a metric 'mine' of shape \[3\]: give a tensor without axes"),
+        ("no metrics", r"metrics that are a NoneType: return a dict"),
+        ("per token", r"returned a loss of shape \[3\]: return the sum"),
+        ("float", r"returned a loss that is a float"),
+    ],
 )
-def test_metrics_of_a_loss_that_would_spoil_the_log(tiny_model: Path, tmp_path: Path, loss: str, expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
-        trainer.train(config(tiny_model, tmp_path / "r", ppo__loss=f"test_user_code:{loss}", train__steps=1))
+@pytest.mark.parametrize("mark", [losses.row_local, lambda loss: loss], ids=["row-local", "whole"])
+def test_mistakes_of_a_loss_are_one_sentence(name: str, expected: str, mark: Any) -> None:
+    ppo, batch = build()
+    ppo.loss = mark(lambda *args: LOSSES[name](losses.ppo(*args)))
+    with pytest.raises(UserError, match=rf"^ppo\.loss = 'ppo' .*{expected}"):
+        ppo.update(ppo.prepare(batch)[0])
+
+
+def test_a_loss_without_a_gradient_is_refused() -> None:
+    ppo, batch = build()
+    ppo.loss = lambda *_: LossOutput(loss=torch.zeros(()), metrics={})
+    with pytest.raises(UserError, match=r"ppo\.loss = 'ppo' returned a loss without a gradient"):
+        ppo.update(ppo.prepare(batch)[0])
+
+
+@pytest.mark.parametrize("mark", [losses.row_local, lambda loss: loss], ids=["row-local", "whole"])
+def test_a_loss_without_a_value_term_waits_for_the_end_of_value_warm_up(mark: Any) -> None:
+    ppo, batch = build(value_warmup_steps=1, kl_placement="off")
+    ppo.loss = mark(lambda *args: policy_alone(*args))
+    before = [p.clone() for p in ppo.model.parameters()]
+    metrics = ppo.update(ppo.prepare(batch)[0])
+    assert all(map(torch.equal, before, ppo.model.parameters()))
+    assert "ppo/ess" not in metrics  # the loss reported no ratio
+    ppo.update(ppo.prepare(batch)[0])
+    assert not all(map(torch.equal, before, ppo.model.parameters()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -213,7 +213,13 @@ class PPO:
             part = packing.select_train(batch, group)
             self._counter.updated(part.rollouts, train_policy)
             loss, metrics = self._loss(part, count, train_policy)
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
+            elif train_policy:  # else a loss without a value term, in value warm-up: there is nothing to learn yet
+                raise UserError(
+                    f"ppo.loss = {self.config.ppo.loss!r} returned a loss without a gradient: compute it from the evaluation's "
+                    "logprobs, entropy or values, without detaching them"
+                )
             for name, value in {**metrics, "loss": loss.detach() * count}.items():
                 sums[name] = sums[name] + value if name in sums else value
         return sums, len(groups)
@@ -223,16 +229,7 @@ class PPO:
 
         def loss(outputs: Outputs, rows: TrainRows) -> LossOutput:
             out = self.loss(outputs, rows, self.loss_config, self.kl.coefficient, train_policy)
-            if not isinstance(out, LossOutput):
-                name = self.config.ppo.loss
-                raise UserError(f"ppo.loss = {name!r} returned a {type(out).__name__}: it must return a LossOutput")
-            for metric, value in out.metrics.items():
-                if metric in RESERVED or not isinstance(value, Tensor):
-                    raise UserError(
-                        f"ppo.loss = {self.config.ppo.loss!r} has a metric {metric!r} = {value!r}: give a tensor, the sum "
-                        f"over its actions, under a name other than {', '.join(RESERVED)}"
-                    )
-            return out
+            return _checked(out, f"ppo.loss = {self.config.ppo.loss!r}")
 
         options = {"temperature": self.config.rollout.temperature, "train_policy": train_policy}
         if is_row_local(self.loss):
@@ -290,7 +287,8 @@ class PPO:
             skip.add("kl_loss")  # its other side was the old policy
         means = {name: value / actions for name, value in totals.items() if name not in skip}
         metrics = {name if (name := f"ppo/{key}") in GLOSSARY else f"custom/{key}": mean for key, mean in means.items()}
-        metrics["ppo/ess"] = totals["ratio"] ** 2 / (actions * totals["ratio_sq"]) if totals.get("ratio_sq") else 1.0
+        if totals.get("ratio_sq") and "ratio" in totals:  # a loss of one's own need not report them
+            metrics["ppo/ess"] = totals["ratio"] ** 2 / (actions * totals["ratio_sq"])
         metrics["ppo/grad_norm"] = totals["grad_norm"] / len(rows)
         if self.algorithm.needs_critic:
             metrics["ppo/critic_grad_norm"] = totals["critic_grad_norm"] / len(rows)
@@ -319,6 +317,35 @@ class PPO:
     def load_state(self, state: dict[str, Any]) -> None:
         self.step, self.kl.coefficient = state["step"], state["kl_coef"]
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _checked(out: Any, name: str) -> LossOutput:
+    """What a loss function returned.
+
+    Raises:
+        UserError: it is no LossOutput of a sum and of sums.
+    """
+    if not isinstance(out, LossOutput):
+        raise UserError(f"{name} returned a {type(out).__name__}: it must return a LossOutput")
+    if not isinstance(out.loss, Tensor) or out.loss.dim():
+        shape = (
+            f"of shape {list(out.loss.shape)}"
+            if isinstance(out.loss, Tensor)
+            else f"that is a {type(out.loss).__name__}"
+        )
+        raise UserError(f"{name} returned a loss {shape}: return the sum over its actions, a tensor without axes")
+    if not isinstance(out.metrics, Mapping):
+        raise UserError(
+            f"{name} returned metrics that are a {type(out.metrics).__name__}: return a dict, {{}} for none"
+        )
+    for metric, value in out.metrics.items():
+        if metric in RESERVED or not isinstance(value, Tensor) or value.dim():
+            given = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"= {value!r}"
+            raise UserError(
+                f"{name} has a metric {metric!r} {given}: give a tensor without axes, the sum over its actions, under a name "
+                f"other than {', '.join(RESERVED)}"
+            )
+    return out
 
 
 def _critic_metrics(values: Tensor, returns: Tensor) -> dict[str, Tensor]:
