@@ -128,6 +128,17 @@ def test_minibatches_are_prompts_and_cover_every_sequence_each_epoch() -> None:
     assert list(ppo._minibatches(12, 0)) != list(ppo._minibatches(12, 1))
 
 
+def test_the_schedule_ends_with_the_run_although_passes_are_skipped() -> None:
+    ppo, batch = build(epochs=4, minibatches=2, lr=3e-2, target_kl=1e-6, lr_schedule="linear")
+    rates = []
+    for _ in range(10):  # total_steps
+        metrics = ppo.update(ppo.prepare(batch)[0])
+        assert metrics["ppo/epochs_done"] == 1
+        rates.append(metrics["ppo/lr"])
+    assert rates[5] == pytest.approx(3e-2 * (1 - (5 * 8 + 1) / 80))
+    assert ppo.optimizer.param_groups[0]["lr"] == 0.0
+
+
 def test_target_kl_stops_the_passes() -> None:
     ppo, batch = build(epochs=8, lr=3e-2, target_kl=1e-3)
     train, _ = ppo.prepare(batch)

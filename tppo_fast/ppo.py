@@ -169,6 +169,8 @@ class PPO:
             epochs_done += 1
             if ppo.target_kl is not None and _approx_kl(fetch(found[first:])) > ppo.target_kl:
                 break
+        for _ in range((ppo.epochs - epochs_done) * (len(steps) // epochs_done)):
+            self.scheduler.step()  # the passes that were skipped: the schedule ends with the run
         kl = (batch.old_logprobs - batch.ref_logprobs).mean()
         *rows, last = fetch([*found, {"kl": kl}])
         for (sequences, _), row in zip(steps, rows, strict=True):
