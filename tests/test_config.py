@@ -105,6 +105,28 @@ def test_a_word_of_the_shell_stays_a_word_where_a_text_is_asked_for(
     assert found == value
 
 
+def test_paths_are_objects_or_texts_and_know_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home-of-u")
+    given = {
+        "run_dir": "~/r", "model": {"path": Path("~/m")}, "reward": {"model": Path("m")},
+        "data": {"train": Path("t.jsonl"), "eval": "~/e.jsonl", "separator": "~"},
+    }  # fmt: skip
+    config = settings.build(given)
+    assert (config.run_dir, config.model.path, config.reward.model) == (Path("/home-of-u/r"), "/home-of-u/m", "m")
+    assert (config.data.train, config.data.eval, config.data.separator) == ("t.jsonl", "/home-of-u/e.jsonl", "~")
+    assert settings.Config(run_dir=Path("~/r")).run_dir == Path("/home-of-u/r")
+    assert "run_dir = 3: give a path" in sentence({"run_dir": 3})
+
+
+def test_a_config_is_given_as_itself_as_a_dict_or_as_a_file(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[ppo]\nlr = 1e-3\ndual_clip = 'none'")
+    config = settings.Config(ppo=settings.PPOConfig(lr=1e-3))
+    for way in (config, {"ppo": {"lr": 1e-3}}, tmp_path / "c.toml", str(tmp_path / "c.toml")):
+        assert settings.given(way) == config
+    with pytest.raises(UserError, match="config = 3: give a Config"):
+        settings.given(3)  # type: ignore[arg-type]
+
+
 def test_a_setting_that_takes_a_path_is_no_switch(tmp_path: Path) -> None:
     (tmp_path / "c.toml").touch()
     with pytest.raises(UserError, match="run_dir = True: give a path, in quotes"):

@@ -23,7 +23,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "overrides": {"errors"},
     "sections": {"errors", "overrides"},
     "vllm_config": {"sections"},
-    "config": {"sections", "vllm_config"},
+    "config": {"errors", "sections", "vllm_config"},
     "words": set(),
     "plugins": {"errors"},
     "seeding": set(),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tppo_fast.errors import UserError
 from tppo_fast.sections import (
     TEMPLATE,
     Count,
     NonNegative,
     NotBlank,
+    PathText,
     Pluggable,
     Positive,
     Section,
@@ -28,7 +31,7 @@ LEAST_PROMPT = 8
 
 
 class ModelConfig(Section):
-    path: str = ""
+    path: PathText = ""
     """Folder of a transformers causal LM and its tokenizer (safetensors). Required."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward and backward pass; master weights stay fp32 (bfloat16 runs under autocast)."""
@@ -74,9 +77,9 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str = "synthetic"
+    train: PathText = "synthetic"
     """Training sessions: a .jsonl or .parquet file, or "synthetic" for the embedded generator."""
-    eval: str | None = None
+    eval: PathText | None = None
     """Held-out sessions. None: ``eval_fraction`` of the training file's users are held out."""
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of USERS held out when ``eval`` is None; no user stands on both sides."""
@@ -135,7 +138,7 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     source: Pluggable = "lexical"
     """Who scores: "lexical" (word labels against the true next queries), "model" or module:function."""
-    model: str = ""
+    model: PathText = ""
     """With source "model": the folder of a token reward model, from tppo-fast reward-model. It is frozen."""
     value: Literal["argmax", "soft", "tlcr", "red"] = "argmax"
     """What the reward model's class probabilities pay. "argmax": the likeliest class, by ``scale`` (TPPO). "soft": the
@@ -389,3 +392,14 @@ def build(values: dict[str, Any]) -> Config:
 def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
     """A config from a TOML file, with ``--section.key value`` overrides: see ``sections.load_section``."""
     return load_section(path, overrides or [], Config)
+
+
+def given(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> Config:
+    """A config as it is, or made from a nested dict or a TOML file."""
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, str | os.PathLike):
+        return load(config)
+    if isinstance(config, Mapping):
+        return build(dict(config))
+    raise UserError(f"config = {config!r}: give a Config, a dict of settings, or the path of a TOML file")

@@ -9,7 +9,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from tppo_fast.errors import UserError
 from tppo_fast.overrides import merge
@@ -51,6 +60,17 @@ TEMPLATE = "History:\n{history}\nNext queries:"
 """Around a history, unless a config says otherwise."""
 
 
+def _expanded(value: Any) -> Any:
+    """A path as text, with its user's home in place of ~."""
+    if not isinstance(value, str | os.PathLike):
+        return value
+    return os.path.expanduser(value)  # noqa: PTH111 - Path would turn "" into "." and raise for a user it does not know
+
+
+PathText = Annotated[str, BeforeValidator(_expanded)]
+"""A path where a word may stand, too."""
+
+
 class Section(BaseModel):
     """Settings that go together. Numbers are written as numbers and switches as true or false: nothing stands for another."""
 
@@ -83,13 +103,15 @@ class Section(BaseModel):
             raise ValueError("write true or false")
         if isinstance(value, str) and Path in kinds and not value.strip():
             raise ValueError("give a path")
-        return value
+        return _expanded(value) if Path in kinds else value
 
 
 def _kinds(annotation: Any) -> set[Any]:
     """The types that a field's annotation is made of; literals count as the types of their values."""
     if get_origin(annotation) is Literal:
         return {type(value) for value in get_args(annotation)}
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
     return {kind for part in get_args(annotation) for kind in _kinds(part)} or {annotation}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.clock import Clock
 from tppo_fast.compiling import compile_layers
-from tppo_fast.config import Config
+from tppo_fast.config import Config, given
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session
 from tppo_fast.data_types import Prompt, Rollout
@@ -65,11 +66,17 @@ class Run:
     ppo: PPO
 
 
-def train(config: Config, *, resume: bool = False, profile: int = 0, memory_snapshot: bool = False) -> TrainResult:
+def train(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    profile: int = 0,
+    memory_snapshot: bool = False,
+) -> TrainResult:
     """Train a policy by token-level PPO and leave it, its metrics and its checkpoints in ``config.run_dir``.
 
     Args:
-        config: every setting; see ``tppo_fast.config``.
+        config: every setting, see ``tppo_fast.config``; or a nested dict of them, or the path of a TOML file.
         resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
         profile: steps, after the first one, of which torch's profiler writes a trace into ``run_dir``.
         memory_snapshot: write torch's snapshot of the GPU's allocator into ``run_dir``.
@@ -81,6 +88,7 @@ def train(config: Config, *, resume: bool = False, profile: int = 0, memory_snap
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
+    config = given(config)
     if not isinstance(resume, bool):
         raise UserError(
             f"resume = {resume!r}: give True, to continue the newest checkpoint in config.run_dir, or False"

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tppo_fast.sections import TEMPLATE, Count, NonNegative, NotBlank, Positive, Section, Template, Unit
+from tppo_fast.sections import TEMPLATE, Count, NonNegative, NotBlank, PathText, Positive, Section, Template, Unit
 
 
 class BackboneConfig(Section):
-    path: str = "scratch"
+    path: PathText = "scratch"
     """Folder of any transformers encoder or causal decoder and its fast tokenizer (safetensors), the policy's own too; or
     "scratch" for a small model that starts from nothing, with a tokenizer made from the labelled texts."""
     scratch: Literal["decoder", "encoder"] = "decoder"
@@ -22,7 +22,7 @@ class BackboneConfig(Section):
 
 
 class LabelsConfig(Section):
-    labels: str = ""
+    labels: PathText = ""
     """Labelled responses, a file that tppo-fast label wrote. Required."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the USERS on whom early stopping is decided."""
