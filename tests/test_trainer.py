@@ -155,6 +155,36 @@ def test_learns_what_it_is_paid_for(tiny_model: Path, tmp_path: Path) -> None:
     assert sum(paid[-2:]) / 2 > 0.9
 
 
+def test_a_callback_sees_every_step_and_may_end_the_run(tiny_model: Path, whole_run: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def third(step: int, metrics: dict[str, float]) -> bool:
+        seen.append((step, metrics["ppo/kl"]))
+        return step == 3
+
+    given = config(tiny_model, tmp_path / "r", train__save_every=0)
+    result = trainer.train(given, on_step=third)
+    assert seen == [(row["step"], row["ppo/kl"]) for row in read_metrics(tmp_path / "r")[1:]]
+    assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path / "r")] == [3]
+    assert result.policy.is_dir()
+    assert "eval/relevance" in result.evaluation
+    trainer.train(given, resume=True)
+    assert trajectory(tmp_path / "r") == trajectory(whole_run)
+
+
+def random_reward(rollouts: Sequence[Rollout]) -> list[float]:
+    return [random.random() for _ in rollouts]
+
+
+def test_held_out_responses_are_rewarded_where_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    for held_out in (False, True):
+        reward = {"source": "test_trainer:random_reward", "held_out": held_out}
+        trainer.train(config(tiny_model, tmp_path / str(held_out), train__steps=2, train__eval_every=1, reward=reward))
+        rows = read_metrics(tmp_path / str(held_out))
+        assert ["eval/reward_mean" in row for row in rows] == [held_out] * 3
+    assert trajectory(tmp_path / "True") == trajectory(tmp_path / "False")
+
+
 def start(path: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tppo_fast", "train", str(path), *arguments]

@@ -169,6 +169,9 @@ class RewardConfig(Section):
     number per response is never multiplied."""
     length_alpha: Positive = 2.0
     """alpha of the length penalty, per token."""
+    held_out: bool = False
+    """Reward the responses to held-out sessions, too, and log ``eval/reward_mean``: one more call of the source in each
+    evaluation, with one response to each session."""
     expected_length: NonNegative | None = None
     """sl in tokens. None: median query length of the training sessions times ``data.num_queries``, separators included."""
 

@@ -79,6 +79,7 @@ GLOSSARY: dict[str, str] = {
     "eval/distinct_2": "Share of distinct pairs of adjacent words among all such pairs of a response, from 0 to 1.",
     "eval/valid": "Share of responses that hold exactly data.num_queries queries, from 0 to 1.",
     "eval/copy": "Share of a response's queries that stand in the history, from 0 to 1.",
+    "eval/reward_mean": "Mean over responses to held-out sessions of the summed reward (reward.held_out), in reward units.",
     "eval/length": "Mean length of the responses to held-out sessions, in tokens.",
     "eval/truncated": "Share of responses to held-out sessions cut at rollout.max_new_tokens, from 0 to 1.",
     "time/rollout": "Sampling the step's responses, in seconds; with rollout.staleness beside an earlier step.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ from tppo_fast.rewards.watch import HackingWatch, repetition_and_copies
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.base import check_lengths
 from tppo_fast.runs import due, eval_sampling, growing_segments, load_sessions, logged, open_run_dir, resolve_device
+
+OnStep = Callable[[int, Metrics], bool | None]
+"""(step, what was logged of it) -> whether to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,7 @@ def train(
     config: Config | Mapping[str, Any] | str | os.PathLike[str],
     *,
     resume: bool = False,
+    on_step: OnStep | None = None,
     profile: int = 0,
     memory_snapshot: bool = False,
 ) -> TrainResult:
@@ -78,6 +82,8 @@ def train(
     Args:
         config: every setting, see ``tppo_fast.config``; or a nested dict of them, or the path of a TOML file.
         resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
+        on_step: called with (step, metrics) when a step is logged. If it returns True the run ends there as if it were the last
+            step, with a checkpoint from which ``resume`` goes on.
         profile: steps, after the first one, of which torch's profiler writes a trace into ``run_dir``.
         memory_snapshot: write torch's snapshot of the GPU's allocator into ``run_dir``.
 
@@ -99,22 +105,22 @@ def train(
         open_run_dir(config, resume) as start_from,
         profiling.memory_snapshot(config.run_dir, resolve_device(config.device), memory_snapshot),
     ):
-        return _train(config, start_from, profile)
+        return _train(config, start_from, on_step, profile)
 
 
-def _train(config: Config, start_from: Path | None, profile: int) -> TrainResult:
+def _train(config: Config, start_from: Path | None, on_step: OnStep | None, profile: int) -> TrainResult:
     run = setup(config, start_from)
     with contextlib.closing(run.engine), contextlib.closing(run.source):
         if config.reward.source == "model":
             write_atomic(config.run_dir / "reward_model.json", (Path(config.reward.model) / RECORD).read_bytes())
-        evaluation = _logged(run, profile)
+        evaluation = _logged(run, on_step, profile)
     policy = config.run_dir / "policy"
     with atomic_folder(policy) as temporary:
         run.ppo.model.actor.save(temporary, run.tokenizer)
     return TrainResult(run_dir=config.run_dir, policy=policy, evaluation=evaluation)
 
 
-def _logged(run: Run, profile: int) -> Metrics:
+def _logged(run: Run, on_step: OnStep | None, profile: int) -> Metrics:
     """The PPO loop with its log."""
     start, run_dir = run.ppo.step, run.config.run_dir
     with (
@@ -122,7 +128,7 @@ def _logged(run: Run, profile: int) -> Metrics:
         profiling.StepTrace(run_dir, profile) as trace,
     ):
         try:
-            return _loop(run, logger, guard, trace, evaluate_first=start == 0)
+            return _loop(run, logger, guard, trace, on_step, evaluate_first=start == 0)
         except (UserError, EngineError) as error:
             if saved := _saved_in_time(run):
                 error.args = (
@@ -145,10 +151,16 @@ def _save(run: Run) -> Path:
 
 
 def _loop(
-    run: Run, logger: MetricsLogger, guard: InterruptGuard, trace: profiling.StepTrace, *, evaluate_first: bool
+    run: Run,
+    logger: MetricsLogger,
+    guard: InterruptGuard,
+    trace: profiling.StepTrace,
+    on_step: OnStep | None,
+    *,
+    evaluate_first: bool,
 ) -> Metrics:
     """The PPO loop."""
-    config, ppo, steps = run.config, run.ppo, run.config.train.steps
+    config, ppo, steps, stop = run.config, run.ppo, run.config.train.steps, False
     evaluation: Metrics = {}
     watch = HackingWatch(read_metrics(config.run_dir))
     peak_rate = flops.peak_rate(ppo.device, getattr(torch, config.model.dtype))
@@ -157,7 +169,7 @@ def _loop(
         logger.log(0, evaluation)
         watch(evaluation)
     with Progress("train", steps, "step", start=ppo.step) as progress:
-        while ppo.step < steps:
+        while ppo.step < steps and not stop:
             guard.check()
             before = seeding.global_state()
             try:
@@ -174,7 +186,8 @@ def _loop(
                 logger.log(ppo.step, metrics)
             for warning in watch(metrics):
                 Console(stderr=True).print(f"[yellow]step {ppo.step}: {warning}[/]")
-            if due(ppo.step, config.train.save_every, steps):
+            stop = on_step is not None and bool(on_step(ppo.step, dict(metrics)))
+            if stop or due(ppo.step, config.train.save_every, steps):
                 _save(run)
             shown = {"reward": metrics["rollout/reward_per_token"]}
             if "ppo/kl" in metrics:
@@ -334,6 +347,9 @@ def evaluate(run: Run) -> Metrics:
     run.engine.load_weights(run.ppo.model.actor.named_weights(), version=run.ppo.step)
     rollouts = run.engine.generate(run.eval_prompts, eval_sampling(run.config))
     found = held_out(rollouts, run.builder.parse, num_queries=run.config.data.num_queries, seed=run.config.seed)
+    if run.config.reward.held_out:
+        with seeding.restored():  # training goes on as if nothing had been drawn
+            found["eval/reward_mean"] = float(torch.stack([r.sum() for r in run.reward(rollouts)]).mean())
     return {**found, "time/eval": time.perf_counter() - began}
 
 
