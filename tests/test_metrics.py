@@ -311,3 +311,16 @@ def test_nested_work_shares_one_terminal_display(monkeypatch: pytest.MonkeyPatch
     assert "2/2 step" in text
     assert "reward=0.42" in text
     assert progress_module._bars is None
+
+
+def test_the_first_of_two_runs_may_end_first(monkeypatch: pytest.MonkeyPatch):
+    """As two runs in threads do."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with contextlib.ExitStack() as second:
+        with Progress("one", 2, "step"):
+            other = second.enter_context(Progress("two", 8, "step"))
+        other.update(8)
+    assert "8/8 step" in terminal.getvalue()
+    assert progress_module._bars is None

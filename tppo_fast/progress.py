@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,9 @@ PLAIN_INTERVAL = 10.0
 TABLE_WIDTH = 160
 """Columns of a table that no terminal shows."""
 
-_bars: RichProgress | None = None  # the one live display; work inside other work adds a bar to it
+_bars: RichProgress | None = None  # the one live display; work inside or beside other work adds a bar to it
+_users = 0  # bars in it: the last one to end closes it
+_lock = threading.Lock()
 
 
 def table_console() -> Console:
@@ -41,8 +44,8 @@ class Progress:
         self.done = start
         self._metrics: dict[str, float] = {}
         self._began = self._printed = time.monotonic()
+        self._bars: RichProgress | None = None
         self._task: TaskID | None = None
-        self._owns_bars = False
 
     def __enter__(self) -> Progress:
         self._began = self._printed = time.monotonic()
@@ -56,15 +59,14 @@ class Progress:
         """``n`` more units are done; ``metrics`` replace those shown under the same names."""
         self.done += n
         self._metrics.update(metrics)
-        if self._task is not None:
-            assert _bars is not None
-            _bars.update(self._task, completed=self.done, status=self._status())
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=self.done, status=self._status())
         elif self.done < self.total and time.monotonic() - self._printed >= PLAIN_INTERVAL:
             self._print(f"{self.description} {self.done}/{self.total} {self._status()}")
 
     def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._close_bar()
+        if self._bars is not None and self._task is not None:
+            self._close_bar(self._bars, self._task)
         else:
             self._print(f"{self.description} {self.done}/{self.total} {self._status(finished=True)}")
 
@@ -83,25 +85,27 @@ class Progress:
         print(line.rstrip(), file=sys.stderr, flush=True)
 
     def _open_bar(self) -> None:
-        global _bars
-        if _bars is None:
-            _bars, self._owns_bars = _new_bars(), True
-            _bars.start()
-        self._task = _bars.add_task(
+        global _bars, _users
+        with _lock:
+            if _bars is None:
+                _bars = _new_bars()
+                _bars.start()
+            self._bars, _users = _bars, _users + 1
+        self._task = self._bars.add_task(
             self.description, total=self.total, completed=self.start, unit=self.unit, status=self._status()
         )
 
-    def _close_bar(self) -> None:
-        global _bars
-        assert _bars is not None
-        assert self._task is not None
-        _bars.update(self._task, status=self._status(finished=True))
-        if self._owns_bars:
-            _bars.stop()
-            _bars = None
-        else:
-            _bars.remove_task(self._task)
-        self._task = None
+    def _close_bar(self, bars: RichProgress, task: TaskID) -> None:
+        global _bars, _users
+        bars.update(task, status=self._status(finished=True))
+        with _lock:
+            _users -= 1
+            if _users:
+                bars.remove_task(task)
+            else:
+                bars.stop()
+                _bars = None
+        self._bars = self._task = None
 
 
 def _new_bars() -> RichProgress:
