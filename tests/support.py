@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tppo_fast import attention
 from tppo_fast.config import ModelConfig
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.model import Actor, ActorCritic, Critic
@@ -87,9 +86,7 @@ def drop_weight(folder: Path, name: str) -> None:
 
 def actor_critic(make: Callable[[int], Any] = tiny_llama, vocab_size: int = 300, **settings: Any) -> ActorCritic:
     """An actor and a critic in memory, reading packed batches; the value head is random so that values differ."""
-    attention.register()
     lm = make(vocab_size).eval()
-    lm.set_attn_implementation(attention.NAME)
     config = ModelConfig(path="memory", **settings)
     actor = Actor(lm, config)
     critic = Critic(actor, config)

@@ -69,8 +69,6 @@ def test_packed_equals_own_forward(name: str, share: bool) -> None:
     rollouts = random_rollouts([(9, 5), (1, 1), (4, 7)], n=2)
     with torch.no_grad():
         expected = own_logprobs(lm, rollouts, 0.7)
-        attention.register()
-        lm.set_attn_implementation(attention.NAME)
         actor = model.Actor(lm, ModelConfig(path="memory"))
         batch = pack(rollouts, share)
         logp, entropy = actor.logprobs(actor.hidden(batch)[batch.state_index], batch.actions, 0.7)
@@ -81,8 +79,6 @@ def test_packed_equals_own_forward(name: str, share: bool) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_reference_in_bfloat16_gives_the_policys_bits_from_less_memory(name: str) -> None:
     lm = build(name)
-    attention.register()
-    lm.set_attn_implementation(attention.NAME)
     policy = model.Actor(lm, ModelConfig(path="memory", dtype="bfloat16"))
     reference = policy.frozen_copy()
     batch = pack(random_rollouts([(9, 5), (4, 7)], n=2), True)

@@ -47,6 +47,11 @@ class Actor(nn.Module):
         super().__init__()
         self.lm = lm
         self.config = config
+        if (
+            lm.config._attn_implementation != attention.NAME
+        ):  # another one would let the packed sequences see each other
+            attention.register()
+            lm.set_attn_implementation(attention.NAME)
         head = lm.get_output_embeddings()
         if head is None:
             raise UserError(f"model.path: {type(lm).__name__} has no language-model head; give a causal LM")
