@@ -136,6 +136,20 @@ def test_the_callers_generators_and_threads_stay_as_they_were(tiny_model: Path, 
         trainer.train(given)
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_what_torch_is_set_to_outside_does_not_matter(
+    tiny_model: Path, whole_run: Path, tmp_path: Path, without: Any
+) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with without():
+            trainer.train(config(tiny_model, tmp_path / "r"))
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert trajectory(tmp_path / "r") == trajectory(whole_run)
+
+
 def test_sharing_prompts_changes_only_rounding(tiny_model: Path, whole_run: Path, tmp_path: Path) -> None:
     trainer.train(config(tiny_model, tmp_path / "r", model__share_prompts=False))
     for row, shared in zip(trajectory(tmp_path / "r")[:1], trajectory(whole_run), strict=False):

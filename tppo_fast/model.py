@@ -125,7 +125,7 @@ class Critic(nn.Module):
         self.config = config
         self.body = None if config.shared_body else lora.sharing_frozen(actor.body)
         size = actor.lm.get_output_embeddings().in_features
-        self.value_head = nn.Linear(size, 1, device=actor.device)
+        self.value_head = nn.Linear(size, 1, device=actor.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)  # V = 0 until the first update: advantages start as plain reward sums
         nn.init.zeros_(self.value_head.bias)
 

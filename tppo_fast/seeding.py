@@ -44,13 +44,19 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """Leave the global generators and torch's thread count as they were: a caller in Python has uses of its own for them."""
-    state, threads = global_state(), torch.get_num_threads()
+    """Leave torch's settings and the global generators as they were: a caller in Python has uses of its own for them.
+
+    Inside, gradients are recorded and what is made is fp32, whatever the caller had chosen.
+    """
+    state, threads, dtype = global_state(), torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         set_global_state(state)
         torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
 
 
 def global_state() -> dict[str, Any]:
