@@ -91,7 +91,7 @@ def test_overrides(overrides: list[str], field: str, value: Any) -> None:
         (["--data.eval", "none"], "data.eval", None),
         (["--data.separator", '" | "'], "data.separator", " | "),
         (["--seed", "1_000"], "seed", 1000),
-        (["--model.lora_targets", '["q_proj"]'], "model.lora_targets", ("q_proj",)),
+        (["--model.lora_targets", '["q_proj"]', "--model.lora_rank", "4"], "model.lora_targets", ("q_proj",)),
     ],
     ids=str,
 )
@@ -163,6 +163,7 @@ def test_a_setting_that_takes_a_path_is_no_switch(tmp_path: Path) -> None:
         ({"threads": 100_000_000}, (), "threads = 100000000"),
         ({"zzz": 1}, (), "unknown setting 'zzz': there are run_dir, seed"),
         ({}, ("--ppo.kl_target", "1", "--ppo.kl_placement", "off"), "has no effect"),
+        ({"model": {"lora_targets": ["q_proj"]}}, (), "has no effect with model.lora_rank = 0"),
         ({}, ("--ppo.kl_estimator", "k1", "--ppo.kl_placement", "loss"), "use k2 or k3"),
     ],
 )  # fmt: skip

@@ -66,6 +66,14 @@ class ModelConfig(Section):
     """Run Python code that ships inside the model folder. Off unless you have read that code."""
 
     @model_validator(mode="after")
+    def _adapted(self) -> ModelConfig:
+        if self.lora_targets and not self.lora_rank:
+            raise ValueError(
+                "model.lora_targets has no effect with model.lora_rank = 0: set a rank, e.g. 16, or remove lora_targets"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _checkpointed(self) -> ModelConfig:
         if not self.gradient_checkpointing and (self.checkpoint_every > 1 or self.checkpoint_offload):
             name = "checkpoint_offload" if self.checkpoint_offload else "checkpoint_every"
