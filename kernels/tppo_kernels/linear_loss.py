@@ -102,24 +102,52 @@ class _Call:
     loss_fn: TokenLoss
     options: HeadOptions
     normalizer: float | Tensor
+    differentiable: bool
+    """Whether gradients are recorded around the call."""
     stats: dict[str, Tensor]
     """Filled by forward."""
 
 
+def _refuse_captured(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Raise for a tensor that requires a gradient and reached the loss by another way than its arguments.
+
+    Gradients are asked for with respect to the arguments alone: it would get none, in silence.
+    """
+    own, seen = {id(x) for x in leaves}, set()
+    nodes = [torch.autograd.graph.get_gradient_edge(loss).node] if loss.requires_grad else []
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        nodes += [n for n, _ in node.next_functions if n is not None]
+        variable = getattr(node, "variable", None)  # of a leaf
+        if variable is not None and id(variable) not in own:
+            raise ValueError(
+                f"loss_fn uses a tensor that requires a gradient (one of shape {tuple(variable.shape)}) and is not among its"
+                " arguments, which would get none: pass what is computed from it in rows (a scalar as x.expand(A)), detach"
+                " it, or use backend='reference'"
+            )
+
+
 def _chunk_loss(
-    call: _Call, logp: Tensor, entropy: Tensor, rows: Sequence[Tensor], learned: Sequence[bool], need: bool
-) -> tuple[Tensor, list[Tensor | None]]:
+    call: _Call, chosen: slice, logp: Tensor, entropy: Tensor, rows: Sequence[Tensor], learned: Sequence[bool], need: bool
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """(the chunk's loss, its gradients with respect to logp, entropy (None without ``need``) and the rows), normalised."""
-    needs = (need, need, *learned)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(n) for x, n in zip((logp, entropy, *rows), needs, strict=True)]
+    needs, columns = (need, need, *learned), (logp, entropy, *(row[chosen] for row in rows))
+    with torch.set_grad_enabled(call.differentiable):
+        leaves = [x.detach().requires_grad_(n) for x, n in zip(columns, needs, strict=True)]
         loss, metrics = call.loss_fn(*leaves)
         if loss.dim() != 0:
             raise ValueError(f"loss_fn returned a loss of shape {tuple(loss.shape)}: return the sum over its rows")
+        if call.differentiable and chosen.start == 0:
+            _refuse_captured(loss, leaves)
         wanted = [x for x in leaves if x.requires_grad]
         scale = torch.ones_like(loss) / call.normalizer
         found = iter(
-            torch.autograd.grad(loss, wanted, scale, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+            torch.autograd.grad(loss, wanted, scale, allow_unused=True)
+            if wanted and loss.requires_grad
+            else [None] * len(wanted)
         )
     for name, value in metrics.items():
         call.stats[name] = call.stats[name] + value.detach() if name in call.stats else value.detach()
@@ -162,7 +190,7 @@ def _forward_chunk(
     """The chunk's share of the loss; its gradients are added to the head's and to ``row_grads``."""
     logits, y = head.logits(chosen), call.targets[chosen]
     saved = call.kernels.forward(logits, y, call.options.logits)
-    loss, (c, e, *others) = _chunk_loss(call, saved[0], saved[1], [row[chosen] for row in rows], learned, need)
+    loss, (c, e, *others) = _chunk_loss(call, chosen, saved[0], saved[1], rows, learned, need)
     for total, part in zip(row_grads, itertools.compress(others, learned), strict=True):
         if part is not None:
             total[chosen] = part
@@ -200,11 +228,15 @@ def linear_token_loss_op(
             )  # fmt: skip
             loss, metrics = loss_fn(logp, entropy, *rows)
             return loss / divisor, {name: value.detach() for name, value in metrics.items()}
-        if not torch.is_grad_enabled():  # which an autograd.Function is not told
+        differentiable = torch.is_grad_enabled()
+        if not differentiable:  # which an autograd.Function is not told
             hidden, weight, *rows = (x.detach() for x in (hidden, weight, *rows))
             bias = None if bias is None else bias.detach()
         options = HeadOptions(temperature, softcap or 0.0, logit_scale, chunk_size, logits_dtype, compact_rows)
-        call = _Call(kernels=rows_of, targets=targets, loss_fn=loss_fn, options=options, normalizer=divisor, stats={})
+        call = _Call(
+            kernels=rows_of, targets=targets, loss_fn=loss_fn, options=options, normalizer=divisor,
+            differentiable=differentiable, stats={},
+        )  # fmt: skip
         return _LinearTokenLoss.apply(hidden, weight, bias, call, *rows), call.stats
 
     return linear_token_loss

@@ -156,9 +156,9 @@ def linear_token_loss(
     ``loss_fn(logp, entropy, *rows)`` is any torch function of [C]-vectors, called once per chunk of actions; it
     returns the SUM of its rows' losses and a dict of summed metrics (added up over the chunks, detached). It must be
     row local: no mean, no whitening over the chunk, no sequence-level ratio. ``rows`` are its other [A, ...] inputs;
-    those that require a gradient (the critic's values) receive one. Tensors that it closes over do not, and never
-    must require one. ``normalizer`` defaults to A; pass the step's global action count when the step is split in
-    microbatches.
+    those that require a gradient (the critic's values) receive one. A fused backend refuses a loss that uses any other
+    tensor that requires one: pass it in ``rows`` (a learned scalar as ``beta.expand(A)``). ``normalizer`` defaults to A;
+    pass the step's global action count when the step is split in microbatches.
 
     This is the definition, at 4 GEMM units. The public op knows each row's two gradient scalars in forward and so
     needs 3.

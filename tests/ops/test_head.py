@@ -343,6 +343,27 @@ def test_loss_that_is_no_sum_is_named(backend):
         tk.linear_logprobs(x["hidden"], x["weight"], x["targets"], chunk_size=0, backend=backend)
 
 
+@pytest.mark.parametrize("made", ["leaf", "node", "itself"])
+def test_a_loss_that_uses_another_learned_tensor_is_refused(made, backend):
+    """Its gradient would be dropped. In rows it gets one, and without gradients nobody misses it."""
+    x, beta = inputs(20, torch.float32), torch.tensor(0.3, requires_grad=True)
+    used = {"leaf": beta, "node": (2 * beta).exp(), "itself": beta}[made]
+    hidden = x["hidden"].requires_grad_()
+
+    def call(loss_fn, *rows):
+        return tk.linear_token_loss(hidden, x["weight"], x["targets"], loss_fn, rows, chunk_size=8, backend=backend)[0]
+
+    def captures(logp, _):
+        return used if made == "itself" else (used * logp).sum(), {}
+
+    with pytest.raises(ValueError, match=r"requires a gradient .* is not among its arguments"):
+        call(captures)
+    with torch.no_grad():
+        assert call(captures).isfinite()
+    call(lambda logp, _, b: ((b * logp).sum(), {}), used.expand(20)).backward()
+    assert beta.grad
+
+
 def test_one_chunk_of_logits_at_a_time(backend):
     class Largest(TorchDispatchMode):
         entries = 0
