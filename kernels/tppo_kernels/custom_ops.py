@@ -259,8 +259,9 @@ def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         value_coef: float = 0.5, value_clip: float | None = 0.2, normalizer: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         reference.check_ppo(
-            dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip
-        )
+            dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip,
+            normalizer,
+        )  # fmt: skip
         old_values = None if value_clip is None or values is None else old_values
         returns = None if values is None else returns
         inputs = (logp, old_logp, advantages, weights, ref_logp, entropy, values, old_values, returns)

@@ -22,10 +22,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .custom_ops import Rows, compute_dtype, define, refuse_second_derivative
 from .head import Head, HeadOptions, RowVectors
-from .reference import TokenLoss
+from .reference import TokenLoss, call_loss, rows_at
 
 
 def linear_logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -108,7 +110,7 @@ class _Call:
     """Filled by forward."""
 
 
-def _refuse_captured(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+def _refuse_captured(loss: Tensor, leaves: Sequence[Tensor | None]) -> None:
     """Raise for a tensor that requires a gradient and reached the loss by another way than its arguments.
 
     Gradients are asked for with respect to the arguments alone: it would get none, in silence.
@@ -131,18 +133,16 @@ def _refuse_captured(loss: Tensor, leaves: Sequence[Tensor]) -> None:
 
 
 def _chunk_loss(
-    call: _Call, chosen: slice, logp: Tensor, entropy: Tensor, rows: Sequence[Tensor], learned: Sequence[bool], need: bool
+    call: _Call, chosen: slice, logp: Tensor, entropy: Tensor, rows: Sequence[Tensor | None], learned: Sequence[bool], need: bool
 ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """(the chunk's loss, its gradients with respect to logp, entropy (None without ``need``) and the rows), normalised."""
-    needs, columns = (need, need, *learned), (logp, entropy, *(row[chosen] for row in rows))
+    needs, columns = (need, need, *learned), (logp, entropy, *rows_at(rows, chosen))
     with torch.set_grad_enabled(call.differentiable):
-        leaves = [x.detach().requires_grad_(n) for x, n in zip(columns, needs, strict=True)]
-        loss, metrics = call.loss_fn(*leaves)
-        if loss.dim() != 0:
-            raise ValueError(f"loss_fn returned a loss of shape {tuple(loss.shape)}: return the sum over its rows")
+        leaves = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(columns, needs, strict=True)]
+        loss, metrics = call_loss(call.loss_fn, *leaves)
         if call.differentiable and chosen.start == 0:
             _refuse_captured(loss, leaves)
-        wanted = [x for x in leaves if x.requires_grad]
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
         scale = torch.ones_like(loss) / call.normalizer
         found = iter(
             torch.autograd.grad(loss, wanted, scale, allow_unused=True)
@@ -150,7 +150,7 @@ def _chunk_loss(
             else [None] * len(wanted)
         )
     for name, value in metrics.items():
-        call.stats[name] = call.stats[name] + value.detach() if name in call.stats else value.detach()
+        call.stats[name] = call.stats[name] + value if name in call.stats else value
     return loss.detach() * scale, [next(found) if n else None for n in needs]
 
 
@@ -160,7 +160,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         need, learned = ctx.needs_input_grad[:3], ctx.needs_input_grad[4:]
         head = Head(call.kernels, hidden, weight, bias, call.options)
         head.want(*need)
-        row_grads = [torch.zeros_like(row) for row, wanted in zip(rows, learned, strict=True) if wanted]
+        row_grads = [torch.zeros_like(row) for row in itertools.compress(rows, learned)]
         total = hidden.new_zeros((), dtype=compute_dtype(hidden.dtype))
         for chosen in head.chunks():
             total = total + _forward_chunk(call, head, chosen, rows, learned, row_grads, any(need))
@@ -184,7 +184,7 @@ class _LinearTokenLoss(torch.autograd.Function):
 
 
 def _forward_chunk(
-    call: _Call, head: Head, chosen: slice, rows: Sequence[Tensor], learned: Sequence[bool], row_grads: list[Tensor],
+    call: _Call, head: Head, chosen: slice, rows: Sequence[Tensor | None], learned: Sequence[bool], row_grads: list[Tensor],
     need: bool,
 ) -> Tensor:  # fmt: skip
     """The chunk's share of the loss; its gradients are added to the head's and to ``row_grads``."""
@@ -209,29 +209,34 @@ def _scaled(stored: Tensor, dtype: torch.dtype, grad: Tensor) -> Tensor:
     return torch.mul(stored.to(wide), grad.to(wide), out=stored.new_empty(stored.shape, dtype=dtype))
 
 
+def _is_traced(x: Tensor) -> bool:
+    """Whether operations are recorded, or have shapes and no values: what runs beside torch's dispatcher would be lost."""
+    return torch.compiler.is_compiling() or x.is_meta or get_proxy_mode() is not None or detect_fake_mode(x) is not None
+
+
 def linear_token_loss_op(
     rows_of: Rows, linear_logprobs: Callable[..., tuple[Tensor, Tensor]]
 ) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """``linear_token_loss`` on a backend's row kernels."""
 
     def linear_token_loss(
-        hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: TokenLoss, rows: Sequence[Tensor] = (), *,
+        hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: TokenLoss, rows: Sequence[Tensor | None] = (), *,
         bias: Tensor | None = None, temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
         chunk_size: int | None = None, logits_dtype: torch.dtype | None = None, compact_rows: bool | None = None,
         normalizer: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         divisor = max(targets.shape[0], 1) if normalizer is None else normalizer
-        if torch.compiler.is_compiling():  # the loss traces with the rest of the graph, at 4 units
+        if _is_traced(hidden):  # the loss traces with the rest of the graph, at 4 units
             logp, entropy = linear_logprobs(
                 hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
                 chunk_size=chunk_size, logits_dtype=logits_dtype, compact_rows=compact_rows,
             )  # fmt: skip
-            loss, metrics = loss_fn(logp, entropy, *rows)
-            return loss / divisor, {name: value.detach() for name, value in metrics.items()}
+            loss, metrics = call_loss(loss_fn, logp, entropy, *rows)
+            return loss / divisor, metrics
         differentiable = torch.is_grad_enabled()
         if not differentiable:  # which an autograd.Function is not told
-            hidden, weight, *rows = (x.detach() for x in (hidden, weight, *rows))
-            bias = None if bias is None else bias.detach()
+            hidden, weight = hidden.detach(), weight.detach()
+            bias, *rows = (None if x is None else x.detach() for x in (bias, *rows))
         options = HeadOptions(temperature, softcap or 0.0, logit_scale, chunk_size, logits_dtype, compact_rows)
         call = _Call(
             kernels=rows_of, targets=targets, loss_fn=loss_fn, options=options, normalizer=divisor,

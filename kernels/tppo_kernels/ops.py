@@ -98,7 +98,7 @@ def linear_token_loss(
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, "A"],
     loss_fn: TokenLoss,
-    rows: Sequence[Tensor] = (),
+    rows: Sequence[Tensor | None] = (),
     *,
     bias: Float[Tensor, "V"] | None = None,
     temperature: float = 1.0,
@@ -116,8 +116,10 @@ def linear_token_loss(
         ValueError: shapes disagree, or temperature, softcap or chunk_size is out of range.
     """
     _check_head(hidden, weight, targets, bias, temperature, softcap)
+    if isinstance(rows, torch.Tensor):
+        raise ValueError(f"rows is a tensor of shape {tuple(rows.shape)}: give a sequence of tensors, such as (rows,)")
     for i, row in enumerate(rows):
-        if len(row) != len(targets):
+        if row is not None and len(row) != len(targets):
             raise ValueError(
                 f"rows[{i}] has shape {tuple(row.shape)}: its first dimension must be the {len(targets)} targets"
             )

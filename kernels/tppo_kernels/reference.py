@@ -6,6 +6,7 @@ inputs are; fp16 and bf16 inputs are upcast once they are read. Every faster bac
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-TokenLoss = Callable[..., "tuple[Tensor, dict[str, Tensor]]"]
+TokenLoss = Callable[..., "tuple[Tensor, dict[str, Any]] | Tensor"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -135,12 +136,41 @@ def linear_logprobs(
     return torch.cat(logps), torch.cat(entropies)
 
 
+class _Thread(threading.local):
+    in_token_loss = False
+    """Whether a ``loss_fn`` of ``linear_token_loss`` is running, whose vectors are a chunk of the actions."""
+
+
+_thread = _Thread()
+
+
+def rows_at(rows: Sequence[Tensor | None], chosen: slice) -> list[Tensor | None]:
+    return [None if row is None else row[chosen] for row in rows]
+
+
+def call_loss(loss_fn: TokenLoss, *columns: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, detached metrics) of a chunk's logp, entropy and rows.
+
+    Raises:
+        ValueError: the loss is not a scalar.
+    """
+    before, _thread.in_token_loss = _thread.in_token_loss, True
+    try:
+        out = loss_fn(*columns)
+    finally:
+        _thread.in_token_loss = before
+    loss, metrics = (out, dict[str, Any]()) if isinstance(out, torch.Tensor) else out
+    if loss.dim() != 0:
+        raise ValueError(f"loss_fn returned a loss of shape {tuple(loss.shape)}: return the sum over its rows")
+    return loss, {name: torch.as_tensor(value, device=loss.device).detach() for name, value in metrics.items()}
+
+
 def linear_token_loss(
     hidden: Float[Tensor, "A D"],
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, "A"],
     loss_fn: TokenLoss,
-    rows: Sequence[Tensor] = (),
+    rows: Sequence[Tensor | None] = (),
     *,
     bias: Float[Tensor, "V"] | None = None,
     temperature: float = 1.0,
@@ -154,9 +184,10 @@ def linear_token_loss(
     """A row-local loss of the language-model head: ``sum_a loss(logp_a, H_a, rows_a...) / normalizer``.
 
     ``loss_fn(logp, entropy, *rows)`` is any torch function of [C]-vectors, called once per chunk of actions; it
-    returns the SUM of its rows' losses and a dict of summed metrics (added up over the chunks, detached). It must be
-    row local: no mean, no whitening over the chunk, no sequence-level ratio. ``rows`` are its other [A, ...] inputs;
-    those that require a gradient (the critic's values) receive one. A fused backend refuses a loss that uses any other
+    returns the SUM of its rows' losses, alone or with a dict of summed metrics, tensors or numbers (added up over the
+    chunks, detached). It must be row local: no mean, no whitening over the chunk, no sequence-level ratio; ``ppo_loss``
+    needs ``normalizer=1.0`` there. ``rows`` are its other [A, ...] inputs (None is passed on); those that require a
+    gradient (the critic's values) receive one. A fused backend refuses a loss that uses any other
     tensor that requires one: pass it in ``rows`` (a learned scalar as ``beta.expand(A)``). ``normalizer`` defaults to A;
     pass the step's global action count when the step is split in microbatches.
 
@@ -171,9 +202,9 @@ def linear_token_loss(
     loss, stats = logp.new_zeros(()), dict[str, Any]()
     for start in range(0, max(len(targets), 1), size):
         chosen = slice(start, start + size)
-        part, metrics = loss_fn(logp[chosen], entropy[chosen], *(row[chosen] for row in rows))
+        part, metrics = call_loss(loss_fn, *rows_at((logp, entropy, *rows), chosen))
         loss = loss + part
-        stats = {name: stats.get(name, 0) + value.detach() for name, value in metrics.items()}
+        stats = {name: stats.get(name, 0) + value for name, value in metrics.items()}
     return loss / (max(len(targets), 1) if normalizer is None else normalizer), stats
 
 
@@ -280,8 +311,13 @@ def check_ppo(
     old_values: Tensor | None,
     returns: Tensor | None,
     value_clip: float | None,
+    normalizer: float | Tensor | None,
 ) -> None:
     """Raises ValueError for options of ``ppo_loss`` that do not go together."""
+    if normalizer is None and _thread.in_token_loss:
+        raise ValueError(
+            "ppo_loss would divide by the rows of one chunk: pass normalizer=1.0 inside linear_token_loss, which divides"
+        )
     if dual_clip is not None and dual_clip <= 1.0:
         raise ValueError(f"dual_clip {dual_clip}: must be above 1 (or None)")
     if kl_estimator not in ("k1", "k2", "k3"):
@@ -333,11 +369,13 @@ def ppo_loss(
         ``policy_loss value_loss kl_loss entropy ratio ratio_sq approx_kl clip_low clip_high dual_clip value_clip``.
 
     Raises:
-        ValueError: a coefficient is set whose tensor is missing, or dual_clip is not above 1.
+        ValueError: a coefficient is set whose tensor is missing, dual_clip is not above 1, or ``normalizer`` is left out
+            inside ``linear_token_loss``, where A would be the rows of one chunk.
     """
     check_ppo(
-        dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip
-    )
+        dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip,
+        normalizer,
+    )  # fmt: skip
     logp, old_logp, advantages = _wide(logp), _wide(old_logp), _wide(advantages)
     zero = logp.new_zeros(())
 

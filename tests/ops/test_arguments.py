@@ -28,6 +28,9 @@ WRONG = {
         torch.zeros(2, 4), torch.zeros(7, 4), torch.zeros(2, dtype=torch.int64), lambda *_: None,
         (torch.zeros(2), torch.zeros(3)), backend=b,
     ),
+    r"rows is a tensor of shape \(2,\): give a sequence of tensors": lambda b: tk.linear_token_loss(
+        torch.zeros(2, 4), torch.zeros(7, 4), torch.zeros(2, dtype=torch.int64), lambda *_: None, torch.zeros(2), backend=b
+    ),
 }  # fmt: skip
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 import tppo_kernels as tk
 from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from tppo_kernels import head
 from tppo_kernels.testing import assert_close, poisoned, poisoned_memory, random_head, random_ppo
@@ -362,6 +365,67 @@ def test_a_loss_that_uses_another_learned_tensor_is_refused(made, backend):
         assert call(captures).isfinite()
     call(lambda logp, _, b: ((b * logp).sum(), {}), used.expand(20)).backward()
     assert beta.grad
+
+
+@pytest.mark.parametrize("how", ["fused", "compiled", "reference"])
+def test_a_loss_that_divides_by_a_chunks_rows_is_refused(how, backend):
+    x = inputs(20, torch.float32)
+
+    def step(hidden, **options):
+        def loss_fn(logp, _, old, advantages):
+            return tk.ppo_loss(logp, old, advantages, backend=backend, **options)
+
+        rows, name = (x["old"], x["advantages"]), "reference" if how == "reference" else backend
+        return tk.linear_token_loss(hidden, x["weight"], x["targets"], loss_fn, rows, chunk_size=8, backend=name)[0]
+
+    run = torch.compile(step, backend="aot_eager") if how == "compiled" else step
+    with pytest.raises(ValueError, match=r"pass normalizer=1.0 inside linear_token_loss"):
+        run(x["hidden"])
+    assert run(x["hidden"], normalizer=1.0).isfinite()
+    assert tk.ppo_loss(x["old"], x["old"], x["advantages"], backend=backend)[0].isfinite()  # outside there is a default
+
+
+def test_a_bare_loss_numbers_and_rows_of_none(backend):
+    x = inputs(20, torch.float32)
+
+    def call(loss_fn, *rows, name=backend):
+        return tk.linear_token_loss(x["hidden"], x["weight"], x["targets"], loss_fn, rows, chunk_size=8, backend=name)
+
+    for name in (backend, "reference"):
+        bare = call(lambda logp, _: logp.sum(), name=name)
+        full = call(lambda logp, _, none: (logp.sum(), {"rows": len(logp), "none": none is None}), None, name=name)
+        assert torch.equal(bare[0], full[0])
+        assert bare[1] == {}
+        assert full[1]["rows"] == 20
+        assert full[1]["none"]
+
+
+@pytest.mark.parametrize("how", ["meta", "fake", "symbolic", "real"])
+def test_shapes_alone_and_recorded_graphs(how, backend):
+    """Kernels beside torch's dispatcher see no values on meta and fake tensors, and leave nothing in a recorded graph."""
+    x = inputs(20, torch.float32)
+    names = ("hidden", "weight", "bias", "targets", "old", "advantages", "values", "returns")
+
+    def step(*tensors):
+        y = dict(zip(names, tensors, strict=True))
+        rows = [y[k] for k in ("old", "advantages", "values", "returns")]
+        leaf = y["hidden"].detach().requires_grad_()
+        loss, _ = tk.linear_token_loss(leaf, y["weight"], y["targets"], token_loss, rows, chunk_size=8, backend=named)
+        return loss, *torch.autograd.grad(loss, leaf)
+
+    named, given = backend, [x[k] for k in names]
+    if how == "meta":
+        named = None if importlib.util.find_spec("triton") else "reference"
+        results = step(*(t.to("meta") for t in given))
+    elif how == "fake":
+        with FakeTensorMode() as mode:
+            results = step(*(mode.from_tensor(t) for t in given))
+    else:
+        graph = make_fx(step, tracing_mode=how)(*given)
+        results = graph(*(t + 1 if t.is_floating_point() else t for t in given))
+        truth = step(*(t + 1 if t.is_floating_point() else t for t in given))
+        torch.testing.assert_close(results, truth)
+    assert [t.shape for t in results] == [(), (20, 6)]
 
 
 def test_one_chunk_of_logits_at_a_time(backend):
