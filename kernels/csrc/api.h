@@ -19,6 +19,7 @@ struct Logits {
 
 struct PpoInputs {  // all [actions]; null where the term is not used
   const void *logp, *old_logp, *advantages, *weights, *ref_logp, *entropy, *values, *old_values, *returns;
+  const uint8_t* mask;
 };
 
 struct PpoOptions {
@@ -37,6 +38,6 @@ struct Kernels {
               const void* bootstrap, const uint8_t* mask, double gamma, int64_t sequences, void* advantages, void* returns,
               int threads);
   void (*stats)(int32_t dtype, const void* x, const uint8_t* mask, int64_t count, void* out, int threads);
-  void (*ppo)(int32_t dtype, PpoInputs, int64_t actions, PpoOptions, double inverse_normalizer, void* sums, void* grad_logp,
-              void* grad_values, int threads);
+  void (*ppo)(int32_t dtype, PpoInputs, int64_t actions, PpoOptions, double inverse_normalizer, void* loss, void* metrics,
+              void* grad_logp, void* grad_values, int threads);
 };

@@ -36,9 +36,9 @@ void stats(int32_t dtype, const void* x, const uint8_t* mask, int64_t count, voi
   (dtype == kFloat64 ? stats_of<double> : stats_of<float>)(x, mask, count, out, threads);
 }
 
-void ppo(int32_t dtype, PpoInputs in, int64_t actions, PpoOptions o, double inverse, void* sums, void* grad_logp,
+void ppo(int32_t dtype, PpoInputs in, int64_t actions, PpoOptions o, double inverse, void* loss, void* metrics, void* grad_logp,
          void* grad_values, int threads) {
-  (dtype == kFloat64 ? ppo_of<double> : ppo_of<float>)(in, actions, o, inverse, sums, grad_logp, grad_values, threads);
+  (dtype == kFloat64 ? ppo_of<double> : ppo_of<float>)(in, actions, o, inverse, loss, metrics, grad_logp, grad_values, threads);
 }
 }  // namespace
 

@@ -69,7 +69,7 @@ std::atomic<const Set*> chosen{best()};
 const Kernels& kernels() { return *chosen.load()->kernels; }
 }  // namespace
 
-EXPORT int tppo_abi_version() { return 1; }
+EXPORT int tppo_abi_version() { return 2; }
 EXPORT const char* tppo_simd() { return chosen.load()->name; }
 
 // Chooses an instruction set by name; returns 0 when this processor or build does not have it.
@@ -106,6 +106,6 @@ EXPORT void tppo_stats(int32_t dtype, const void* x, const uint8_t* mask, int64_
 }
 
 EXPORT void tppo_ppo(int32_t dtype, const PpoInputs* in, int64_t actions, const PpoOptions* options, double inverse_normalizer,
-                     void* sums, void* grad_logp, void* grad_values, int threads) {
-  kernels().ppo(dtype, *in, actions, *options, inverse_normalizer, sums, grad_logp, grad_values, threads);
+                     void* loss, void* metrics, void* grad_logp, void* grad_values, int threads) {
+  kernels().ppo(dtype, *in, actions, *options, inverse_normalizer, loss, metrics, grad_logp, grad_values, threads);
 }

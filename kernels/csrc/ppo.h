@@ -4,6 +4,7 @@ constexpr int64_t kPpoBlock = 1024;
 
 template <class C> struct PpoBlock {  // one block's inputs; terms that are not used point at neutral entries
   const C *logp, *old_logp, *advantages, *weights, *ref_logp, *entropy, *values, *old_values, *returns;
+  const C* kept;  // 1, or 0 where masked: there the inputs are 0 and only ratios and gradients must be told
 };
 
 template <class C>
@@ -37,14 +38,14 @@ void ppo_block(PpoBlock<C> in, int64_t n, const PpoOptions& o, C inverse, double
     const C tie = close == far ? outside * C(0.5) : C(0);
 
     const C kl_grad = kl_coef * kl_slope, used_kl_grad = with_kl > 0 ? kl_grad : C(0);
-    grad_logp[i] = inverse * (w * slope + used_kl_grad);
+    grad_logp[i] = in.kept[i] * inverse * (w * slope + used_kl_grad);
     grad_values[i] = value_scale * (v - r) * (C(1) - clipped - tie);
     policy += w * term;
     value += C(0.5) * larger(far, close);
     kl += kl_term;
     entropy += in.entropy[i];
-    ratios += ratio;
-    squares += ratio * ratio;
+    ratios += in.kept[i] * ratio;
+    squares += in.kept[i] * ratio * ratio;
     approx += exp_minus_line(log_ratio, ratio);
     lows += is_low * down;
     highs += is_high * up;
@@ -58,8 +59,8 @@ void ppo_block(PpoBlock<C> in, int64_t n, const PpoOptions& o, C inverse, double
 }
 
 template <class C>
-void ppo_of(PpoInputs in, int64_t actions, PpoOptions o, double inverse, void* sums_, void* grad_logp, void* grad_values,
-            int threads) {
+void ppo_of(PpoInputs in, int64_t actions, PpoOptions o, double inverse, void* loss, void* metrics, void* grad_logp,
+            void* grad_values, int threads) {
   const int64_t blocks = (actions + kPpoBlock - 1) / kPpoBlock;
   double* partial = new double[(blocks > 0 ? blocks : 1) * kPpoSums];
   static const C zeros[kPpoBlock] = {};
@@ -67,21 +68,37 @@ void ppo_of(PpoInputs in, int64_t actions, PpoOptions o, double inverse, void* s
   for (int64_t i = 0; i < kPpoBlock; ++i) ones[i] = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (actions > kManyActions / 2)
   for (int64_t k = 0; k < blocks; ++k) {
-    const int64_t b = k * kPpoBlock;
-    auto part = [b](const void* p, const C* neutral) { return p ? static_cast<const C*>(p) + b : neutral; };
+    const int64_t b = k * kPpoBlock, n = smaller(kPpoBlock, actions - b);
+    C unmasked[10][kPpoBlock];  // an input's copy with 0 where it is masked, whatever stands there
+    int copies = 0;
+    auto part = [&](const void* p, const C* neutral) {
+      if (!p) return neutral;
+      const C* x = static_cast<const C*>(p) + b;
+      if (!in.mask) return x;
+      C* copy = unmasked[copies++];
+      for (int64_t i = 0; i < n; ++i) copy[i] = in.mask[b + i] ? x[i] : C(0);
+      return static_cast<const C*>(copy);
+    };
     const C *logp = part(in.logp, zeros), *values = part(in.values, zeros);
     PpoBlock<C> block{logp, part(in.old_logp, zeros), part(in.advantages, zeros), part(in.weights, ones),
                       part(in.ref_logp, logp), part(in.entropy, zeros), values, part(in.old_values, values),
-                      part(in.returns, values)};
+                      part(in.returns, values), ones};
+    if (in.mask) {
+      for (int64_t i = 0; i < n; ++i) unmasked[copies][i] = in.mask[b + i] ? C(1) : C(0);
+      block.kept = unmasked[copies];
+    }
     C unused[kPpoBlock];
     C* to_values = grad_values ? static_cast<C*>(grad_values) + b : unused;
-    ppo_block(block, smaller(kPpoBlock, actions - b), o, C(inverse), partial + k * kPpoSums,
+    ppo_block(block, n, o, C(inverse), partial + k * kPpoSums,
               static_cast<C*>(grad_logp) + b, to_values);
   }
   for (int j = 0; j < kPpoSums; ++j) {  // in order: the same bits for any number of threads
     double total = 0;
     for (int64_t k = 0; k < blocks; ++k) total += partial[k * kPpoSums + j];
-    static_cast<C*>(sums_)[j] = C(j == 0 ? total * inverse : total);
+    if (j == 0)
+      *static_cast<C*>(loss) = C(total * inverse);
+    else
+      static_cast<C*>(metrics)[j - 1] = C(total);
   }
   delete[] partial;
 }

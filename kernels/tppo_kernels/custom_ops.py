@@ -20,9 +20,6 @@ PPO_METRICS = (
     "policy_loss", "value_loss", "kl_loss", "entropy", "ratio", "ratio_sq", "approx_kl",
     "clip_low", "clip_high", "dual_clip", "value_clip",
 )  # fmt: skip
-PPO_INPUTS = (
-    "logp", "old_logp", "advantages", "weights", "ref_logp", "entropy", "values", "old_values", "returns"
-)  # fmt: skip
 KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
 
 
@@ -32,6 +29,32 @@ class LogitOptions(NamedTuple):
     temperature: float
     softcap: float
     logit_scale: float
+
+
+class PpoInputs(NamedTuple):
+    """The [A] vectors of ``reference.ppo_loss``; ``mask`` is bool, the others have the compute dtype."""
+
+    logp: Tensor
+    old_logp: Tensor
+    advantages: Tensor
+    weights: Tensor | None
+    ref_logp: Tensor | None
+    entropy: Tensor | None
+    values: Tensor | None
+    old_values: Tensor | None
+    returns: Tensor | None
+    mask: Tensor | None
+
+
+class PpoResults(NamedTuple):
+    loss: Tensor
+    """[]."""
+    metrics: Tensor
+    """[len(PPO_METRICS)]."""
+    grad_logp: Tensor
+    """[A]."""
+    grad_values: Tensor
+    """[A], or [0] without values."""
 
 
 class PpoOptions(NamedTuple):
@@ -203,51 +226,51 @@ def gae_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
 def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """``ppo_loss`` as the custom op ``<backend>_ppo``.
 
-    ``launch(inputs, options, normalizer, count, sums, grad_logp, grad_values)`` fills the last three: the loss and its
-    metrics, divided by ``normalizer`` or ``count`` (the loss and gradients alone).
+    ``launch(inputs, options, normalizer, count, results)`` fills the results; the loss and its gradients are divided by
+    ``normalizer``, or by ``count`` where that is None.
     """
-    tensors = ", ".join(f"Tensor{'?' if i > 2 else ''} {name}" for i, name in enumerate((*PPO_INPUTS, "normalizer")))
+    names, width = (*PpoInputs._fields, "normalizer"), len(PpoInputs._fields)
+    tensors = ", ".join(f"Tensor{'?' if i > 2 else ''} {name}" for i, name in enumerate(names))
     floats = ", ".join(f"float {name}" for name in ("count", *PpoOptions._fields[:-1]))
 
-    def fake(logp, *inputs):
-        loss, values = logp.new_empty(()), inputs[5]
-        return (
-            loss,
-            logp.new_empty(len(PPO_METRICS)),
-            torch.empty_like(logp),
-            logp.new_empty(0 if values is None else logp.shape),
+    def fake(*args):
+        x = PpoInputs(*args[:width])
+        grad_values = x.logp.new_empty(0 if x.values is None else x.logp.shape)
+        return PpoResults(
+            x.logp.new_empty(()), x.logp.new_empty(len(PPO_METRICS)), torch.empty_like(x.logp), grad_values
         )
 
     def run(*args):
-        _, _, grad_logp, grad_values = fake(*args)
-        sums = args[0].new_empty(1 + len(PPO_METRICS))
-        inputs, normalizer, count, options = args[:9], args[9], args[10], PpoOptions(*args[11:])
-        launch(inputs, options, normalizer, count, sums, grad_logp, None if inputs[6] is None else grad_values)
-        return sums[0].clone(), sums[1:].clone(), grad_logp, grad_values
+        normalizer, count, *options = args[width:]
+        results = fake(*args)
+        launch(PpoInputs(*args[:width]), PpoOptions(*options), normalizer, count, results)
+        return tuple(results)
 
     op = define(
-        f"{backend}_ppo", f"({tensors}, {floats}, int kl_estimator) -> (Tensor, Tensor, Tensor, Tensor)", run, fake
-    )
+        f"{backend}_ppo", f"({tensors}, {floats}, int kl_estimator) -> (Tensor, Tensor, Tensor, Tensor)",
+        run, lambda *args: tuple(fake(*args)),
+    )  # fmt: skip
 
     def setup(ctx, inputs, output):
-        entropy, values, normalizer, count = inputs[5], inputs[6], inputs[9], inputs[10]
-        slope = -inputs[11 + PpoOptions._fields.index("entropy_coef")] * (1.0 / count if count else torch.inf)
-        ctx.entropy = None if entropy is None else (entropy.shape, slope)
-        ctx.has_values = values is not None
+        x, (normalizer, count, *options) = PpoInputs(*inputs[:width]), inputs[width:]
+        ctx.slope = -PpoOptions(*options).entropy_coef * (1.0 / count if count else torch.inf)
+        ctx.entropy_shape = None if x.entropy is None else x.entropy.shape
+        ctx.has_values, ctx.others = x.values is not None, [None] * len(inputs[width:])
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(output[2], output[3], normalizer)
+        ctx.save_for_backward(output[2], output[3], normalizer, x.mask)
 
     def gradient(ctx, grad_loss, *_):
         refuse_second_derivative("ppo_loss")
-        grad_logp, grad_values, normalizer = ctx.saved_tensors
-        grads: list[Tensor | None] = [None] * (11 + len(PpoOptions._fields))
-        grads[0] = grad_loss * grad_logp
-        if ctx.entropy is not None:
-            shape, slope = ctx.entropy
-            grads[5] = (grad_loss * slope if normalizer is None else grad_loss * slope / normalizer).expand(shape)
-        if ctx.has_values:
-            grads[6] = grad_loss * grad_values
-        return tuple(grads)
+        grad_logp, grad_values, normalizer, mask = ctx.saved_tensors
+        entropy = None
+        if ctx.entropy_shape is not None:
+            entropy = grad_loss * ctx.slope if normalizer is None else grad_loss * ctx.slope / normalizer
+            entropy = entropy.expand(ctx.entropy_shape) if mask is None else torch.where(mask, entropy, 0.0)
+        values = grad_loss * grad_values if ctx.has_values else None
+        grads = dict.fromkeys(PpoInputs._fields) | {
+            "logp": grad_loss * grad_logp, "entropy": entropy, "values": values
+        }  # fmt: skip
+        return *grads.values(), *ctx.others
 
     op.register_autograd(gradient, setup_context=setup)
 
@@ -256,7 +279,8 @@ def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         dual_clip: float | None = None, weights: Tensor | None = None, ref_logp: Tensor | None = None,
         kl_coef: float = 0.0, kl_estimator: str = "k3", entropy: Tensor | None = None, entropy_coef: float = 0.0,
         values: Tensor | None = None, old_values: Tensor | None = None, returns: Tensor | None = None,
-        value_coef: float = 0.5, value_clip: float | None = 0.2, normalizer: float | Tensor | None = None,
+        value_coef: float = 0.5, value_clip: float | None = 0.2, mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         reference.check_ppo(
             dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip,
@@ -264,13 +288,17 @@ def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         )  # fmt: skip
         old_values = None if value_clip is None or values is None else old_values
         returns = None if values is None else returns
-        inputs = (logp, old_logp, advantages, weights, ref_logp, entropy, values, old_values, returns)
-        _refuse_gradients(dict(zip(PPO_INPUTS, inputs, strict=True)))
+        inputs = PpoInputs(
+            logp, old_logp, advantages, weights, ref_logp, entropy, values, old_values, returns, mask
+        )  # fmt: skip
+        _refuse_gradients(inputs)
         dtype = compute_dtype(logp.dtype)
-        count = max(logp.shape[0], 1) if normalizer is None else 1.0 if isinstance(normalizer, Tensor) else normalizer
+        divisor = reference.count_of(logp, mask) if normalizer is None else normalizer
+        if torch.compiler.is_compiling() and not isinstance(divisor, Tensor):  # a number would be a graph of its own
+            divisor = logp.new_full((), divisor, dtype=dtype)
+        tensor, count = (divisor.to(logp.device, dtype), 1.0) if isinstance(divisor, Tensor) else (None, float(divisor))
         loss, metrics, _, _ = op(
-            *(None if x is None else x.to(dtype).contiguous() for x in inputs),
-            normalizer.to(logp.device, dtype) if isinstance(normalizer, Tensor) else None, float(count),
+            *(None if x is None else x.to(x.dtype if x is mask else dtype).contiguous() for x in inputs), tensor, count,
             clip_low, clip_high, torch.inf if dual_clip is None else dual_clip, kl_coef, entropy_coef, value_coef,
             torch.inf if value_clip is None else value_clip, KL_KINDS[kl_estimator],
         )  # fmt: skip
@@ -285,8 +313,8 @@ def refuse_second_derivative(op: str) -> None:
         raise RuntimeError(f"{op} has no second derivative here: use backend='reference' with create_graph=True")
 
 
-def _refuse_gradients(inputs: dict[str, Tensor | None]) -> None:
-    for name, x in inputs.items():
+def _refuse_gradients(inputs: PpoInputs) -> None:
+    for name, x in inputs._asdict().items():
         if name not in ("logp", "entropy", "values") and x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires a gradient and the fused loss gives it none: detach it, or use backend='reference'"

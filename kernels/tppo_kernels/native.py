@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import custom_ops
-from .custom_ops import PPO_INPUTS, LogitOptions, PpoOptions, Rows
+from .custom_ops import LogitOptions, PpoInputs, PpoOptions, PpoResults, Rows
 from .linear_loss import linear_logprobs_op, linear_token_loss_op
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -30,7 +30,7 @@ class _Logits(ctypes.Structure):
 
 
 class _PpoInputs(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in PPO_INPUTS]
+    _fields_ = [(name, c_void_p) for name in PpoInputs._fields]
 
 
 class _PpoOptions(ctypes.Structure):
@@ -56,7 +56,7 @@ def _load() -> ctypes.CDLL | str:
     lib.tppo_gae.argtypes = [c_int32, *[vector] * 6, c_double, c_int64, vector, vector, c_int]
     lib.tppo_stats.argtypes = [c_int32, vector, vector, c_int64, vector, c_int]
     lib.tppo_ppo.argtypes = [
-        c_int32, POINTER(_PpoInputs), c_int64, POINTER(_PpoOptions), c_double, vector, vector, vector, c_int
+        c_int32, POINTER(_PpoInputs), c_int64, POINTER(_PpoOptions), c_double, *[vector] * 4, c_int
     ]  # fmt: skip
     return lib
 
@@ -147,16 +147,13 @@ def _gae(
         _lib().tppo_stats(dtype, advantages.data_ptr(), _pointer(mask), len(advantages), stats.data_ptr(), threads)
 
 
-def _ppo(
-    inputs: tuple[Tensor | None, ...], options: PpoOptions, normalizer: Tensor | None, count: float, sums: Tensor,
-    grad_logp: Tensor, grad_values: Tensor | None,
-) -> None:  # fmt: skip
+def _ppo(inputs: PpoInputs, options: PpoOptions, normalizer: Tensor | None, count: float, results: PpoResults) -> None:
     divisor = count if normalizer is None else normalizer.item()
+    loss, metrics, grad_logp, grad_values = map(_pointer, results)
     _lib().tppo_ppo(
-        DTYPES[grad_logp.dtype], byref(_PpoInputs(*map(_pointer, inputs))), len(grad_logp),
-        byref(_PpoOptions(*options)),
-        1.0 / divisor if divisor else float("inf"), sums.data_ptr(), grad_logp.data_ptr(), _pointer(grad_values),
-        torch.get_num_threads(),
+        DTYPES[inputs.logp.dtype], byref(_PpoInputs(*map(_pointer, inputs))), len(inputs.logp),
+        byref(_PpoOptions(*options)), 1.0 / divisor if divisor else float("inf"), loss, metrics, grad_logp,
+        None if inputs.values is None else grad_values, torch.get_num_threads(),
     )  # fmt: skip
 
 

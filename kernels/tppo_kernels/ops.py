@@ -197,6 +197,7 @@ def ppo_loss(
     returns: Float[Tensor, "A"] | None = None,
     value_coef: float = 0.5,
     value_clip: float | None = 0.2,
+    mask: Bool[Tensor, "A"] | None = None,
     normalizer: float | Float[Tensor, ""] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -207,11 +208,11 @@ def ppo_loss(
     """
     _check_rows(
         logp.numel(), logp=logp, old_logp=old_logp, advantages=advantages, weights=weights, ref_logp=ref_logp,
-        entropy=entropy, values=values, old_values=old_values, returns=returns,
+        entropy=entropy, values=values, old_values=old_values, returns=returns, mask=mask,
     )  # fmt: skip
     return implementation(backend, logp.device.type).ppo_loss(
         logp, old_logp, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, weights=weights,
         ref_logp=ref_logp, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy=entropy, entropy_coef=entropy_coef,
-        values=values, old_values=old_values, returns=returns, value_coef=value_coef, value_clip=value_clip,
+        values=values, old_values=old_values, returns=returns, value_coef=value_coef, value_clip=value_clip, mask=mask,
         normalizer=normalizer,
     )  # fmt: skip

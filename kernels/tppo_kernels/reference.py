@@ -300,6 +300,11 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: KLEstimator) -> Tensor:
     raise ValueError(f"kl estimator {kind!r}: choose k1, k2 or k3")
 
 
+def count_of(x: Tensor, mask: Tensor | None) -> int | Tensor:
+    """How many entries are not masked, at least 1."""
+    return max(x.shape[0], 1) if mask is None else mask.sum().clamp_min(1)
+
+
 def check_ppo(
     dual_clip: float | None,
     ref_logp: Tensor | None,
@@ -349,6 +354,7 @@ def ppo_loss(
     returns: Float[Tensor, "A"] | None = None,
     value_coef: float = 0.5,
     value_clip: float | None = 0.2,
+    mask: Bool[Tensor, "A"] | None = None,
     normalizer: float | Float[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """The clipped PPO objective with every optional term, summed over actions and divided once by ``normalizer``.
@@ -360,12 +366,13 @@ def ppo_loss(
         loss   = sum(policy + value_coef value + kl_coef KL(logp, ref_logp) - entropy_coef H) / normalizer
 
     ``clip_low != clip_high`` is DAPO's clip-higher (arXiv 2503.14476). ``weights`` are (truncated) importance weights
-    of the behaviour policy and scale the policy term alone. ``normalizer`` defaults to A; pass the optimizer step's
-    global action count when the step is split in microbatches, so that their losses add up. The value term needs
-    ``values`` and ``returns`` (and ``old_values`` unless ``value_clip`` is None).
+    of the behaviour policy and scale the policy term alone. An action whose ``mask`` is False adds nothing to the loss,
+    a metric or a gradient, whatever its entries are. ``normalizer`` defaults to the number of unmasked actions; pass the
+    optimizer step's global action count when the step is split in microbatches, so that their losses add up. The value
+    term needs ``values`` and ``returns`` (and ``old_values`` unless ``value_clip`` is None).
 
     Returns:
-        The scalar loss, and detached metrics that are SUMS over the A actions (divide by the count yourself):
+        The scalar loss, and detached metrics that are SUMS over the unmasked actions (divide by the count yourself):
         ``policy_loss value_loss kl_loss entropy ratio ratio_sq approx_kl clip_low clip_high dual_clip value_clip``.
 
     Raises:
@@ -376,6 +383,13 @@ def ppo_loss(
         dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip,
         normalizer,
     )  # fmt: skip
+    count = count_of(logp, mask) if normalizer is None else normalizer
+    if mask is not None:  # 0 makes every term 0, and the ratio 1
+        logp, old_logp, advantages = (x.masked_fill(~mask, 0.0) for x in (logp, old_logp, advantages))
+        weights, ref_logp, entropy, values, old_values, returns = (
+            None if x is None else x.masked_fill(~mask, 0.0)
+            for x in (weights, ref_logp, entropy, values, old_values, returns)
+        )
     logp, old_logp, advantages = _wide(logp), _wide(old_logp), _wide(advantages)
     zero = logp.new_zeros(())
 
@@ -411,6 +425,7 @@ def ppo_loss(
         loss = loss - entropy_coef * entropy_sum
 
     with torch.no_grad():
+        ratio = ratio if mask is None else ratio.masked_fill(~mask, 0.0)
         metrics = {
             "policy_loss": policy.sum(),
             "value_loss": value_loss,
@@ -425,5 +440,4 @@ def ppo_loss(
             "value_clip": value_clipped,
         }
         metrics = {name: value.detach().to(logp.dtype) for name, value in metrics.items()}
-    count = max(logp.numel(), 1) if normalizer is None else normalizer
     return loss / count, metrics

@@ -102,7 +102,7 @@ def random_logits(
         torch.rand(rows, generator=g, device=device) < 0.5
     )  # half of the targets were likely, as sampled tokens are
     logits[likely, targets[likely]] = 9.0
-    return logits.to(device, dtype), targets.to(device)
+    return logits.to(dtype), targets
 
 
 def random_head(
@@ -119,7 +119,7 @@ def random_head(
     hidden = torch.randn(actions, hidden_size, generator=g, device=device)
     weight = torch.randn(vocab, hidden_size, generator=g, device=device) * 3.0 / hidden_size**0.5
     targets = torch.randint(vocab, (actions,), generator=g, device=device)
-    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device)
+    return hidden.to(dtype), weight.to(dtype), targets
 
 
 def random_rollouts(
@@ -134,8 +134,8 @@ def random_rollouts(
         "bootstrap": torch.randn(sequences, generator=g, device=device),
         "lam": torch.rand(sequences, generator=g, device=device),
     }
-    made = {name: x.to(device, dtype) for name, x in made.items()}
-    made["mask"] = (torch.rand(actions, generator=g, device=device) < 0.7).to(device)
+    made = {name: x.to(dtype) for name, x in made.items()}
+    made["mask"] = torch.rand(actions, generator=g, device=device) < 0.7
     starts = torch.tensor([0, *lengths]).cumsum(0)
     return made | {"cu_seqlens": starts.to(device, torch.int32)}
 
@@ -161,4 +161,4 @@ def random_ppo(
         "old_values": values + draw(0.3),
         "returns": values + draw(1.0),
     }
-    return {name: x.to(device, dtype) for name, x in made.items()}
+    return {name: x.to(dtype) for name, x in made.items()}

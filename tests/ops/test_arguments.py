@@ -12,6 +12,9 @@ WRONG = {
         torch.zeros(3), torch.zeros(3), torch.tensor([0, 3]), mask=torch.ones(3, dtype=torch.int64), backend=b
     ),
     "mask is torch.float32: pass mask.bool()": lambda b: tk.whiten(torch.zeros(3), mask=torch.ones(3), backend=b),
+    "mask is torch.int32: pass mask.bool()": lambda b: tk.ppo_loss(
+        *torch.zeros(3, 2), mask=torch.ones(2, dtype=torch.int32), backend=b
+    ),
     "targets are torch.float32: give token ids": lambda b: tk.logprobs_from_logits(
         torch.zeros(2, 3), torch.zeros(2), backend=b
     ),

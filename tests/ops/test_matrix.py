@@ -264,6 +264,33 @@ def test_ppo_loss(terms, options, actions, backend):
     assert_close(got, eager, truth, "loss, metrics, gradients")
 
 
+@pytest.mark.parametrize("kept", [0, 1, 5, 1500], ids=lambda n: f"{n}-kept")
+@pytest.mark.parametrize(("terms", "options"), TERMS)
+def test_ppo_of_masked_actions(terms, options, kept, backend):
+    """Exactly what the unmasked actions give alone, whatever the others hold, and no gradient for those."""
+    x = random_ppo(2100)
+    mask = torch.zeros(2100, dtype=torch.bool)
+    mask[torch.randperm(2100, generator=torch.Generator().manual_seed(0))[:kept]] = True
+    dirty = {k: t.masked_fill(~mask, torch.nan) for k, t in x.items()}
+
+    def run(y, name, mask=None):
+        y = {k: y[k].detach().clone() for k in ("logp", "old_logp", "advantages", *terms)}
+        learned = [y[k].requires_grad_() for k in ("logp", "entropy", "values") if k in y]
+        loss, metrics = tk.ppo_loss(**y, mask=mask, backend=name, **options)
+        grads = torch.autograd.grad(loss, learned, allow_unused=True)
+        if mask is not None:
+            assert all((g[~mask] == 0).all() for g in grads if g is not None)
+            grads = [None if g is None else g[mask] for g in grads]
+        return [loss, *(metrics[k] for k in sorted(metrics)), *(g for g in grads if g is not None and g.any())]
+
+    with poisoned_memory():
+        got = run({k: poisoned(t) for k, t in dirty.items()}, backend, poisoned(mask))
+    alone = {k: t[mask] for k, t in x.items()}
+    truth = run({k: t.double() for k, t in alone.items()}, "reference")
+    assert_close(got, run(alone, "reference"), truth, "loss, metrics, gradients")
+    assert_close(run(dirty, "reference", mask), run(alone, "reference"), truth, "the reference's own")
+
+
 def test_ppo_normalizer_may_be_a_tensor(backend):
     x = random_ppo(50)
     number = ppo(x, ("entropy",), backend, 1.0, entropy_coef=0.1, normalizer=200.0)
@@ -371,6 +398,28 @@ def test_torch_compile_fullgraph(backend):
     assert torch.equal(*gradients)
 
 
+def test_compiled_once_for_every_batch_size_and_normalizer(backend):
+    """A count that is a number of the graph would compile each batch size, and stop at torch's limit of 8."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for options in (lambda _: {}, lambda n: {"normalizer": 3.0 * n}, lambda n: {"mask": torch.arange(n) < 5}):
+        torch._dynamo.reset()
+        graphs.clear()
+        run = torch.compile(
+            lambda x, extra: tk.ppo_loss(x["logp"], x["old_logp"], x["advantages"], backend=backend, **extra)[0],
+            fullgraph=True, backend=count,
+        )  # fmt: skip
+        for n in range(10, 32, 2):
+            x = random_ppo(n)
+            eager, _ = tk.ppo_loss(x["logp"], x["old_logp"], x["advantages"], backend=backend, **options(n))
+            torch.testing.assert_close(run(x, options(n)), eager)
+        assert len(graphs) <= 3
+
+
 def test_opcheck(backend):
     ops = getattr(torch.ops, tk.__name__)
     logits, targets = random_logits(3, 20)
@@ -379,7 +428,7 @@ def test_opcheck(backend):
     inputs = [x[k].requires_grad_(k in ("logp", "entropy", "values")) for k in names]
     cases = {
         "logprobs": (logits.clone().requires_grad_(), targets, 0.7, 0.0, 1.0, False),
-        "ppo": (*inputs, None, 5.0, 0.2, 0.2, 3.0, 0.1, 0.1, 0.5, 0.2, 3),
+        "ppo": (*inputs, torch.arange(5) < 3, None, 5.0, 0.2, 0.2, 3.0, 0.1, 0.1, 0.5, 0.2, 3),
         "gae": (x["old_logp"], x["old_values"], torch.tensor([0, 5]), torch.ones(1), None, None, 0.9, 1.0, True),
         "stats": (x["old_logp"], None),
     }

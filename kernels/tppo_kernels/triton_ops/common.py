@@ -20,17 +20,24 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "gae": (1024, 4),
     "stats": (4096, 8),
     "ppo": (2048, 8),
-    "carry": (128, 0),
 }
-"""Entries and warps of a program, per kernel, and how many tiles of a long sequence are composed at once (carry)."""
+"""Entries and warps of a program, per kernel."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 
 
-def block(name: str) -> tuple[int, int]:
-    return BLOCKS[name]
+def require_fp32(x: Tensor) -> Tensor:
+    """``x``, unless it is float64."""
+    if x.dtype == torch.float64:
+        raise ValueError("the Triton kernels compute in float32: use backend='reference' for float64")
+    return x
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block, counter, is_last_program, on_device
+from .common import BLOCKS, counter, is_last_program, on_device, require_fp32
 
+CARRIED = {"tiles": 128}
+"""Tiles of a long sequence that are composed at once."""
 MERGED = tl.constexpr(1024)
 """Programs whose statistics are merged at once."""
 
@@ -269,10 +271,8 @@ def gae(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, lams: Tensor | None, bootstrap: Tensor | None,
     mask: Tensor | None, gamma: float, lam: float, advantages: Tensor, returns: Tensor, stats: Tensor,
 ) -> None:  # fmt: skip
-    if rewards.dtype == torch.float64:
-        raise ValueError("the Triton kernels compute in float32: use backend='reference' for float64")
-    size, warps = block("gae")
-    actions, tiles = len(rewards), triton.cdiv(len(rewards), size)
+    size, warps = BLOCKS["gae"]
+    actions, tiles = len(require_fp32(rewards)), triton.cdiv(len(rewards), size)
     if not actions:
         stats.zero_()
         return
@@ -280,19 +280,18 @@ def gae(
     mask = None if mask is None else mask.view(torch.uint8)
     inputs = (rewards, values, cu_seqlens, lams, bootstrap, mask, gamma, lam)
     sizes = (actions, len(cu_seqlens) - 1)
+    wanted = (stats, counter(stats)) if stats.numel() else (None, None)
     with on_device(rewards):
         gae_tiles[(tiles,)](*inputs, *sizes, totals, tiles, TILE=size, num_warps=warps)
         gae_apply[(tiles,)](
-            *inputs, *sizes, totals, tiles, advantages, returns, partial, stats if stats.numel() else None, counter(rewards),
-            TILE=size, CARRY=block("carry")[0], num_warps=warps,
+            *inputs, *sizes, totals, tiles, advantages, returns, partial, *wanted,
+            TILE=size, CARRY=CARRIED["tiles"], num_warps=warps,
         )  # fmt: skip
 
 
 def stats(x: Tensor, mask: Tensor | None) -> Tensor:
-    if x.dtype == torch.float64:
-        raise ValueError("the Triton kernels compute in float32: use backend='reference' for float64")
-    x = x.float().contiguous()
-    size, warps = block("stats")
+    x = require_fp32(x).float().contiguous()
+    size, warps = BLOCKS["stats"]
     programs = triton.cdiv(x.numel(), size)
     if not programs:
         return x.new_zeros(3)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..custom_ops import LiveRows, RowProducts
-from .common import block, on_device
+from .common import BLOCKS, on_device, unit_stride
 
 
 class Tiles(NamedTuple):
@@ -142,14 +142,14 @@ def find(c: Tensor | None, e: Tensor | None) -> LiveRows:
     rows = len(present)
     index, count = (torch.empty(n, dtype=torch.int32, device=present.device) for n in (rows, 1))
     vectors = [None if x is None else x.float().contiguous() for x in (c, e)]
-    size, warps = block("live_rows")
+    size, warps = BLOCKS["live_rows"]
     with on_device(present):
         live_rows_kernel[(1,)](*vectors, rows, index, count, BLOCK=size, num_warps=warps)
     return LiveRows(index, count)
 
 
 def d_hidden(dz: Tensor, weight: Tensor, live: LiveRows, out: Tensor) -> None:
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    weight = unit_stride(weight)
     vocab, size = weight.shape
     tiles = _tiles("d_hidden", weight, dz.dtype)
     grid = (triton.cdiv(len(dz), tiles.rows) * triton.cdiv(size, tiles.columns),)
@@ -161,7 +161,7 @@ def d_hidden(dz: Tensor, weight: Tensor, live: LiveRows, out: Tensor) -> None:
 
 
 def d_weight(dz: Tensor, hidden: Tensor, live: LiveRows, out: Tensor, accumulate: bool) -> None:
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    hidden = unit_stride(hidden)
     vocab, size = out.shape
     tiles = _tiles("d_weight", hidden, dz.dtype)
     grid = (triton.cdiv(vocab, tiles.rows) * triton.cdiv(size, tiles.columns),)

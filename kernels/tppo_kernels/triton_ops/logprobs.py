@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..custom_ops import LogitOptions, Rows
-from .common import LN2, LOG2E, NEG_INF, block, exp_minus_1, on_device, tanh
+from .common import BLOCKS, LN2, LOG2E, NEG_INF, exp_minus_1, on_device, require_fp32, tanh, unit_stride
 from .live_rows import products
 
 
@@ -128,17 +128,11 @@ def _folded(options: LogitOptions) -> tuple[bool, float, float]:
     return False, 1.0, options.logit_scale / options.temperature * LOG2E.value
 
 
-def _one_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def forward(logits: Tensor, targets: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor, Tensor]:
-    if logits.dtype == torch.float64:
-        raise ValueError("the Triton kernels compute in float32: use backend='reference' for float64")
-    logits, targets = _one_stride(logits), targets.contiguous()
+    logits, targets = unit_stride(require_fp32(logits)), targets.contiguous()
     rows, vocab = logits.shape
     logp, entropy, lse = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
-    size, warps = block("row_forward")
+    size, warps = BLOCKS["row_forward"]
     each = 16 // logits.element_size()  # a vector load
     capped, inner, outer = _folded(options)
     if rows:
@@ -154,9 +148,9 @@ def backward(
     logits: Tensor, targets: Tensor, saved: tuple[Tensor, Tensor, Tensor], grad_logp: Tensor | None,
     grad_entropy: Tensor | None, out: Tensor, options: LogitOptions,
 ) -> None:  # fmt: skip
-    source, target = _one_stride(logits), out if out.stride(1) == 1 else torch.empty_like(out).contiguous()
+    source, target = unit_stride(logits), out if out.stride(1) == 1 else torch.empty_like(out).contiguous()
     rows, vocab = source.shape
-    size, warps = block("row_backward")
+    size, warps = BLOCKS["row_backward"]
     capped, inner, outer = _folded(options)
     blocks = triton.cdiv(vocab, size)
     vectors = [None if x is None else x.float().contiguous() for x in (*saved, grad_logp, grad_entropy)]

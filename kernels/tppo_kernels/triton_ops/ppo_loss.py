@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..custom_ops import PpoOptions
-from .common import block, counter, exp_minus_1, exp_minus_line, is_last_program, on_device
+from ..custom_ops import PpoInputs, PpoOptions, PpoResults
+from .common import BLOCKS, counter, exp_minus_1, exp_minus_line, is_last_program, on_device, require_fp32
 
 SUMS = 16
 """The loss and its 11 metrics, padded to a power of two."""
@@ -42,13 +42,16 @@ def _put(row, k: tl.constexpr, slots, x):
 @triton.jit(do_not_specialize=["actions", "programs"])
 def ppo_kernel(
     logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, ref_logp_ptr, entropy_ptr, values_ptr, old_values_ptr,
-    returns_ptr, normalizer_ptr, count, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, value_coef, value_clip,
-    actions, partial_ptr, sums_ptr, grad_logp_ptr, grad_values_ptr, counter_ptr, programs,
+    returns_ptr, mask_ptr, normalizer_ptr, count, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, value_coef, value_clip,
+    actions, partial_ptr, loss_ptr, metrics_ptr, grad_logp_ptr, grad_values_ptr, counter_ptr, programs,
     KL: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     i = program * BLOCK + tl.arange(0, BLOCK)
-    inside = i < actions
+    own = i < actions
+    inside = own  # what is masked is read as 0, whatever stands there: then every term is 0, and the ratio 1
+    if mask_ptr is not None:
+        inside = own & (tl.load(mask_ptr + i, mask=own, other=0) != 0)
     divisor = count
     if normalizer_ptr is not None:
         divisor = tl.load(normalizer_ptr)
@@ -86,7 +89,7 @@ def ppo_kernel(
             kl = exp_minus_line(-d, shrunk)
             kl_slope = -exp_minus_1(-d, shrunk)
         slope += tl.where(kl_coef != 0.0, kl_coef * kl_slope, 0.0)
-    tl.store(grad_logp_ptr + i, slope * inverse, mask=inside)
+    tl.store(grad_logp_ptr + i, tl.where(inside, slope * inverse, 0.0), mask=own)
 
     value, is_far = zero, zero
     if values_ptr is not None:
@@ -105,7 +108,7 @@ def ppo_kernel(
             share = 1.0 - is_far - tl.where(outside & (near == value), 0.5, 0.0)
             value = tl.where(near > value, near, value)
         value = 0.5 * value
-        tl.store(grad_values_ptr + i, value_coef * inverse * error * share, mask=inside)
+        tl.store(grad_values_ptr + i, value_coef * inverse * error * share, mask=own)
     entropy = _read(entropy_ptr, i, inside, zero)
 
     loss = policy + value_coef * value + tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
@@ -130,23 +133,23 @@ def ppo_kernel(
             at = partial_ptr + k[:, None] * SUMS + slots[None, :]
             total += tl.load(at, mask=(k < programs)[:, None], other=0.0, cache_modifier=".cg")
         sums = tl.sum(total, 0)
-        tl.store(sums_ptr + slots, tl.where(slots == 0, sums * inverse, sums), mask=slots < 12)
+        tl.store(loss_ptr, tl.sum(tl.where(slots == 0, sums, 0.0), 0) * inverse)
+        tl.store(metrics_ptr + slots - 1, sums, mask=(slots > 0) & (slots < 12))
 
 
-def ppo(
-    inputs: tuple[Tensor | None, ...], options: PpoOptions, normalizer: Tensor | None, count: float, sums: Tensor,
-    grad_logp: Tensor, grad_values: Tensor | None,
-) -> None:  # fmt: skip
-    if grad_logp.dtype == torch.float64:
-        raise ValueError("the Triton kernels compute in float32: use backend='reference' for float64")
-    size, warps = block("ppo")
-    programs = triton.cdiv(len(grad_logp), size)
+def ppo(inputs: PpoInputs, options: PpoOptions, normalizer: Tensor | None, count: float, results: PpoResults) -> None:
+    logp, (loss, metrics, grad_logp, grad_values) = require_fp32(inputs.logp), results
+    size, warps = BLOCKS["ppo"]
+    programs = triton.cdiv(len(logp), size)
     if not programs:
-        sums.zero_()
+        loss.zero_()
+        metrics.zero_()
         return
-    partial = grad_logp.new_empty(programs, SUMS)
-    with on_device(grad_logp):
+    partial = logp.new_empty(programs, SUMS)
+    mask = None if inputs.mask is None else inputs.mask.view(torch.uint8)
+    with on_device(logp):
         ppo_kernel[(programs,)](
-            *inputs, normalizer, count, *options[:-1], len(grad_logp), partial, sums, grad_logp, grad_values,
-            counter(grad_logp), programs, KL=options.kl_estimator, BLOCK=size, SUMS=SUMS, MERGE=256, num_warps=warps,
+            *inputs[:-1], mask, normalizer, count, *options[:-1], len(logp), partial, loss, metrics, grad_logp,
+            None if inputs.values is None else grad_values, counter(logp), programs, KL=options.kl_estimator, BLOCK=size,
+            SUMS=SUMS, MERGE=256, num_warps=warps,
         )  # fmt: skip
