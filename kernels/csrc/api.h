@@ -27,6 +27,8 @@ struct PpoOptions {
   int32_t kl_estimator;  // 1, 2 or 3
 };
 
+constexpr int64_t kIgnored = -100;  // a target: the row's results and gradient are 0
+
 constexpr int kPpoSums = 12;  // the loss, then the metrics in the reference's order
 
 // One instruction set's kernels. Row pointers have the compute type: double for fp64 logits, else float.

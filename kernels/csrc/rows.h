@@ -38,6 +38,7 @@ template <class C> struct RowResult {
 // With m the largest z: s = sum exp(z - m) and w = sum exp(z - m) (z - m), rescaled whenever a block raises m.
 template <class T> inline RowResult<Compute<T>> forward_row(const T* x, int64_t vocab, int64_t y, Transform<Compute<T>> f) {
   using C = Compute<T>;
+  if (y == kIgnored) return {0, 0, 0};
   C z[kBlock];
   C m = -__builtin_inff();
   double s = 0.0, w = 0.0;
@@ -67,12 +68,13 @@ template <class T> inline RowResult<Compute<T>> forward_row(const T* x, int64_t 
   return {C(double(f.z(load(x[y])) - m) - log_s), C(log_s - w / s), C(double(m) + log_s)};
 }
 
-// dx_j = dz_j dz/dx with dz_j = c (1[j = y] - p_j) - e p_j (log p_j + H); a row with c = e = 0 is exactly 0.
+// dx_j = dz_j dz/dx with dz_j = c (1[j = y] - p_j) - e p_j (log p_j + H); a row that is ignored, or has
+// c = e = 0, is exactly 0.
 template <class T>
 inline void backward_row(const T* x, int64_t vocab, int64_t y, RowResult<Compute<T>> row, Compute<T> c, Compute<T> e,
                          Transform<Compute<T>> f, T* out) {
   using C = Compute<T>;
-  if (c == 0 && e == 0) {
+  if ((c == 0 && e == 0) || y == kIgnored) {
     for (int64_t j = 0; j < vocab; ++j) store(out[j], C(0));
     return;
   }
@@ -104,7 +106,7 @@ template <class T>
 int64_t row_forward_of(Logits in, const int64_t* targets, void* logp, void* entropy, void* lse, LogitOptions options, int threads) {
   using C = Compute<T>;
   for (int64_t i = 0; i < in.rows; ++i)
-    if (targets[i] < 0 || targets[i] >= in.vocab) return i;
+    if (targets[i] != kIgnored && (targets[i] < 0 || targets[i] >= in.vocab)) return i;
   const Transform<C> f(options);
 #pragma omp parallel for schedule(static) num_threads(threads) if (in.rows * in.vocab > kManyEntries)
   for (int64_t i = 0; i < in.rows; ++i) {

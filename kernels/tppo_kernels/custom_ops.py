@@ -162,7 +162,8 @@ def logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]
 
     def gradient(ctx, grad_logp, grad_entropy, _):
         logits, *saved = ctx.saved_tensors
-        if not ctx.inplace or 0 in logits.stride():  # entries of an expanded tensor are not its own
+        own = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]  # no entry that another row shares
+        if not (ctx.inplace and own):
             return new(logits, *saved, grad_logp, grad_entropy, *ctx.numbers), *(None,) * 5
         logits = logits.detach()
         in_place(logits, *saved, grad_logp, grad_entropy, *ctx.numbers)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .custom_ops import LiveRows, LogitOptions, RowProducts, Rows, compute_dtype
-from .reference import chunk_rows
+from .reference import IGNORED, chunk_rows
 
 MIXED_GEMM = getattr(torch.ops.aten.addmm, "dtype_out", None)
 """out (fp32) = beta * out + a @ b for 16-bit a, b, on CUDA: in every torch that is supported, 2.11 to 2.13."""
@@ -137,7 +137,7 @@ class Head:
         on_device = self.options.compact_rows and self.rows.products is not None
         if not kept or self.options.compact_rows is False or on_device or kept[0].device.type != "cpu":
             return None
-        live = torch.stack([v != 0 for v in kept]).any(0)
+        live = torch.stack([v != 0 for v in kept]).any(0) & (vectors.targets != IGNORED)
         return None if live.all() else live.nonzero().squeeze(1)
 
     def _add(self, where: slice | Tensor, dz: Tensor) -> None:

@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .custom_ops import Rows, compute_dtype, define, refuse_second_derivative
 from .head import Head, HeadOptions, RowVectors
-from .reference import TokenLoss, call_loss, rows_at
+from .reference import IGNORED, TokenLoss, call_loss, count_of, rows_at
 
 
 def linear_logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -54,15 +54,14 @@ def linear_logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, 
         vectors = RowVectors(targets, logp, entropy, lse, grad_logp, grad_entropy)
         for chosen in head.chunks():
             head.add_gradients(chosen, vectors.at(chosen))
-        like = (hidden, weight, weight)
+        like = (hidden, weight, weight if bias is None else bias)
         return tuple(
             x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(head.gradients(), like, strict=True)
         )
 
-    def backward_fake(hidden, weight, *rest):
-        need = rest[7]
-        shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        return tuple(x.new_empty(s if n else 0) for x, s, n in zip((hidden, weight, weight), shapes, need, strict=True))
+    def backward_fake(hidden, weight, bias, *rest):
+        like, need = (hidden, weight, weight if bias is None else bias), rest[6]
+        return tuple(x.new_empty(x.shape if n else 0) for x, n in zip(like, need, strict=True))
 
     name = f"{backend}_linear_logprobs"
     op = define(name, f"({inputs}, {options}) -> (Tensor, Tensor, Tensor)", forward, forward_fake)
@@ -225,7 +224,7 @@ def linear_token_loss_op(
         chunk_size: int | None = None, logits_dtype: torch.dtype | None = None, compact_rows: bool | None = None,
         normalizer: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        divisor = max(targets.shape[0], 1) if normalizer is None else normalizer
+        divisor = count_of(targets, targets != IGNORED) if normalizer is None else normalizer
         if _is_traced(hidden):  # the loss traces with the rest of the graph, at 4 units
             logp, entropy = linear_logprobs(
                 hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,

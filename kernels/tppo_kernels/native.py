@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import custom_ops
+from . import custom_ops, reference
 from .custom_ops import LogitOptions, PpoInputs, PpoOptions, PpoResults, Rows
 from .linear_loss import linear_logprobs_op, linear_token_loss_op
 
@@ -134,10 +134,9 @@ def _gae(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, lams: Tensor | None, bootstrap: Tensor | None,
     mask: Tensor | None, gamma: float, lam: float, advantages: Tensor, returns: Tensor, stats: Tensor,
 ) -> None:  # fmt: skip
+    reference.check_segments(cu_seqlens, len(rewards))
     cu_seqlens = cu_seqlens.long()
     lams = rewards.new_full((len(cu_seqlens) - 1,), lam) if lams is None else lams
-    if len(cu_seqlens) and (cu_seqlens[0] != 0 or cu_seqlens[-1] != len(rewards) or (cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens {cu_seqlens.tolist()[:8]}: must rise from 0 to the {len(rewards)} actions")
     dtype, threads = DTYPES[rewards.dtype], torch.get_num_threads()
     _lib().tppo_gae(
         dtype, *map(_pointer, (rewards, values, cu_seqlens, lams, bootstrap, mask)), gamma, len(cu_seqlens) - 1,

@@ -2,36 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd import forward_ad
 
+from . import reference
 from .backend import implementation
 from .reference import KLEstimator, TokenLoss
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-def _check_logits(name: str, logits: Tensor, targets: Tensor, temperature: float, softcap: float | None) -> None:
+
+def _implementation(backend: str | None, *inputs: Tensor | None) -> ModuleType:
+    """The backend's module for the first input's device; forward-mode derivatives, which a fused one drops, are refused."""
+    device = next(x.device.type for x in inputs if x is not None)
+    module = implementation(backend, device)
+    if forward_ad._current_level >= 0 and module is not reference:
+        for x in inputs:
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError("the fused ops have no forward-mode derivative: use backend='reference'")
+    return module
+
+
+def _check_logits(
+    name: str, logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, logit_scale: float
+) -> None:
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)} and targets {tuple(targets.shape)}: give one row per target"
         )
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets are {targets.dtype}: give token ids, as integers")
-    if temperature <= 0.0:
-        raise ValueError(f"temperature {temperature}: must be above 0")
-    if softcap is not None and softcap <= 0.0:
-        raise ValueError(f"softcap {softcap}: must be above 0 (or None)")
+    _check_float(name, logits.dtype)
+    if not 0.0 < temperature < math.inf:  # NaN neither
+        raise ValueError(f"temperature {temperature}: must be above 0 and finite")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap {softcap}: must be above 0 and finite (or None)")
+    if not 0.0 < abs(logit_scale) < math.inf:
+        raise ValueError(f"logit_scale {logit_scale}: must be finite and not 0")
+
+
+def _check_float(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"{name}: {dtype} is none of {', '.join(map(str, DTYPES))}")
 
 
 def _check_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
-) -> None:
-    _check_logits("hidden", hidden, targets, temperature, softcap)
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float | None,
+    logit_scale: float, logits_dtype: torch.dtype | None,
+) -> None:  # fmt: skip
+    _check_logits("hidden", hidden, targets, temperature, softcap, logit_scale)
+    _check_float("weight", weight.dtype)
+    _check_float("logits_dtype", logits_dtype)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (vocabulary, {hidden.shape[1]}), as hidden")
     _check_rows(len(weight), bias=bias)
@@ -58,11 +89,12 @@ def logprobs_from_logits(
     """(log-probability of each target, entropy of each row): see ``reference.logprobs_from_logits``.
 
     Raises:
-        ValueError: shapes disagree, or temperature or softcap is not above 0.
+        ValueError: shapes disagree, or temperature, softcap or logit_scale is out of range.
+        TypeError: logits are no floats of 16, 32 or 64 bits.
     """
-    _check_logits("logits", logits, targets, temperature, softcap)
-    return implementation(backend, logits.device.type).logprobs_from_logits(
-        logits, targets, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+    _check_logits("logits", logits, targets, temperature, softcap, logit_scale)
+    return _implementation(backend, logits).logprobs_from_logits(
+        logits, targets.long(), temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         inplace_backward=inplace_backward,
     )  # fmt: skip
 
@@ -84,11 +116,12 @@ def linear_logprobs(
     """Log-probabilities and entropies of a language-model head, chunk by chunk: see ``reference.linear_logprobs``.
 
     Raises:
-        ValueError: shapes disagree, or temperature, softcap or chunk_size is out of range.
+        ValueError: shapes disagree, or temperature, softcap, logit_scale or chunk_size is out of range.
+        TypeError: hidden, weight or logits_dtype are no floats of 16, 32 or 64 bits.
     """
-    _check_head(hidden, weight, targets, bias, temperature, softcap)
-    return implementation(backend, hidden.device.type).linear_logprobs(
-        hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+    _check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale, logits_dtype)
+    return _implementation(backend, hidden, weight, bias).linear_logprobs(
+        hidden, weight, targets.long(), bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         chunk_size=chunk_size, logits_dtype=logits_dtype, compact_rows=compact_rows,
     )  # fmt: skip
 
@@ -113,9 +146,10 @@ def linear_token_loss(
     """A row-local loss of a language-model head and its gradients: see ``reference.linear_token_loss``.
 
     Raises:
-        ValueError: shapes disagree, or temperature, softcap or chunk_size is out of range.
+        ValueError: shapes disagree, or temperature, softcap, logit_scale or chunk_size is out of range.
+        TypeError: hidden, weight or logits_dtype are no floats of 16, 32 or 64 bits.
     """
-    _check_head(hidden, weight, targets, bias, temperature, softcap)
+    _check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale, logits_dtype)
     if isinstance(rows, torch.Tensor):
         raise ValueError(f"rows is a tensor of shape {tuple(rows.shape)}: give a sequence of tensors, such as (rows,)")
     for i, row in enumerate(rows):
@@ -123,8 +157,8 @@ def linear_token_loss(
             raise ValueError(
                 f"rows[{i}] has shape {tuple(row.shape)}: its first dimension must be the {len(targets)} targets"
             )
-    return implementation(backend, hidden.device.type).linear_token_loss(
-        hidden, weight, targets, loss_fn, rows, bias=bias, temperature=temperature, softcap=softcap,
+    return _implementation(backend, hidden, weight, bias, *rows).linear_token_loss(
+        hidden, weight, targets.long(), loss_fn, rows, bias=bias, temperature=temperature, softcap=softcap,
         logit_scale=logit_scale, chunk_size=chunk_size, logits_dtype=logits_dtype, compact_rows=compact_rows,
         normalizer=normalizer,
     )  # fmt: skip
@@ -146,8 +180,12 @@ def gae(
     ``reference.gae``.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes disagree; on a CPU also ``cu_seqlens`` that do not rise from 0 to A.
     """
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise ValueError(
+            f"cu_seqlens are {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: give B + 1 integers, the first one 0"
+        )
     sequences = len(cu_seqlens) - 1
     _check_rows(rewards.numel(), rewards=rewards, values=values, mask=mask)
     _check_rows(sequences, bootstrap=bootstrap, lam=lam if isinstance(lam, torch.Tensor) else None)
@@ -161,7 +199,7 @@ def whitening_stats(
 ) -> Float[Tensor, "3"]:
     """(count, mean, sum of squared deviations) of the unmasked entries: see ``reference.whitening_stats``."""
     _check_rows(x.numel(), x=x, mask=mask)
-    return implementation(backend, x.device.type).whitening_stats(x, mask=mask)
+    return _implementation(backend, x).whitening_stats(x, mask=mask)
 
 
 def whiten(
@@ -175,7 +213,7 @@ def whiten(
 ) -> Float[Tensor, "A"]:
     """Zero mean and unit variance over the unmasked entries, from ``stats`` when given: see ``reference.whiten``."""
     _check_rows(x.numel(), x=x, mask=mask)
-    return implementation(backend, x.device.type).whiten(x, mask=mask, shift_mean=shift_mean, eps=eps, stats=stats)
+    return _implementation(backend, x).whiten(x, mask=mask, shift_mean=shift_mean, eps=eps, stats=stats)
 
 
 def ppo_loss(
@@ -210,7 +248,7 @@ def ppo_loss(
         logp.numel(), logp=logp, old_logp=old_logp, advantages=advantages, weights=weights, ref_logp=ref_logp,
         entropy=entropy, values=values, old_values=old_values, returns=returns, mask=mask,
     )  # fmt: skip
-    return implementation(backend, logp.device.type).ppo_loss(
+    return _implementation(backend, logp, entropy, values).ppo_loss(
         logp, old_logp, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, weights=weights,
         ref_logp=ref_logp, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy=entropy, entropy_coef=entropy_coef,
         values=values, old_values=old_values, returns=returns, value_coef=value_coef, value_clip=value_clip, mask=mask,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TokenLoss = Callable[..., "tuple[Tensor, dict[str, Any]] | Tensor"]
+IGNORED = -100
+"""A target without a token, as in torch's losses: its row's results and gradient are 0."""
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -41,8 +43,9 @@ def logprobs_from_logits(
         logp_a = z[a, y_a] - logsumexp_j z[a, j]
         H_a    = logsumexp_j z[a, j] - sum_j p[a, j] z[a, j]          with 0 * -inf = 0
 
-    A logit of -inf has probability 0 and adds nothing to the entropy; NaN propagates. dlogp/dz = 1[j = y] - p_j and
-    dH/dz = -p_j (log p_j + H). Softcap: Gemma 2 (arXiv 2408.00118, section 2).
+    A row whose target is ``IGNORED`` (-100) has logp = H = 0 and no gradient. A logit of -inf has probability 0 and adds
+    nothing to the entropy; NaN propagates. dlogp/dz = 1[j = y] - p_j and dH/dz = -p_j (log p_j + H). Softcap: Gemma 2
+    (arXiv 2408.00118, section 2).
 
     ``inplace_backward`` lets a fused backend write the gradient over ``logits``: a third of the memory, when nothing
     else reads them (a second backward then fails loudly). Values and gradients are the same.
@@ -55,10 +58,11 @@ def logprobs_from_logits(
         x = softcap * torch.tanh(x / softcap)
     z = x / temperature
     lse = z.logsumexp(-1)  # [A]
-    logp = z.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - lse
+    ignored = targets == IGNORED
+    logp = z.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1) - lse
     finite_z = z.masked_fill(z == -torch.inf, 0.0)
     entropy = lse - ((z - lse.unsqueeze(-1)).exp() * finite_z).sum(-1)
-    return logp, entropy
+    return logp.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
 
 
 class _Rounded(torch.autograd.Function):
@@ -188,8 +192,9 @@ def linear_token_loss(
     chunks, detached). It must be row local: no mean, no whitening over the chunk, no sequence-level ratio; ``ppo_loss``
     needs ``normalizer=1.0`` there. ``rows`` are its other [A, ...] inputs (None is passed on); those that require a
     gradient (the critic's values) receive one. A fused backend refuses a loss that uses any other
-    tensor that requires one: pass it in ``rows`` (a learned scalar as ``beta.expand(A)``). ``normalizer`` defaults to A;
-    pass the step's global action count when the step is split in microbatches.
+    tensor that requires one: pass it in ``rows`` (a learned scalar as ``beta.expand(A)``). ``normalizer`` defaults to the
+    number of targets that are not ``IGNORED`` (where ``loss_fn`` sees logp = H = 0); pass the step's global action count
+    when the step is split in microbatches.
 
     This is the definition, at 4 GEMM units. The public op knows each row's two gradient scalars in forward and so
     needs 3.
@@ -205,7 +210,13 @@ def linear_token_loss(
         part, metrics = call_loss(loss_fn, *rows_at((logp, entropy, *rows), chosen))
         loss = loss + part
         stats = {name: stats.get(name, 0) + value for name, value in metrics.items()}
-    return loss / (max(len(targets), 1) if normalizer is None else normalizer), stats
+    return loss / (count_of(targets, targets != IGNORED) if normalizer is None else normalizer), stats
+
+
+def check_segments(cu_seqlens: Tensor, actions: int) -> None:
+    """Raises ValueError unless ``cu_seqlens`` rises from 0 to the number of actions. Waits for its device."""
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != actions or (cu_seqlens.long().diff() < 0).any():
+        raise ValueError(f"cu_seqlens {cu_seqlens.tolist()[:8]}: must rise from 0 to the {actions} actions")
 
 
 @torch.no_grad()
@@ -231,6 +242,8 @@ def gae(
     Returns:
         (advantages [A], returns [A]), and with ``return_stats`` also ``whitening_stats(advantages, mask=mask)``.
     """
+    if cu_seqlens.is_cpu:
+        check_segments(cu_seqlens, len(rewards))
     rewards, values = _wide(rewards), _wide(values)
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     lam = lam.to(rewards) if isinstance(lam, torch.Tensor) else rewards.new_full(lengths.shape, lam)
@@ -275,11 +288,11 @@ def whiten(
     """(x - mean) / sqrt(var + eps) with the unbiased variance, over the unmasked entries; masked entries become 0.
 
     With ``shift_mean=False`` the mean is added back: only the scale changes. Fewer than two entries have variance 0.
-    ``stats`` are those of ``whitening_stats`` (or ``gae(..., return_stats=True)``) when they are known already, or come
-    from several ranks.
+    ``stats`` are those of ``whitening_stats`` (or ``gae(..., return_stats=True)``) when they are known already.
     """
     count, mean, squares = (whitening_stats(x, mask=mask) if stats is None else stats).unbind()
-    out = (_wide(x) - mean) * torch.rsqrt(squares / (count - 1.0).clamp_min(1.0) + eps)
+    x = _wide(x) if mask is None else _wide(x).masked_fill(~mask, 0.0)  # no NaN of theirs in a gradient
+    out = (x - mean) * torch.rsqrt(squares / (count - 1.0).clamp_min(1.0) + eps)
     if not shift_mean:
         out = out + mean
     return out if mask is None else out.masked_fill(~mask, 0.0)

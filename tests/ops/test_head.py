@@ -346,6 +346,44 @@ def test_loss_that_is_no_sum_is_named(backend):
         tk.linear_logprobs(x["hidden"], x["weight"], x["targets"], chunk_size=0, backend=backend)
 
 
+@pytest.mark.parametrize("compact", [None, True, False])
+def test_ignored_targets_are_as_in_cross_entropy(compact, backend, exact):
+    """Mean and gradients of torch's own loss; a chunk may be ignored as a whole."""
+    x = inputs(24, exact)
+    x["targets"][::3] = -100
+    x["targets"][8:16] = -100
+
+    def gradients(y, name):
+        leaves = [y[k].detach().requires_grad_() for k in ("hidden", "weight", "bias")]
+        if name == "torch":
+            logits = torch.nn.functional.linear(*leaves)
+            loss = torch.nn.functional.cross_entropy(logits, y["targets"])
+            return [loss, *torch.autograd.grad(loss, leaves)] * 2
+        options = {"bias": leaves[2], "chunk_size": 8, "compact_rows": compact, "backend": name}
+        three, _ = tk.linear_token_loss(*leaves[:2], y["targets"], lambda logp, _: -logp.sum(), **options)
+        four = -tk.linear_logprobs(*leaves[:2], y["targets"], **options)[0].sum() / (y["targets"] != -100).sum()
+        return [t for loss in (three, four) for t in (loss, *torch.autograd.grad(loss, leaves))]
+
+    truth = gradients(wide(x), "torch")
+    with poisoned_memory():
+        got = gradients(x, backend)
+    assert_close(got, gradients(x, "torch"), truth)
+    assert_close(gradients(x, "reference"), gradients(x, "torch"), truth)
+
+
+def test_a_bias_of_its_own_precision_keeps_it(backend):
+    x = inputs(40, torch.bfloat16)
+    bias = x["bias"].float().requires_grad_()
+    found = []
+    for name in (backend, "reference"):
+        logp, _ = tk.linear_logprobs(x["hidden"], x["weight"], x["targets"], bias=bias, chunk_size=16, backend=name)
+        found.append(torch.autograd.grad(logp.sum(), bias)[0])
+    rounded = found[0].bfloat16().float()
+    assert found[0].dtype == torch.float32
+    assert not torch.equal(found[0], rounded)
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("made", ["leaf", "node", "itself"])
 def test_a_loss_that_uses_another_learned_tensor_is_refused(made, backend):
     """Its gradient would be dropped. In rows it gets one, and without gradients nobody misses it."""
@@ -469,4 +507,7 @@ def test_opcheck(backend):
     args = [x[k].requires_grad_() for k in ("hidden", "weight", "bias")]
     op = getattr(getattr(torch.ops, tk.__name__), f"{backend}_linear_logprobs").default
     library.opcheck(op, (*args, x["targets"], 0.7, 0.0, 1.0, 2, None, None))
+    library.opcheck(
+        op, (*args[:2], x["bias"].double().detach().requires_grad_(), x["targets"], 1.0, 5.0, 1.0, 2, None, None)
+    )
     library.opcheck(op, (*args[:2], None, x["targets"], 1.0, 5.0, 1.0, None, torch.float32, False))

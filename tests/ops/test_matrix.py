@@ -69,6 +69,21 @@ def test_logprobs(rows, vocab, dtype, options, backend):
     check_logprobs(*random_logits(rows, vocab, dtype), backend, **options)
 
 
+def test_ignored_targets(backend):
+    """Their rows are 0 in results and gradient, and change no other row, in place or not."""
+    logits, targets = random_logits(6, 2500)
+    ignored = torch.tensor([True, False, True, False, False, True])
+    got = check_logprobs(logits, targets.masked_fill(ignored, -100), backend)
+    assert all((t[ignored] == 0).all() for t in got)
+    upstream = torch.linspace(-1.0, 2.0, 6)[~ignored], torch.linspace(1.0, -1.0, 6)[~ignored]
+    upstream[0][1] = upstream[1][1] = 0.0
+    alone = logprobs(logits[~ignored], targets[~ignored], backend, upstream)
+    assert all(torch.equal(a[~ignored], b) for a, b in zip(got, alone, strict=True))
+    logits[0, 7] = torch.nan
+    nothing = logprobs(logits, torch.full((6,), -100), backend, (torch.ones(6), torch.ones(6)))
+    assert not any(t.any() for t in nothing)
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -143,6 +158,18 @@ def test_overwriting_spares_entries_that_others_share(backend):
     for name, inplace in ((backend, True), ("reference", False)):
         leaf = row.clone().requires_grad_()
         logp, _ = tk.logprobs_from_logits(leaf.expand(3, 9), targets, inplace_backward=inplace, backend=name)
+        logp.sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_overwriting_spares_rows_that_overlap(backend):
+    grads = []
+    for name, inplace in ((backend, True), ("reference", False)):
+        leaf = torch.randn(20, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        logp, _ = tk.logprobs_from_logits(
+            (leaf * 1).unfold(0, 11, 3), torch.tensor([0, 3, 3, 10]), inplace_backward=inplace, backend=name
+        )
         logp.sum().backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads)

@@ -66,11 +66,11 @@ def test_a_target_outside_of_the_vocabulary_is_named(target):
         tk.logprobs_from_logits(torch.zeros(2, 7), torch.tensor([0, target]), backend="native")
 
 
-@needs_native
-@pytest.mark.parametrize("cu_seqlens", [[0, 3], [1, 2], [0, 3, 2]])
-def test_segments_that_do_not_cover_the_actions_are_named(cu_seqlens):
+@pytest.mark.parametrize("name", ["reference", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("cu_seqlens", [[0], [0, 1], [0, 3], [1, 2], [0, 3, 2]], ids=str)
+def test_segments_that_do_not_cover_the_actions_are_named(cu_seqlens, name):
     with pytest.raises(ValueError, match="must rise from 0 to the 2 actions"):
-        tk.gae(torch.zeros(2), torch.zeros(2), torch.tensor(cu_seqlens), backend="native")
+        tk.gae(torch.zeros(2), torch.zeros(2), torch.tensor(cu_seqlens), backend=name)
 
 
 def test_whiten_differentiates_through_its_statistics():

@@ -109,6 +109,14 @@ def test_whiten_by_hand():
     torch.testing.assert_close(masked, torch.tensor([-(0.5**0.5), 0.0, 0.5**0.5]))
 
 
+def test_a_masked_nan_is_in_no_gradient():
+    x = torch.tensor([1.0, torch.nan, 3.0, 7.0], requires_grad=True)
+    mask = torch.tensor([True, False, True, True])
+    (whiten(x, mask=mask) * torch.tensor([1.0, 2.0, 3.0, 5.0])).sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad[1] == 0.0
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_whiten_of_too_little_has_no_variance(count):
     assert whiten(torch.full((count,), 5.0)).tolist() == [0.0] * count

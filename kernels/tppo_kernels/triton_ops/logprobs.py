@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
 from ..custom_ops import LogitOptions, Rows
 from .common import BLOCKS, LN2, LOG2E, NEG_INF, exp_minus_1, on_device, require_fp32, tanh, unit_stride
 from .live_rows import products
+
+IGNORED = tl.constexpr(reference.IGNORED)
 
 
 @triton.jit
@@ -53,6 +56,12 @@ def row_forward(
     CAPPED: tl.constexpr, FLIPPED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
+    y = tl.load(target_ptr + row).to(tl.int64)
+    if y == IGNORED:
+        tl.store(logp_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        return
     x_ptr += row.to(tl.int64) * row_stride  # A * V passes 2^31
     BLOCK: tl.constexpr = LANES * EACH
     columns = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
@@ -74,7 +83,6 @@ def row_forward(
     total = tl.sum(s * scale, 0)
     weighted = tl.sum((w + s * tl.maximum(moved, -1e30)) * scale, 0)
     log_total = tl.log2(total)
-    y = tl.load(target_ptr + row).to(tl.int64)
     xy = tl.load(x_ptr + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(tl.float32)
     tl.store(logp_ptr + row, (outer * (_bounded(xy, inner, CAPPED, FLIPPED) - top) - log_total) * LN2)
     tl.store(entropy_ptr + row, (log_total - weighted / total) * LN2)
@@ -96,10 +104,10 @@ def row_backward(
         e = tl.load(grad_entropy_ptr + row)
     x_ptr += row.to(tl.int64) * row_stride
     out_ptr += row.to(tl.int64) * out_stride + columns
-    if (c == 0.0) & (e == 0.0):  # nothing to read
+    y = tl.load(target_ptr + row).to(tl.int64)
+    if ((c == 0.0) & (e == 0.0)) | (y == IGNORED):  # nothing to read
         tl.store(out_ptr, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=inside)
         return
-    y = tl.load(target_ptr + row)
     logp, entropy = tl.load(logp_ptr + row), tl.load(entropy_ptr + row)
     lse = tl.load(lse_ptr + row) * LOG2E
     x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
