@@ -20,18 +20,22 @@ VERSION = 1
 def write(destination: Path) -> Path:
     """Copy the package to ``destination``/build/torch-universal and describe it; returns ``destination``.
 
+    The compiled CPU library is this machine's own and stays behind: a CPU takes the reference there.
+
     Raises:
         FileExistsError: there is a build already.
     """
     build = destination / "build" / "torch-universal"
-    shutil.copytree(Path(__file__).parent, build, ignore=shutil.ignore_patterns("__pycache__", "hub.py"))
+    shutil.copytree(
+        Path(__file__).parent, build, ignore=shutil.ignore_patterns("__pycache__", "hub.py", "libtppo_native.*")
+    )
     metadata = {
         "name": "tppo-kernels",
         "id": f"_tppo_kernels_{VERSION}",
         "version": VERSION,
         "license": "Apache-2.0",
         "python-depends": [],
-        "backend": {"type": "cuda"},
+        "backend": {"type": "cuda"},  # one must be named; a universal build is loaded on every other, too
     }
     (build / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
     return destination

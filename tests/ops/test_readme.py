@@ -25,30 +25,70 @@ def test_the_plain_loop_learns():
     assert scope["metrics"]["approx_kl"] == 0.0
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_trainer_subclass_trains(tmp_path):
-    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
-    import transformers
-
-    scope: dict = {}
-    exec(compile(TRAINER, "kernels/README.md", "exec"), scope)
+def language_model():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    model = transformers.LlamaForCausalLM(config)
-    before = model.lm_head.weight.detach().clone()
-    rows = [
-        {"input_ids": torch.randint(60, (9,)), "old_logp": torch.full((8,), -4.0), "advantages": torch.randn(8)}
-        for _ in range(4)
-    ]
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-        remove_unused_columns=False, learning_rate=1e-2, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = scope["PPOTrainer"](model=model, args=arguments, train_dataset=rows)
-    trainer.train()
-    assert not torch.equal(before, model.lm_head.weight)
-    assert trainer.ppo_metrics["ratio"].isfinite()
+    return transformers.LlamaForCausalLM(config)
+
+
+def responses(lengths, width=9, prompt=3):
+    """Rows of [T] padded on the right, with a prompt of 3 tokens."""
+    g, rows = torch.Generator().manual_seed(0), []
+    for length in lengths:
+        at, tokens = torch.arange(width), torch.randint(60, (width,), generator=g)
+        rows.append({
+            "input_ids": tokens, "attention_mask": (at < length).long(),
+            "labels": tokens.masked_fill((at < prompt) | (at >= length), -100),
+            "old_logp": torch.full((width,), -4.0), "advantages": torch.randn(width, generator=g),
+        })  # fmt: skip
+    return rows
+
+
+@pytest.fixture
+def trainer_scope():
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    scope: dict = {}
+    exec(compile(TRAINER, "kernels/README.md", "exec"), scope)
+    return scope
+
+
+def test_the_wrapped_model_counts_sampled_tokens_alone(trainer_scope):
+    """Neither the prompt's tokens nor padding change loss or gradients."""
+    rows, found = responses([6, 9]), []
+    for changed in (False, True):
+        model = trainer_scope["WithLoss"](language_model())
+        batch = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+        if changed:
+            outside = batch["labels"] == -100
+            batch["old_logp"][outside], batch["advantages"][outside] = 1e9, 1e9
+            batch["input_ids"][0, 6:] = 1
+        model(**batch)["loss"].backward()
+        assert model.metrics["ratio"].isfinite()
+        found.append(model.lm.lm_head.weight.grad)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_divides_by_the_steps_tokens(trainer_scope, tmp_path):
+    """Two accumulated microbatches of unequal length train as one batch of both."""
+    import transformers
+
+    weights = []
+    for size in (1, 2):
+        lm = language_model()
+        before = lm.lm_head.weight.detach().clone()
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=2 // size,
+            report_to=[], use_cpu=True, remove_unused_columns=False, learning_rate=1e-2, save_strategy="no",
+            disable_tqdm=True, optim="sgd", max_grad_norm=0.0,
+        )  # fmt: skip
+        trainer_scope["trainer"](lm, args=arguments, train_dataset=responses([5, 9, 7, 4])).train()
+        assert not torch.equal(before, lm.lm_head.weight)
+        weights.append(lm.lm_head.weight.detach())
+    torch.testing.assert_close(*weights)
 
 
 def test_the_benchmark_gates_and_times():
