@@ -112,7 +112,8 @@ class Rows(NamedTuple):
     backward: Callable[
         [Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor | None, Tensor, LogitOptions], None
     ]
-    """(logits, targets, forward's results, dL/dlogp, dL/dentropy, out [A, V], options): out may be logits itself."""
+    """(logits, targets, forward's results, dL/dlogp, dL/dentropy, out [A, V], options): out may be logits itself;
+    where there are ``products``, it may be narrower."""
     products: RowProducts | None = None
     """None where live rows are counted on the host."""
 

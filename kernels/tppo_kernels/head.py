@@ -85,6 +85,8 @@ class Head:
         dtype = options.logits_dtype or hidden.dtype
         self.size = chunk_rows(options.chunk_size, len(weight), dtype, hidden.device)
         self.buffer = weight.new_empty(min(self.size, len(hidden)), len(weight), dtype=dtype)
+        self.rounded: Tensor | None = None
+        """dz as 16-bit GEMMs read it, where the logits are wider: rounded once, and by the kernel that makes it."""
         self.d_hidden: Tensor | None = None
         self.d_weight: Tensor | None = None
         self.d_bias: Tensor | None = None
@@ -93,12 +95,23 @@ class Head:
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Allocate the gradients that are asked for."""
         wide = compute_dtype(self.weight.dtype)
+        if (hidden or weight) and self._rounds():
+            self.rounded = self.weight.new_empty(self.buffer.shape)
         if hidden:
             self.d_hidden = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
         if weight:
             self.d_weight = self.weight.new_empty(self.weight.shape, dtype=wide)
         if bias:
             self.d_bias = self.weight.new_zeros(len(self.weight), dtype=wide)
+
+    def _rounds(self) -> bool:
+        """Whether the gradients' GEMMs read dz in the 16 bits of their other operand: cuBLAS and Triton do, a CPU widens."""
+        on_device = self.hidden.device.type != "cpu" or self._counts_on_device
+        return on_device and self.weight.dtype.itemsize == 2 and self.buffer.dtype.itemsize > 2
+
+    @property
+    def _counts_on_device(self) -> bool:
+        return bool(self.options.compact_rows) and self.rows.products is not None
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, max(len(self.hidden), 1), self.size):
@@ -123,19 +136,22 @@ class Head:
         elif index is not None:
             logits = _to_front(logits, index)
         y, logp, entropy, lse, c, e = vectors
-        self.rows.backward(logits, y, (logp, entropy, lse), c, e, logits, self.options.logits)
+        dz = logits if self.rounded is None else self.rounded[: len(logits)]
+        out = dz if self.d_bias is None else logits  # the bias adds up what is not rounded
+        self.rows.backward(logits, y, (logp, entropy, lse), c, e, out, self.options.logits)
         if self.d_bias is not None:
-            self.d_bias += logits.sum(0, dtype=self.d_bias.dtype)
-        if self.rows.products is not None and self.options.compact_rows:
-            self._add_live(chosen, logits, self.rows.products, self.rows.products.find(c, e))
+            self.d_bias += out.sum(0, dtype=self.d_bias.dtype)
+        if out is not dz:
+            dz.copy_(out)
+        if self.rows.products is not None and self._counts_on_device:
+            self._add_live(chosen, dz, self.rows.products, self.rows.products.find(c, e))
         else:
-            self._add(where, logits)
+            self._add(where, dz)
 
     def _live_on_host(self, vectors: RowVectors) -> Tensor | None:
         """The rows with a gradient, where the host knows them without waiting. None: take all."""
         kept = [v for v in (vectors.grad_logp, vectors.grad_entropy) if v is not None]
-        on_device = self.options.compact_rows and self.rows.products is not None
-        if not kept or self.options.compact_rows is False or on_device or kept[0].device.type != "cpu":
+        if not kept or self.options.compact_rows is False or self._counts_on_device or kept[0].device.type != "cpu":
             return None
         live = torch.stack([v != 0 for v in kept]).any(0) & (vectors.targets != IGNORED)
         return None if live.all() else live.nonzero().squeeze(1)

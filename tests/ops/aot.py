@@ -118,6 +118,7 @@ def launch_everything() -> None:
     for kind in ("k1", "k2", "k3"):
         triton_ops.ppo_loss(**y, kl_coef=0.1, kl_estimator=kind, entropy_coef=0.01, normalizer=torch.tensor(9.0))
     triton_ops.ppo_loss(**y, kl_coef=0.1, entropy_coef=0.01, value_clip=None, normalizer=9.0)
+    triton_ops.ppo_loss(**y, kl_coef=0.1, entropy_coef=0.01, mask=y["weights"] < 1.0)
 
 
 def _nvidia(kernel: CompiledKernel, name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
+from tppo_kernels import head
 from tppo_kernels.testing import assert_close, poisoned, poisoned_memory, random_head
 
 LIVE = [
@@ -142,6 +143,29 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # a CPU counts on the host
         hidden = x[0].requires_grad_()
         with NothingReachesTheHost():
             tk.linear_token_loss(hidden, x[1], x[3], masked_loss, (mask,), **options)
+
+    @pytest.mark.parametrize("units", [3, 4])
+    def test_wide_gradients_are_rounded_once_by_their_own_kernel(units, backend, monkeypatch):
+        """Both GEMMs read one 16-bit tensor; a bias, which needs the wide one, changes no bit of theirs."""
+        x, mask = inputs(19, 67, 21, torch.bfloat16), torch.arange(19) % 3 > 0
+        seen, add, found = [], head.Head._add_live, []
+
+        def spy(self, chosen, dz, *rest):
+            seen.append(dz)
+            add(self, chosen, dz, *rest)
+
+        monkeypatch.setattr(head.Head, "_add_live", spy)
+        for bias in (None, x[2].clone().requires_grad_()):
+            leaves = [t.clone().requires_grad_() for t in x[:2]]
+            options = {"chunk_size": 8, "compact_rows": True, "logits_dtype": torch.float32, "backend": backend}
+            options |= {"bias": x[2] if bias is None else bias}
+            if units == 3:
+                loss, _ = tk.linear_token_loss(*leaves, x[3], masked_loss, (mask,), **options)
+            else:
+                loss = masked_loss(*tk.linear_logprobs(*leaves, x[3], **options), mask)[0]
+            found.append(torch.autograd.grad(loss, leaves))
+        assert {dz.dtype for dz in seen} == {torch.bfloat16}
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
     @pytest.mark.parametrize("rows", [1, 15, 16, 17, 300])
     def test_finding_live_rows(rows):

@@ -56,12 +56,6 @@ def row_forward(
     CAPPED: tl.constexpr, FLIPPED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    y = tl.load(target_ptr + row).to(tl.int64)
-    if y == IGNORED:
-        tl.store(logp_ptr + row, 0.0)
-        tl.store(entropy_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
-        return
     x_ptr += row.to(tl.int64) * row_stride  # A * V passes 2^31
     BLOCK: tl.constexpr = LANES * EACH
     columns = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
@@ -83,9 +77,12 @@ def row_forward(
     total = tl.sum(s * scale, 0)
     weighted = tl.sum((w + s * tl.maximum(moved, -1e30)) * scale, 0)
     log_total = tl.log2(total)
+    y = tl.load(target_ptr + row).to(tl.int64)
+    counts = y != IGNORED  # returning at once for such a row costs a softcapped kernel a fourth more registers
     xy = tl.load(x_ptr + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(tl.float32)
-    tl.store(logp_ptr + row, (outer * (_bounded(xy, inner, CAPPED, FLIPPED) - top) - log_total) * LN2)
-    tl.store(entropy_ptr + row, (log_total - weighted / total) * LN2)
+    logp = (outer * (_bounded(xy, inner, CAPPED, FLIPPED) - top) - log_total) * LN2
+    tl.store(logp_ptr + row, tl.where(counts, logp, 0.0))
+    tl.store(entropy_ptr + row, tl.where(counts, (log_total - weighted / total) * LN2, 0.0))
     tl.store(lse_ptr + row, (outer * top + log_total) * LN2)
 
 
