@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -14,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
 
-from tppo_fast import checkpoint, seeding, trainer
+from tppo_fast import checkpoint, trainer
 from tppo_fast import config as settings
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import EngineError, TrainingDiverged, UserError
@@ -123,33 +121,6 @@ def test_same_seed_same_run(tiny_model: Path, whole_run: Path, tmp_path: Path) -
     assert trajectory(tmp_path / "other") != trajectory(whole_run)
 
 
-def test_the_callers_generators_and_threads_stay_as_they_were(tiny_model: Path, tmp_path: Path) -> None:
-    def drawn() -> tuple[float, ...]:
-        return random.random(), float(np.random.rand()), torch.rand(()).item(), torch.get_num_threads()
-
-    before, given = seeding.global_state(), config(tiny_model, tmp_path / "r", threads=2, train__steps=1)
-    expected = drawn()
-    seeding.set_global_state(before)
-    trainer.train(given)
-    assert drawn() == expected
-    with pytest.raises(UserError, match="holds a run already"):
-        trainer.train(given)
-
-
-@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-def test_what_torch_is_set_to_outside_does_not_matter(
-    tiny_model: Path, whole_run: Path, tmp_path: Path, without: Any
-) -> None:
-    torch.set_default_dtype(torch.float64)
-    try:
-        with without():
-            trainer.train(config(tiny_model, tmp_path / "r"))
-        assert torch.get_default_dtype() == torch.float64
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert trajectory(tmp_path / "r") == trajectory(whole_run)
-
-
 def test_sharing_prompts_changes_only_rounding(tiny_model: Path, whole_run: Path, tmp_path: Path) -> None:
     trainer.train(config(tiny_model, tmp_path / "r", model__share_prompts=False))
     for row, shared in zip(trajectory(tmp_path / "r")[:1], trajectory(whole_run), strict=False):
@@ -167,36 +138,6 @@ def test_learns_what_it_is_paid_for(tiny_model: Path, tmp_path: Path) -> None:
     paid = [row["rollout/reward_mean"] for row in read_metrics(tmp_path / "r") if row["step"] > 0]
     assert sum(paid[:2]) / 2 < 0.65
     assert sum(paid[-2:]) / 2 > 0.9
-
-
-def test_a_callback_sees_every_step_and_may_end_the_run(tiny_model: Path, whole_run: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, float]] = []
-
-    def third(step: int, metrics: dict[str, float]) -> bool:
-        seen.append((step, metrics["ppo/kl"]))
-        return step == 3
-
-    given = config(tiny_model, tmp_path / "r", train__save_every=0)
-    result = trainer.train(given, on_step=third)
-    assert seen == [(row["step"], row["ppo/kl"]) for row in read_metrics(tmp_path / "r")[1:]]
-    assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path / "r")] == [3]
-    assert result.policy.is_dir()
-    assert "eval/relevance" in result.evaluation
-    trainer.train(given, resume=True)
-    assert trajectory(tmp_path / "r") == trajectory(whole_run)
-
-
-def random_reward(rollouts: Sequence[Rollout]) -> list[float]:
-    return [random.random() for _ in rollouts]
-
-
-def test_held_out_responses_are_rewarded_where_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
-    for held_out in (False, True):
-        reward = {"source": "test_trainer:random_reward", "held_out": held_out}
-        trainer.train(config(tiny_model, tmp_path / str(held_out), train__steps=2, train__eval_every=1, reward=reward))
-        rows = read_metrics(tmp_path / str(held_out))
-        assert ["eval/reward_mean" in row for row in rows] == [held_out] * 3
-    assert trajectory(tmp_path / "True") == trajectory(tmp_path / "False")
 
 
 def start(path: Path, *arguments: str) -> subprocess.Popen[str]:
