@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from . import reference
+from . import checks, reference
 
 NAMESPACE = (__package__ or "tppo_kernels").replace(".", "_").replace("-", "_")
 PPO_METRICS = (
@@ -284,7 +284,7 @@ def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         value_coef: float = 0.5, value_clip: float | None = 0.2, mask: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        reference.check_ppo(
+        checks.check_ppo(
             dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip,
             normalizer,
         )  # fmt: skip
@@ -295,7 +295,7 @@ def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         )  # fmt: skip
         _refuse_gradients(inputs)
         dtype = compute_dtype(logp.dtype)
-        divisor = reference.count_of(logp, mask) if normalizer is None else normalizer
+        divisor = checks.count_of(logp, mask) if normalizer is None else normalizer
         if torch.compiler.is_compiling() and not isinstance(divisor, Tensor):  # a number would be a graph of its own
             divisor = logp.new_full((), divisor, dtype=dtype)
         tensor, count = (divisor.to(logp.device, dtype), 1.0) if isinstance(divisor, Tensor) else (None, float(divisor))

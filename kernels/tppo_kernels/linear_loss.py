@@ -25,9 +25,10 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from .checks import TokenLoss, call_loss, count_of, rows_at
 from .custom_ops import Rows, compute_dtype, define, refuse_second_derivative
 from .head import Head, HeadOptions, RowVectors
-from .reference import IGNORED, TokenLoss, call_loss, count_of, rows_at
+from .reference import IGNORED
 
 
 def linear_logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import custom_ops, reference
+from . import checks, custom_ops
 from .custom_ops import LogitOptions, PpoInputs, PpoOptions, PpoResults, Rows
 from .linear_loss import linear_logprobs_op, linear_token_loss_op
 
@@ -134,7 +134,7 @@ def _gae(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, lams: Tensor | None, bootstrap: Tensor | None,
     mask: Tensor | None, gamma: float, lam: float, advantages: Tensor, returns: Tensor, stats: Tensor,
 ) -> None:  # fmt: skip
-    reference.check_segments(cu_seqlens, len(rewards))
+    checks.check_segments(cu_seqlens, len(rewards))
     cu_seqlens = cu_seqlens.long()
     lams = rewards.new_full((len(cu_seqlens) - 1,), lam) if lams is None else lams
     dtype, threads = DTYPES[rewards.dtype], torch.get_num_threads()

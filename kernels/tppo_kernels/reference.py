@@ -6,18 +6,18 @@ inputs are; fp16 and bf16 inputs are upcast once they are read. Every faster bac
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .checks import TokenLoss, call_loss, check_ppo, check_segments, count_of, rows_at
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-TokenLoss = Callable[..., "tuple[Tensor, dict[str, Any]] | Tensor"]
 IGNORED = -100
 """A target without a token, as in torch's losses: its row's results and gradient are 0."""
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -140,35 +140,6 @@ def linear_logprobs(
     return torch.cat(logps), torch.cat(entropies)
 
 
-class _Thread(threading.local):
-    in_token_loss = False
-    """Whether a ``loss_fn`` of ``linear_token_loss`` is running, whose vectors are a chunk of the actions."""
-
-
-_thread = _Thread()
-
-
-def rows_at(rows: Sequence[Tensor | None], chosen: slice) -> list[Tensor | None]:
-    return [None if row is None else row[chosen] for row in rows]
-
-
-def call_loss(loss_fn: TokenLoss, *columns: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, detached metrics) of a chunk's logp, entropy and rows.
-
-    Raises:
-        ValueError: the loss is not a scalar.
-    """
-    before, _thread.in_token_loss = _thread.in_token_loss, True
-    try:
-        out = loss_fn(*columns)
-    finally:
-        _thread.in_token_loss = before
-    loss, metrics = (out, dict[str, Any]()) if isinstance(out, torch.Tensor) else out
-    if loss.dim() != 0:
-        raise ValueError(f"loss_fn returned a loss of shape {tuple(loss.shape)}: return the sum over its rows")
-    return loss, {name: torch.as_tensor(value, device=loss.device).detach() for name, value in metrics.items()}
-
-
 def linear_token_loss(
     hidden: Float[Tensor, "A D"],
     weight: Float[Tensor, "V D"],
@@ -211,12 +182,6 @@ def linear_token_loss(
         loss = loss + part
         stats = {name: stats.get(name, 0) + value for name, value in metrics.items()}
     return loss / (count_of(targets, targets != IGNORED) if normalizer is None else normalizer), stats
-
-
-def check_segments(cu_seqlens: Tensor, actions: int) -> None:
-    """Raises ValueError unless ``cu_seqlens`` rises from 0 to the number of actions. Waits for its device."""
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != actions or (cu_seqlens.long().diff() < 0).any():
-        raise ValueError(f"cu_seqlens {cu_seqlens.tolist()[:8]}: must rise from 0 to the {actions} actions")
 
 
 @torch.no_grad()
@@ -311,41 +276,6 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: KLEstimator) -> Tensor:
     if kind == "k3":
         return torch.expm1(-d) + d
     raise ValueError(f"kl estimator {kind!r}: choose k1, k2 or k3")
-
-
-def count_of(x: Tensor, mask: Tensor | None) -> int | Tensor:
-    """How many entries are not masked, at least 1."""
-    return max(x.shape[0], 1) if mask is None else mask.sum().clamp_min(1)
-
-
-def check_ppo(
-    dual_clip: float | None,
-    ref_logp: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy: Tensor | None,
-    entropy_coef: float,
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    value_clip: float | None,
-    normalizer: float | Tensor | None,
-) -> None:
-    """Raises ValueError for options of ``ppo_loss`` that do not go together."""
-    if normalizer is None and _thread.in_token_loss:
-        raise ValueError(
-            "ppo_loss would divide by the rows of one chunk: pass normalizer=1.0 inside linear_token_loss, which divides"
-        )
-    if dual_clip is not None and dual_clip <= 1.0:
-        raise ValueError(f"dual_clip {dual_clip}: must be above 1 (or None)")
-    if kl_estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"kl estimator {kl_estimator!r}: choose k1, k2 or k3")
-    if kl_coef and ref_logp is None:
-        raise ValueError(f"kl_coef {kl_coef} needs ref_logp")
-    if entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef {entropy_coef} needs entropy")
-    if values is not None and (returns is None or (value_clip is not None and old_values is None)):
-        raise ValueError("the value loss needs returns, and old_values unless value_clip is None")
 
 
 def ppo_loss(
