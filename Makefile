@@ -70,7 +70,7 @@ $(VENV)/.vllm: $(VENV)/.test
 
 vllm: $(VENV)/.vllm ## add vLLM's CPU build, for rollout.engine = "vllm" and its tests
 
-train: $(VENV)/.run native ## set up and run the demo: SFT, TPPO and sentence-level PPO on generated sessions
+train: $(VENV)/.run native ## set up and run the demo: SFT, TPPO and last-token PPO on generated sessions
 	$(BIN)/tppo-fast demo
 
 smollm2: $(VENV)/.test ## write the real pretrained test model to .cache/smollm2

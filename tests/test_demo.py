@@ -27,18 +27,18 @@ def test_leaves_report_curves_and_policies(options: demo.DemoSettings) -> None:
     for curve in ("reward", "relevance", "kl", "length"):
         assert (options.run_dir / f"report-{curve}.png").stat().st_size > 1000
     assert page.count("Rewards of the tokens of") >= 3
-    for method in ("tppo", "sentence-ppo"):
+    for method in ("tppo", "last-token-ppo"):
         AutoModelForCausalLM.from_pretrained(options.run_dir / method / "policy")
 
 
 def test_again_takes_what_is_there(options: demo.DemoSettings, capsys: pytest.CaptureFixture[str]) -> None:
     before = {p: p.stat().st_mtime_ns for p in options.run_dir.rglob("model.safetensors")}
     table = demo.run_demo(options)
-    assert list(table)[-3:] == ["start", "TPPO", "sentence PPO"]
+    assert list(table)[-3:] == ["start", "TPPO", "last-token PPO"]
     assert table["exact Bayes, whole history"]["relevance"].mean > 0.8
     assert table["copy the last query"]["relevance"].mean == 0.0
     assert {p: p.stat().st_mtime_ns for p in options.run_dir.rglob("model.safetensors")} == before
-    assert "sentence PPO" in capsys.readouterr().out
+    assert "last-token PPO" in capsys.readouterr().out
 
 
 def test_two_demos_do_not_mix(options: demo.DemoSettings, tiny_model: Path) -> None:

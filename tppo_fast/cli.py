@@ -93,13 +93,13 @@ def _configured(kind: type[_WithSettings]) -> Callable[[Callable[..., None]], cl
 
 @_configured(_WithSFTSettings)
 def sft(config: str, overrides: tuple[str, ...], resume: bool) -> None:
-    """Supervise a policy on sessions (history -> next queries) as CONFIG (a TOML file) says."""
+    """Fine-tune a policy on sessions (history -> next queries; SFT) as CONFIG (a TOML file) says."""
     loaded = load_section(config, list(overrides), SFTConfig)
     quiet_libraries()
     from tppo_fast.sft import sft as run
 
     result = run(loaded, resume=resume)
-    click.echo(f"supervised policy: {result.policy} (step {result.step})\nmetrics: {result.run_dir / 'metrics.jsonl'}")
+    click.echo(f"SFT policy: {result.policy} (step {result.step})\nmetrics: {result.run_dir / 'metrics.jsonl'}")
     click.echo(
         f"held-out perplexity: {result.evaluation['eval/perplexity']:.3f} "
         f"({result.evaluation['eval/loss']:.3f} nats per token), relevance: {result.evaluation['eval/relevance']:.3f}"
@@ -214,9 +214,7 @@ def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **
 @click.option("--data", default="synthetic", show_default=True, help="Sessions: a .jsonl or .parquet file.")
 @click.option("--sessions", type=click.IntRange(20), default=None, help="How many sessions to generate. [8000]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option(
-    "--sft-steps", type=click.IntRange(0), default=None, help="Supervised steps before PPO. [700; --model: 40]"
-)
+@click.option("--sft-steps", type=click.IntRange(0), default=None, help="SFT steps before PPO. [700; --model: 40]")
 @click.option("--steps", type=click.IntRange(1), default=None, help="PPO steps of each method. [60; --model: 10]")
 @click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=None, help="PPO learning rate. [1e-3; --model: 1e-5]"
@@ -224,7 +222,7 @@ def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **
 @click.option("--rollout", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="Who samples.")
 @click.option("--fresh", is_flag=True, help="Remove an earlier demo in run-dir and start again.")
 def demo(**options: Any) -> None:
-    """Supervise a small model on search sessions, then train it by TPPO and by sentence-level PPO, and compare."""
+    """Fine-tune a small model on search sessions (SFT), train it with TPPO and with PPO on the last token, and compare."""
     refuse_endless(options)
     quiet_libraries()
     from tppo_fast.demo import DemoSettings, run_demo

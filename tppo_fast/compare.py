@@ -1,4 +1,4 @@
-"""``tppo-fast compare``: one supervised start, every method with every seed, then the table, the curves and what they say."""
+"""``tppo-fast compare``: every method with every seed from one SFT checkpoint, then the table, the curves and a verdict."""
 
 from __future__ import annotations
 

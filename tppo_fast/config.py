@@ -50,7 +50,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     checkpoint_every: Count = 1
-    """With ``gradient_checkpointing``, which layers: the first and every so-manieth after it; 1 is all of them."""
+    """With ``gradient_checkpointing``, recompute every so many layers, starting with the first; 1 is all of them."""
     checkpoint_offload: bool = False
     """With ``gradient_checkpointing``, what is kept for recomputing (a hidden state per layer and token) waits in pinned main
     memory. GPU only; the copies take time."""
@@ -218,7 +218,8 @@ class PPOConfig(Section):
     whiten_advantages: bool = True
     """Zero mean and unit variance over the step's actions."""
     old_logprobs: Literal["recompute", "engine"] = "recompute"
-    """The ratio's denominator: recomputed by the trainer, or as reported by the rollout engine; ``parity`` says when which."""
+    """The ratio's denominator: recomputed by the trainer, or as reported by the rollout engine. ``tppo_fast.parity`` says which
+    to use when."""
 
     importance_cap: Positive = 2.0
     """With ``rollout.staleness = 1`` and recomputed old log-probs, each token's policy loss is weighted by

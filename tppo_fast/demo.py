@@ -1,6 +1,6 @@
-"""The whole method in minutes on any machine: supervise a small model, then TPPO and sentence-level PPO from the same start.
+"""The whole method in minutes on any machine: SFT of a small model, then TPPO and last-token PPO from the same start.
 
-Both runs share model, data, seeds, sampling, token labels and optimizer. Sentence-level PPO gets the same token rewards summed
+Both runs share model, data, seeds, sampling, token labels and optimizer. Last-token PPO gets the same token rewards summed
 onto the last token, undiscounted: what differs is credit assignment (``METHODS``).
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "TPPO": {"reward": {"placement": "token"}, "ppo": {"gamma": 0.7}},
-    "sentence PPO": {"reward": {"placement": "last"}, "ppo": {"gamma": 1.0}},
+    "last-token PPO": {"reward": {"placement": "last"}, "ppo": {"gamma": 1.0}},
 }
 """Method -> its own settings. A reward on every token allows a discount, which cuts the variance of later tokens; a single
 reward on the last token would only be shrunk by it."""
@@ -97,7 +97,7 @@ class DemoSettings:
     seed: int = 0
     """Decides data, initialisation and sampling."""
     sft_steps: int | None = None
-    """Supervised steps before PPO, 0 takes the model as it is; None: 700 for the small model, 40 for your own."""
+    """SFT steps before PPO, 0 takes the model as it is; None: 700 for the small model, 40 for your own."""
     steps: int | None = None
     """PPO steps of each method; None: 60 for the small model, 10 for your own."""
     lr: float | None = None
@@ -139,7 +139,7 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, Estimate]]:
     table = {name: evaluate.summarise(s, users, seed=options.seed) for name, s in scores.items()}
     verdicts = [
         _verdict(scores, users, a, b)
-        for a, b in (("TPPO", "start"), ("sentence PPO", "start"), ("TPPO", "sentence PPO"))
+        for a, b in (("TPPO", "start"), ("last-token PPO", "start"), ("TPPO", "last-token PPO"))
     ]
     verdicts.append("Intervals cover other users, not other seeds: this is one training run of each method.")
     _print_table(table, verdicts)
@@ -348,7 +348,7 @@ def _write_report(
     report.write_report(
         path,
         report.Report(
-            title="TPPO against sentence-level PPO on the same signal",
+            title="TPPO against PPO on the same rewards, summed onto the last token",
             verdict=" ".join(verdicts),
             command=f"tppo-fast demo{flags}",
             settings=configs["TPPO"].model_dump(mode="json"),

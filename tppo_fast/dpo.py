@@ -57,7 +57,7 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> finetune.FinetuneResult:
     The reference is the starting policy: a frozen copy, or with ``model.lora_rank`` the same weights without adapters.
 
     Args:
-        config: every setting; ``model.path`` should be a supervised policy.
+        config: every setting; ``model.path`` should be an SFT policy.
         resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
 
     Raises:

@@ -84,7 +84,7 @@ def read_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implement
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)  # the ratio needs log-probabilities that do not depend on a coin
+            setattr(config, name, 0.0)  # the ratio needs deterministic log-probabilities
     lm = complete(
         AutoModelForCausalLM.from_pretrained(
             path,

@@ -41,7 +41,7 @@ def inject(lm: Any, config: ModelConfig) -> None:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         target_modules=targets,
-        lora_dropout=0.0,  # the ratio needs log-probabilities that do not depend on a coin
+        lora_dropout=0.0,  # the ratio needs deterministic log-probabilities
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in lm.modules()),
     )
     lm.requires_grad_(False)

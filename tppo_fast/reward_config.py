@@ -21,10 +21,9 @@ class RewardConfig(Section):
     red_share: Unit = 1.0
     """With "red": this share is spread over the tokens, the rest stands on the last one."""
     reject_copies: bool = False
-    """Words of a query that repeats the history, or an earlier query of its response, are irrelevant, whatever the source says (a
-    reward model has learned that of copies it was shown, and a policy finds others), and the token that ends such a query costs
-    what a relevant token pays more than an irrelevant one: to end it there was the mistake. A judgement of the whole response is
-    irrelevant where most of it are copies. Not for sources of numbers."""
+    """Treat the words of a query that repeats the history, or an earlier query of the response, as irrelevant, whatever the
+    source says, and charge the token that ends such a query the difference between a relevant and an irrelevant token. A
+    judgement of the whole response is irrelevant where most of it are copies. Labels and class probabilities only."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the reward model scores; auto is the trainer's device."""
     batch_tokens: Annotated[int, Field(ge=16)] = 16384

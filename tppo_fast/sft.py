@@ -24,7 +24,7 @@ Example = tuple[Prompt, Sequence[int]]
 
 
 def sft(config: SFTConfig, *, resume: bool = False) -> finetune.FinetuneResult:
-    """Supervise a policy on sessions and leave it, its metrics and its checkpoints in ``config.run_dir``.
+    """Fine-tune a policy on sessions and leave it, its metrics and its checkpoints in ``config.run_dir``.
 
     Full fine-tuning, or adapters with ``model.lora_rank``; what is left in ``policy`` has them merged. Every evaluation
     measures the held-out true responses (loss, perplexity) and one sampled response to each session (relevance, ...).
