@@ -58,7 +58,7 @@ class Experiment(Section):
     base: dict[str, Any] = Field(default={})
     """Settings that all methods share: sections data, rollout, reward, ppo, dpo, train, model, as in their own TOML files."""
     start: dict[str, Any] = Field(default={})
-    """Of the SFT checkpoint that all methods start from (sft and train sections). Without ``model.path`` a small model is made."""
+    """Of the SFT checkpoint that all methods start from (sft and train sections). Without ``model.path`` a small one is made."""
     methods: Annotated[tuple[Method, ...], Field(min_length=1)]
     """The methods."""
 
