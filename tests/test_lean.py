@@ -29,8 +29,10 @@ HOST = {
     "ppo.py:_minibatches",
     "ppo.py:_accumulate_gradient",
     "reference.py:gae",
+    "checks.py:check_segments",
 }
-"""Where the host plans, on tensors that never leave it; and the plain GAE, a loop over sequences, which no GPU runs."""
+"""Where the host plans, on tensors that never leave it; and the plain GAE, a loop over sequences, and the check of its sequences,
+which no GPU runs."""
 FETCHES = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
 WAITS = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2", "bincount",
