@@ -164,23 +164,15 @@ def test_sigterm_saves_and_exits_130(tiny_model: Path, supervised: Path, tmp_pat
     assert learned(run_dir) == learned(supervised)
 
 
+@pytest.mark.parametrize(("where", "loss", "step"), [("gradient", "fit/loss", 1), ("evaluate", "eval/loss", 0)])
 def test_divergence_is_said_and_leaves_no_policy(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, loss: str, step: int
 ) -> None:
-    monkeypatch.setattr(sft.Supervision, "gradient", lambda *_: {"fit/loss": math.nan})
-    with pytest.raises(TrainingDiverged, match=r"step 1.*sft\.lr"):
+    monkeypatch.setattr(sft.Supervision, where, lambda *_: {loss: math.nan})
+    with pytest.raises(TrainingDiverged, match=rf"step {step}.*sft\.lr"):
         sft.sft(build_section(values(tiny_model, tmp_path / "r", "sft"), SFTConfig))
     assert not (tmp_path / "r" / "policy").exists()
-    assert (tmp_path / "r" / "diverged_step_000001.json").exists()
-
-
-def test_a_held_out_loss_that_is_not_finite_is_divergence(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sft.Supervision, "evaluate", lambda *_: {"eval/loss": math.nan})
-    with pytest.raises(TrainingDiverged, match=r"step 0.*sft\.lr"):
-        sft.sft(build_section(values(tiny_model, tmp_path / "r", "sft"), SFTConfig))
-    assert (tmp_path / "r" / "diverged_step_000000.json").exists()
+    assert (tmp_path / "r" / f"diverged_step_{step:06d}.json").exists()
 
 
 @pytest.mark.parametrize(
