@@ -237,6 +237,13 @@ def test_a_run_on_its_rewards(reward_models: dict[str, Path], tiny_model: Path, 
 # ---------------------------------------------------------------- related work, each against its formula
 
 
+def test_rto() -> None:
+    dpo, ref, pi = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -0.5, -0.5]), torch.tensor([-1.0, -0.7, -0.6])
+    found = related.rto(dpo, ref, pi, 0.3)
+    by_hand = [0.05 * 0.5 - 0.01 * 0.5, -0.05 - 0.01 * -0.2, 0.0 - 0.01 * -0.1 + 0.3]  # the second is clipped
+    assert found.tolist() == pytest.approx(by_hand, abs=1e-7)
+
+
 def test_red_telescopes_to_the_sentence_score() -> None:
     scores = torch.tensor([0.2, 0.5, 0.4])
     assert related.red(scores).tolist() == pytest.approx([0.2, 0.3, -0.1])
@@ -248,3 +255,9 @@ def test_red_telescopes_to_the_sentence_score() -> None:
 def test_tlcr_is_in_minus_one_to_one_and_spares_separators() -> None:
     assert related.tlcr(P).tolist() == pytest.approx([2 * 0.7 / 0.9 - 1, 0.0, -0.5, 0.0])
     assert related.tlcr(torch.eye(3)).tolist() == [0.0, -1.0, 1.0]
+
+
+def test_abc_redistributes_by_attention() -> None:
+    found = related.abc(torch.tensor([1.0, 3.0]), 2.0, share=0.5)
+    assert found.tolist() == pytest.approx([0.25, 0.75 + 1.0])
+    assert float(related.abc(torch.rand(7) + 0.1, -1.5, share=0.7).sum()) == pytest.approx(-1.5, abs=1e-6)
