@@ -22,12 +22,11 @@ if INTERPRETED:
     interpreter_patch.patch()
     np.seterr(all="ignore")  # exp2 of a padded column may overflow: it is never stored
     from tppo_kernels.triton_ops.common import BLOCKS
-    from tppo_kernels.triton_ops.gae import CARRIED
     from tppo_kernels.triton_ops.live_rows import TILES, Tiles
 
     # The interpreter scans one entry at a time. Chains of tiles are short, and small shapes have several.
     BLOCKS.update(gae=(32, 4), live_rows=(16, 4))
-    CARRIED.update(tiles=4)
+    importlib.import_module("tppo_kernels.triton_ops.gae").CARRIED_TILES = 4
     TILES.update(dict.fromkeys(TILES, Tiles(32, 64, 64, 4, 2)))
 settings.register_profile("ops", deadline=None, derandomize=True, max_examples=6 if INTERPRETED else 100)
 settings.load_profile("ops")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 import tppo_kernels as tk
+from head_support import inputs, run_loss, token_loss, wide
 from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from tppo_kernels import head
-from tppo_kernels.testing import assert_close, poisoned, poisoned_memory, random_head, random_ppo
+from tppo_kernels.testing import assert_close, poisoned, poisoned_memory
 
 OPTIONS = [
     pytest.param({}, id="plain"),
@@ -24,38 +22,6 @@ SIZES = [
     pytest.param(21, 8, id="odd-last-chunk"),
     pytest.param(24, 64, id="one-chunk"),
 ]
-
-
-def token_loss(logp, entropy, old_logp, advantages, values, returns):
-    """A PPO loss of every kind of term, with the reference's formula on both sides."""
-    return tk.ppo_loss(
-        logp, old_logp, advantages, entropy=entropy, entropy_coef=0.05, values=values, returns=returns, value_clip=None,
-        normalizer=1.0, backend="reference",
-    )  # fmt: skip
-
-
-def inputs(actions, dtype, vocab=130, hidden_size=6):
-    hidden, weight, targets = random_head(actions, hidden_size, vocab, dtype)
-    x = random_ppo(actions, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    bias = torch.linspace(-1, 1, vocab).to(dtype)
-    return {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets, "old": x["logp"] - 3.0,
-            "advantages": x["advantages"], "values": x["values"], "returns": x["returns"]}  # fmt: skip
-
-
-def run_loss(
-    x, backend, *, learned=("hidden", "weight", "bias", "values"), upstream=2.0, loss_fn=token_loss, **options
-):
-    x = {k: t.detach().requires_grad_(k in learned) for k, t in x.items()}
-    rows = (x["old"], x["advantages"], x["values"], x["returns"])
-    loss, stats = tk.linear_token_loss(
-        x["hidden"], x["weight"], x["targets"], loss_fn, rows, bias=x["bias"], backend=backend, **options
-    )
-    grads = torch.autograd.grad(loss, [x[k] for k in learned], torch.tensor(upstream, dtype=loss.dtype))
-    return [loss, *(stats[k] for k in sorted(stats)), *grads]
-
-
-def wide(x):
-    return {k: t.double() if t.is_floating_point() else t for k, t in x.items()}
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -338,39 +304,6 @@ def test_autocast_changes_nothing(backend):
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-def test_loss_that_is_no_sum_is_named(backend):
-    x = inputs(5, torch.float32)
-    with pytest.raises(ValueError, match=r"loss of shape \(5,\): return the sum"):
-        tk.linear_token_loss(x["hidden"], x["weight"], x["targets"], lambda logp, _: (logp, {}), backend=backend)
-    with pytest.raises(ValueError, match="chunk_size 0"):
-        tk.linear_logprobs(x["hidden"], x["weight"], x["targets"], chunk_size=0, backend=backend)
-
-
-@pytest.mark.parametrize("compact", [None, True, False])
-def test_ignored_targets_are_as_in_cross_entropy(compact, backend, exact):
-    """Mean and gradients of torch's own loss; a chunk may be ignored as a whole."""
-    x = inputs(24, exact)
-    x["targets"][::3] = -100
-    x["targets"][8:16] = -100
-
-    def gradients(y, name):
-        leaves = [y[k].detach().requires_grad_() for k in ("hidden", "weight", "bias")]
-        if name == "torch":
-            logits = torch.nn.functional.linear(*leaves)
-            loss = torch.nn.functional.cross_entropy(logits, y["targets"])
-            return [loss, *torch.autograd.grad(loss, leaves)] * 2
-        options = {"bias": leaves[2], "chunk_size": 8, "compact_rows": compact, "backend": name}
-        three, _ = tk.linear_token_loss(*leaves[:2], y["targets"], lambda logp, _: -logp.sum(), **options)
-        four = -tk.linear_logprobs(*leaves[:2], y["targets"], **options)[0].sum() / (y["targets"] != -100).sum()
-        return [t for loss in (three, four) for t in (loss, *torch.autograd.grad(loss, leaves))]
-
-    truth = gradients(wide(x), "torch")
-    with poisoned_memory():
-        got = gradients(x, backend)
-    assert_close(got, gradients(x, "torch"), truth)
-    assert_close(gradients(x, "reference"), gradients(x, "torch"), truth)
-
-
 def test_a_bias_of_its_own_precision_keeps_it(backend):
     x = inputs(40, torch.bfloat16)
     bias = x["bias"].float().requires_grad_()
@@ -382,88 +315,6 @@ def test_a_bias_of_its_own_precision_keeps_it(backend):
     assert found[0].dtype == torch.float32
     assert not torch.equal(found[0], rounded)
     torch.testing.assert_close(*found, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("made", ["leaf", "node", "itself"])
-def test_a_loss_that_uses_another_learned_tensor_is_refused(made, backend):
-    """Its gradient would be dropped. In rows it gets one, and without gradients nobody misses it."""
-    x, beta = inputs(20, torch.float32), torch.tensor(0.3, requires_grad=True)
-    used = {"leaf": beta, "node": (2 * beta).exp(), "itself": beta}[made]
-    hidden = x["hidden"].requires_grad_()
-
-    def call(loss_fn, *rows):
-        return tk.linear_token_loss(hidden, x["weight"], x["targets"], loss_fn, rows, chunk_size=8, backend=backend)[0]
-
-    def captures(logp, _):
-        return used if made == "itself" else (used * logp).sum(), {}
-
-    with pytest.raises(ValueError, match=r"requires a gradient .* is not among its arguments"):
-        call(captures)
-    with torch.no_grad():
-        assert call(captures).isfinite()
-    call(lambda logp, _, b: ((b * logp).sum(), {}), used.expand(20)).backward()
-    assert beta.grad
-
-
-@pytest.mark.parametrize("how", ["fused", "compiled", "reference"])
-def test_a_loss_that_divides_by_a_chunks_rows_is_refused(how, backend):
-    x = inputs(20, torch.float32)
-
-    def step(hidden, **options):
-        def loss_fn(logp, _, old, advantages):
-            return tk.ppo_loss(logp, old, advantages, backend=backend, **options)
-
-        rows, name = (x["old"], x["advantages"]), "reference" if how == "reference" else backend
-        return tk.linear_token_loss(hidden, x["weight"], x["targets"], loss_fn, rows, chunk_size=8, backend=name)[0]
-
-    run = torch.compile(step, backend="aot_eager") if how == "compiled" else step
-    with pytest.raises(ValueError, match=r"pass normalizer=1.0 inside linear_token_loss"):
-        run(x["hidden"])
-    assert run(x["hidden"], normalizer=1.0).isfinite()
-    assert tk.ppo_loss(x["old"], x["old"], x["advantages"], backend=backend)[0].isfinite()  # outside there is a default
-
-
-def test_a_bare_loss_numbers_and_rows_of_none(backend):
-    x = inputs(20, torch.float32)
-
-    def call(loss_fn, *rows, name=backend):
-        return tk.linear_token_loss(x["hidden"], x["weight"], x["targets"], loss_fn, rows, chunk_size=8, backend=name)
-
-    for name in (backend, "reference"):
-        bare = call(lambda logp, _: logp.sum(), name=name)
-        full = call(lambda logp, _, none: (logp.sum(), {"rows": len(logp), "none": none is None}), None, name=name)
-        assert torch.equal(bare[0], full[0])
-        assert bare[1] == {}
-        assert full[1]["rows"] == 20
-        assert full[1]["none"]
-
-
-@pytest.mark.parametrize("how", ["meta", "fake", "symbolic", "real"])
-def test_shapes_alone_and_recorded_graphs(how, backend):
-    """Kernels beside torch's dispatcher see no values on meta and fake tensors, and leave nothing in a recorded graph."""
-    x = inputs(20, torch.float32)
-    names = ("hidden", "weight", "bias", "targets", "old", "advantages", "values", "returns")
-
-    def step(*tensors):
-        y = dict(zip(names, tensors, strict=True))
-        rows = [y[k] for k in ("old", "advantages", "values", "returns")]
-        leaf = y["hidden"].detach().requires_grad_()
-        loss, _ = tk.linear_token_loss(leaf, y["weight"], y["targets"], token_loss, rows, chunk_size=8, backend=named)
-        return loss, *torch.autograd.grad(loss, leaf)
-
-    named, given = backend, [x[k] for k in names]
-    if how == "meta":
-        named = None if importlib.util.find_spec("triton") else "reference"
-        results = step(*(t.to("meta") for t in given))
-    elif how == "fake":
-        with FakeTensorMode() as mode:
-            results = step(*(mode.from_tensor(t) for t in given))
-    else:
-        graph = make_fx(step, tracing_mode=how)(*given)
-        results = graph(*(t + 1 if t.is_floating_point() else t for t in given))
-        truth = step(*(t + 1 if t.is_floating_point() else t for t in given))
-        torch.testing.assert_close(results, truth)
-    assert [t.shape for t in results] == [(), (20, 6)]
 
 
 def test_one_chunk_of_logits_at_a_time(backend):
@@ -485,21 +336,6 @@ def test_one_chunk_of_logits_at_a_time(backend):
 def test_same_bits_every_time(backend):
     x = inputs(50, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(*(run_loss(x, backend, chunk_size=16) for _ in range(2)), strict=True))
-
-
-def test_compiled_with_the_loss_in_the_graph(backend):
-    x = inputs(20, torch.float32)
-
-    def step(hidden, weight):
-        rows = (x["old"], x["advantages"], x["values"], x["returns"])
-        return tk.linear_token_loss(hidden, weight, x["targets"], token_loss, rows, chunk_size=8, backend=backend)[0]
-
-    gradients = []
-    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = [x[k].clone().requires_grad_() for k in ("hidden", "weight")]
-        run(*leaves).backward()
-        gradients.append([leaf.grad for leaf in leaves])
-    torch.testing.assert_close(*gradients)
 
 
 def test_opcheck(backend):

@@ -18,7 +18,10 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(1800)  # a whole suite, several minutes where others are busy
 def test_interpreted():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    files = [str(HERE / f"test_{name}.py") for name in ("matrix", "any", "head", "live_rows", "arguments")]
+    files = [
+        str(HERE / f"test_{name}.py")
+        for name in ("matrix", "ppo_loss", "any", "head", "head_loss", "live_rows", "arguments")
+    ]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider", "--no-header"]
     run = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .common import BLOCKS, counter, is_last_program, on_device, require_fp32
 
-CARRIED = {"tiles": 128}
+CARRIED_TILES = 128
 """Tiles of a long sequence that are composed at once."""
 MERGED = tl.constexpr(1024)
 """Programs whose statistics are merged at once."""
@@ -285,7 +285,7 @@ def gae(
         gae_tiles[(tiles,)](*inputs, *sizes, totals, tiles, TILE=size, num_warps=warps)
         gae_apply[(tiles,)](
             *inputs, *sizes, totals, tiles, advantages, returns, partial, *wanted,
-            TILE=size, CARRY=CARRIED["tiles"], num_warps=warps,
+            TILE=size, CARRY=CARRIED_TILES, num_warps=warps,
         )  # fmt: skip
 
 
