@@ -125,7 +125,7 @@ gpu-check: ## on a GPU: gate, ops and one PPO step against peers (ONLY=ops or st
 
 # QuACK also needs nvidia-cutlass-dsl (over 90 MB) on the machine itself. OURS: what tppo_fast and TRL need beyond torch,
 # transformers, accelerate, pandas and pyarrow.
-OURS := pydantic pydantic-core annotated-types typing-inspection datasets dill multiprocess
+OURS := pydantic pydantic-core annotated-types typing-inspection datasets dill multiprocess torchao
 PEERS := liger-kernel==0.8.5 trl==1.12.0 verl==0.9.1 cut-cross-entropy==25.1.1 \
   quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2 torch-c-dlpack-ext==0.1.5 einops
 gpu-wheels: $(VENV)/.base ## pack the peers' wheels for an offline GPU machine (Python 3.12) into .whl

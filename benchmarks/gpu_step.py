@@ -1,15 +1,16 @@
 """One PPO step at Qwen3-1.7B's shape, random weights: tppo_fast, each of its levers off in turn, and TRL's trainer.
 
 Every row is a process of its own with fp32 master weights and bf16 arithmetic (TRL's reference is kept in bf16). Each trainer
-gets microbatches of 4 to 6 thousand tokens: TRL, and we where prompts are not shared, 8 responses, else 64; one row of ours
-takes all 128 at once. The rows' share of the ceiling is what the step needs (``tppo_fast.flops``: nothing recomputed, no
+gets microbatches of 4 to 6 thousand tokens: TRL, and we where prompts are not shared, 8 responses, else 64; rows of ours that
+say so take all 128 at once. One has twice the prompts, so that the optimizer's time is shared by twice the tokens: another
+step, in cases of its own. The rows' share of the ceiling is what the step needs (``tppo_fast.flops``: nothing recomputed, no
 padding, no logits of prompts, a prompt once where it is shared) over the time and the GEMM rate measured in the same run. MFU
 in the usual sense divides by the datasheet's rate instead, as the trainer's ``perf/update_mfu`` does: ``update, MFU``. Tokens per
 second count each prompt with each of its responses, for all alike. Memory is the allocator's whole peak, weights and optimizer
 included. TRL leaves gradient checkpointing off whatever its setting says, since its PPO has a training loop of its own.
 
-Our rows must agree with the first one to 5 %, which bf16 allows; TRL learns from what it samples itself, and its losses are
-held to ours in the step suite, in fp32.
+Our rows of the same step must agree with the first one to 5 %, which bf16 allows; TRL learns from what it samples itself, and
+its losses are held to ours in the step suite, in fp32.
 """
 
 from __future__ import annotations
@@ -39,17 +40,20 @@ QWEN3 = {
 TINY = QWEN3 | {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64, "vocab_size": 600}
 RECOMPUTED = {"model": {"shared_body": True, "gradient_checkpointing": True}}
 COMPILED = {"model": {"shared_body": True, "compile": True}}
+HALF = COMPILED | {"ppo": {"optimizer": "adamw8bit", "weights": "bfloat16"}}
 OWN_COMPILED = {"model": {"shared_body": False, "compile": True, "gradient_checkpointing": True}}
 SDPA = {"model": {"shared_body": True, "attention": "sdpa"}}
 NEEDED = {"TRL PPO": 130.0, "compile": 110.0}
 """Seconds that a row takes, by its name or for compiling; one that has fewer left does not start. 75 where nothing is said."""
 LIKE: dict[str, Any] = {"like": "tppo_fast: shared body", "metrics": ("value_loss", "entropy")}
 LEAN = Row(provider="tppo_fast: shared body", changes={"settings": SHARED, "microbatch": 64})
-OTHERS = (  # the even ones and the odd ones are the two parts: TRL's has the rows that its memory is compared with
+LARGER = Row(provider="tppo_fast: compiled, one microbatch", changes={"settings": COMPILED, "microbatch": 256})
+"""The row with twice the prompts."""
+OTHERS = (  # in two parts, by turns: TRL's has the rows that its memory is compared with
     Row(provider="tppo_fast: compiled, one microbatch", changes={"settings": COMPILED, "microbatch": 128}, **LIKE),
-    Row(provider="tppo_fast: compiled", changes={"settings": COMPILED, "microbatch": 64}, **LIKE),
+    LARGER,
     replace(TRL, changes={"microbatch": 8}),
-    Row(provider="tppo_fast: activations recomputed", changes={"settings": RECOMPUTED, "microbatch": 64}, **LIKE),
+    Row(provider="tppo_fast: prompts not shared", changes={"settings": UNSHARED_PROMPTS, "microbatch": 8}, **LIKE),
     Row(provider="tppo_fast: own critic", changes={"settings": OWN, "microbatch": 64}, first=True, **LIKE),
     Row(
         provider="tppo_fast: all levers off", changes={"settings": ALL_OFF, "microbatch": 8, "row_local": False},
@@ -59,8 +63,13 @@ OTHERS = (  # the even ones and the odd ones are the two parts: TRL's has the ro
         provider="tppo_fast: own critic, compiled, activations recomputed",
         changes={"settings": OWN_COMPILED, "microbatch": 64}, first=True, **LIKE,
     ),
-    Row(provider="tppo_fast: prompts not shared", changes={"settings": UNSHARED_PROMPTS, "microbatch": 8}, **LIKE),
+    Row(
+        provider="tppo_fast: compiled, one microbatch, 8-bit optimizer, bf16 weights",
+        changes={"settings": HALF, "microbatch": 128}, **LIKE,
+    ),
     Row(provider="tppo_fast: attention by SDPA", changes={"settings": SDPA, "microbatch": 64}, **LIKE),
+    Row(provider="tppo_fast: activations recomputed", changes={"settings": RECOMPUTED, "microbatch": 64}, **LIKE),
+    Row(provider="tppo_fast: compiled", changes={"settings": COMPILED, "microbatch": 64}, **LIKE),
     Row(provider="tppo_fast: head at 4 GEMMs", changes={"settings": SHARED, "microbatch": 64, "row_local": False}, **LIKE),
 )  # fmt: skip
 
@@ -96,22 +105,26 @@ def run(
         gc.collect()
         torch.cuda.empty_cache()
     options = Options(scratch=folder, quick=dry, threads=1 if dry else 8)
-    tensors, answers, found = inputs(work, 0, responses=True), {}, []
+    larger = replace(work, name=f"{work.name}, twice the prompts", prompts=2 * work.prompts)
+    answers, found = {}, []
     for row in rows_of(part, parts, dry=dry):
+        step = larger if row is LARGER else work
         if time.monotonic() + (0.0 if dry else _seconds_needed(row)) > deadline:
-            found += _results(row, work, {"problem": LEFT_OUT}, gemm)
+            found += _results(row, step, {"problem": LEFT_OUT}, gemm)
             print(f"{row.provider}: {LEFT_OUT}", flush=True)
             keep(found)
             continue
-        request = work.request(options.threads, bfloat16=not dry, **row.changes)
-        answer = answers[row.provider] = answer_of(
-            row, request, tensors, options, extra_path=extra_path, timeout=deadline - time.monotonic()
+        request, tensors = (
+            step.request(options.threads, bfloat16=not dry, **row.changes),
+            inputs(step, 0, responses=True),
         )
+        answer = answer_of(row, request, tensors, options, extra_path=extra_path, timeout=deadline - time.monotonic())
+        answers[row.provider] = answer
         if "problem" not in answer and row.like:
             wrong = disagreement(row, answer, answers[row.like], tolerance=0.05)  # bf16's rounding
             failed = f"{row.like}, which it must agree with, failed" if "problem" in answers[row.like] else None
             answer |= {"problem": failed or wrong} if failed or wrong else {}
-        found += _results(row, work, answer, gemm)
+        found += _results(row, step, answer, gemm)
         print(f"{row.provider}: {answer.get('problem') or 'done'}", flush=True)
         summarise(found)
         keep(found)
