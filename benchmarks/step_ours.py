@@ -49,7 +49,8 @@ def config_of(request: Mapping[str, Any], prompt_tokens: int, prompts: int) -> C
         },
         "algorithm": request.get("algorithm", "tppo"),
         "ppo": {
-            "lr": request["lr"], "adam_beta2": request["adam_beta2"], "max_grad_norm": request["max_grad_norm"],
+            "lr": request["lr"], "critic_lr": request["lr"], "adam_beta2": request["adam_beta2"],
+            "max_grad_norm": request["max_grad_norm"],
             "epochs": request["epochs"], "kl_coef": request["kl_coef"], "gamma": request["gamma"], "lam": request["lam"],
             "clip_low": request["clip"], "clip_high": request["clip"], "value_clip": request["clip"],
             "value_coef": request["value_coef"], "microbatch_tokens": max(request["microbatch"] // samples, 1) * group,

@@ -45,7 +45,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "ahead": {"clock", "data_types", "rollout"},
     "advantages": {"config"},
     "algorithms": {"advantages", "config", "data_types", "errors"},
-    "lora": {"config", "errors"},
+    "lora": {"config", "errors", "seeding"},
     "checkpoint": {"atomic", "config", "errors", "loading", "lora", "optimizers", "ppo", "sections", "seeding"},
     "loading": {"errors"},
     "model": {"attention", "config", "data_types", "errors", "loading", "lora", "packing"},

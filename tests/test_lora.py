@@ -57,6 +57,29 @@ def test_merged_weights_are_pefts_own_merge(tiny_model: Path) -> None:
     assert sum(not torch.equal(plain[name], t) for name, t in merged.items()) == len(layers)
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_in_half_precision_small_adapters_survive_the_merge(tiny_model: Path, stored: torch.dtype) -> None:
+    """A change far below the last digit of a weight arrives on average, and what was rounded up stays so as it grows."""
+    actor = build(tiny_model).actor
+    for p in actor.lm.parameters():
+        p.data = p.data.bfloat16().to(stored) if not p.requires_grad else p.data.normal_() * 1e-3
+    start = {name.replace(".base_layer", ""): t.clone() for name, t in actor.lm.state_dict().items()}
+    before, half = actor.named_weights, actor.config.model_copy(update={"dtype": "bfloat16"})
+    exact = {name: t.float() for name, t in lora.merged_weights(copy.deepcopy(actor.lm).float())}
+    actor.config = half
+    merged, again = dict(before()), dict(before())
+    changed = [name for name in exact if not torch.equal(exact[name], start[name].float())]
+    assert len(changed) == 14
+    share = torch.cat(
+        [((merged[n].float() - start[n].float()) * (exact[n] - start[n].float())).flatten() for n in changed]
+    )
+    wanted = torch.cat([(exact[n] - start[n].float()).square().flatten() for n in changed])
+    nearest = torch.cat([(exact[n].bfloat16() == start[n].bfloat16()).flatten() for n in changed])
+    assert nearest.float().mean() > 0.9  # rounding to nearest would lose them
+    assert float(share.sum() / wanted.sum()) == pytest.approx(1.0, abs=0.1)
+    assert all(merged[n].dtype == torch.bfloat16 and torch.equal(merged[n], again[n]) for n in changed)
+
+
 def test_a_merged_weight_lives_one_at_a_time(tiny_model: Path) -> None:
     """Untouched weights are the live tensors; a merged one is gone once the next is asked for."""
     actor = build(tiny_model).actor

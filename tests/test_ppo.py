@@ -133,16 +133,27 @@ def test_the_schedule_ends_with_the_run_although_passes_are_skipped() -> None:
     rates = []
     for _ in range(10):  # total_steps
         metrics = ppo.update(ppo.prepare(batch)[0])
-        assert metrics["ppo/epochs_done"] == 1
+        assert metrics["ppo/epochs_done"] == 0.5  # one of two minibatches: the second sees the first's step
         rates.append(metrics["ppo/lr"])
-    assert rates[5] == pytest.approx(3e-2 * (1 - (5 * 8 + 1) / 80))
+    assert rates[5] == pytest.approx(3e-2 * (1 - 5 * 8 / 80))
     assert ppo.optimizer.param_groups[0]["lr"] == 0.0
 
 
-def test_target_kl_stops_the_passes() -> None:
-    ppo, batch = build(epochs=8, lr=3e-2, target_kl=1e-3)
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_target_kl_ends_the_steps_before_the_first_that_starts_too_far_away(minibatches: int) -> None:
+    """Also where a pass is one step, and the second the last."""
+    ppo, batch = build(epochs=2, minibatches=minibatches, lr=1e-2, target_kl=1e-6)
     train, _ = ppo.prepare(batch)
-    assert 1 < ppo.update(train)["ppo/epochs_done"] < 8
+    metrics = ppo.update(train)
+    assert metrics["ppo/epochs_done"] == pytest.approx(1 / minibatches)
+    assert metrics["ppo/approx_kl"] > 1e-6  # of what was read, the minibatch that was too far away included
+    assert metrics["perf/padding_waste"] == 0.0
+    once, _ = build(epochs=1, minibatches=minibatches, lr=1e-2, target_kl=1e-6)
+    once.update(once.prepare(batch)[0])
+    for one, other in zip(ppo.model.parameters(), once.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    far, _ = build(epochs=2, minibatches=minibatches, lr=1e-2, target_kl=1e3)
+    assert far.update(far.prepare(batch)[0])["ppo/epochs_done"] == 2
 
 
 def test_value_warmup_moves_the_critic_alone() -> None:
@@ -169,8 +180,40 @@ def test_learning_rate_schedule_counts_optimizer_steps() -> None:
 
 
 def test_critic_learning_rate_of_its_own() -> None:
-    ppo, _ = build(critic_lr=5e-3)
-    assert [g["lr"] for g in ppo.optimizer.param_groups] == [1e-3, 5e-3]
+    for options, shared, expected in (
+        ({"critic_lr": 5e-3}, False, 5e-3),
+        ({}, False, 1e-2),
+        ({}, True, 1e-2),
+        ({"lr": 1e-6}, True, 3e-4),  # a value head alone
+        ({"lr": 1e-6}, False, 1e-5),
+    ):
+        ppo, _ = build(model=actor_critic(shared_body=shared), **{"lr": 1e-3, **options})
+        assert [g["lr"] for g in ppo.optimizer.param_groups] == pytest.approx([{"lr": 1e-3, **options}["lr"], expected])
+
+
+def test_while_the_critic_warms_up_the_policy_s_schedule_and_the_kl_coefficient_wait() -> None:
+    options: dict[str, Any] = {
+        "lr": 1e-3,
+        "critic_lr": 1e-3,
+        "epochs": 2,
+        "lr_warmup_steps": 4,
+        "lr_schedule": "linear",
+    }
+    ppo, batch = build(value_warmup_steps=3, kl_target=0.05, **options)
+    plain, _ = build(**options)
+    for _ in range(3):
+        ppo.update(ppo.prepare(batch)[0])
+        plain.update(plain.prepare(batch)[0])
+    rates = [group["lr"] for group in ppo.optimizer.param_groups]
+    assert rates[0] == 0.0
+    assert rates[1] == plain.optimizer.param_groups[1]["lr"] > 0.0
+    assert ppo.kl.coefficient == ppo.config.ppo.kl_coef
+    ppo.update(ppo.prepare(batch)[0])
+    assert ppo.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 2 / 4)
+    assert ppo.kl.coefficient != ppo.config.ppo.kl_coef
+    for _ in range(6):  # total_steps
+        ppo.update(ppo.prepare(batch)[0])
+    assert [group["lr"] for group in ppo.optimizer.param_groups] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -148,11 +148,12 @@ class PPOConfig(Section):
     lr: NonNegative = 1e-5
     """Peak learning rate of the policy."""
     critic_lr: NonNegative | None = None
-    """Peak learning rate of the critic (a separate body and the value head). None: ``lr``."""
+    """Peak learning rate of the critic (a separate body and the value head). None: ten times ``lr``, and at least 3e-4 with
+    ``model.shared_body``, where it is the value head's alone."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up, over all optimizer steps of the run."""
+    """Shape after the warm-up, over all optimizer steps of the run (the policy's begins after ``value_warmup_steps``)."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps of linear learning-rate warm-up."""
+    """Optimizer steps of linear learning-rate warm-up, from 0."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """"adamw": torch's fused AdamW. "adamw8bit": torchao's, with states of 2 bytes for each weight instead of 8; the host then
     waits for the device once in each optimizer step, and torch compiles that step at the first one (a minute on a CPU)."""
@@ -194,7 +195,8 @@ class PPOConfig(Section):
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
     kl_placement: Literal["reward", "loss", "off"] = "reward"
-    """KL to the reference policy: subtracted from each token's reward (k1), added to the loss, or absent."""
+    """KL to the reference policy: subtracted from each token's reward (k1), added to the loss, or absent. Algorithms without a
+    critic compare rewards within groups, which would rescale a penalty: their default is "loss", and "reward" is refused."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the loss term: k2 or k3, as k1's gradient does not depend on the reference. The reward always uses k1."""
     kl_coef: NonNegative = 0.05
@@ -204,7 +206,8 @@ class PPOConfig(Section):
     kl_horizon: Positive = 10_000.0
     """Rollouts over which the adaptive coefficient reacts (arXiv 1909.08593)."""
     target_kl: Positive | None = None
-    """Stop a batch's remaining passes once approx_kl (new to old policy) exceeds this many nats per token."""
+    """End a batch's optimizer steps before the first whose minibatch has an approx_kl (new to old policy) above this many nats
+    per token. A batch's first step is always taken: there both are one policy. The host then waits once a step."""
     gamma: Unit = 1.0
     """Discount."""
     lam: Unit = 0.95
@@ -221,9 +224,9 @@ class PPOConfig(Section):
     """The ratio's denominator: recomputed by the trainer, or as reported by the rollout engine. ``tppo_fast.parity`` says which
     to use when."""
 
-    importance_cap: Positive = 2.0
-    """With ``rollout.staleness = 1`` and recomputed old log-probs, each token's policy loss is weighted by
-    min(pi_old / pi_behaviour, cap)."""
+    importance_cap: Positive | None = None
+    """With recomputed old log-probs, each token's policy loss is weighted by min(pi_old / pi_behaviour, cap): truncated
+    importance sampling, against staleness and an engine's own rounding. None: 2 with ``rollout.staleness = 1``, else off."""
 
     @model_validator(mode="after")
     def _kl_term(self) -> PPOConfig:
@@ -298,6 +301,13 @@ class Config(RunConfig):
                 "remove reward.placement"
             )
         if self.algorithm in ("grpo", "bot-grpo"):
+            if "kl_placement" not in self.ppo.model_fields_set:
+                object.__setattr__(self, "ppo", self.ppo.model_copy(update={"kl_placement": "loss"}))
+            elif self.ppo.kl_placement == "reward":
+                raise ValueError(
+                    f'ppo.kl_placement = "reward": algorithm = "{self.algorithm}" normalises rewards within a group, which '
+                    'would rescale the penalty; use "loss" or "off"'
+                )
             if self.rollout.samples_per_prompt < 2:
                 raise ValueError(
                     f'rollout.samples_per_prompt = 1: algorithm = "{self.algorithm}" compares the responses to one '

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tppo_fast import seeding
 from tppo_fast.config import ModelConfig
 from tppo_fast.errors import UserError
 
@@ -75,19 +76,36 @@ def without_adapters(lm: Any) -> Any:
     return bare
 
 
-def merged_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
-    """W + B A alpha / r under transformers' names, one weight at a time; ``lm`` is not touched."""
+def merged_weights(lm: Any, *, to_bfloat16: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """W + B A alpha / r under transformers' names, one weight at a time; ``lm`` is not touched.
+
+    Where the sum is stored in bfloat16 (``to_bfloat16``, or W is) it is rounded stochastically: W mostly has no digits to
+    lose, so that rounding to nearest would drop whatever is below half of its last one, the adapters of many steps.
+    """
     layers = dict(_layers(lm))
     for name, tensor in lm.state_dict().items():
         owner, is_base, rest = name.partition(".base_layer.")
         if is_base:
-            yield f"{owner}.{rest}", _merged(tensor, layers[owner]) if rest == "weight" else tensor.detach()
+            yield (
+                f"{owner}.{rest}",
+                _merged(name, tensor, layers[owner], to_bfloat16) if rest == "weight" else tensor.detach(),
+            )
         elif name.partition(".lora_")[0] not in layers:
             yield name, tensor.detach()
 
 
-def _merged(weight: Tensor, layer: Any) -> Tensor:
-    return weight.detach() + layer.get_delta_weight(ADAPTER).detach().to(weight.dtype)
+def _merged(name: str, weight: Tensor, layer: Any, to_bfloat16: bool) -> Tensor:
+    merged = weight.detach().float() + layer.get_delta_weight(ADAPTER).detach()
+    if not to_bfloat16 and weight.dtype != torch.bfloat16:
+        return merged.to(weight.dtype)
+    draw = torch.Generator(merged.device).manual_seed(
+        seeding.derive(0, "merge", name)
+    )  # the same in every step: where an
+    below = torch.randint(
+        0, 1 << 16, merged.shape, dtype=torch.int32, device=merged.device, generator=draw
+    )  # entry was
+    bits = merged.view(torch.int32).add_(below).bitwise_and_(-1 << 16)  # rounded up it stays so while its sum grows
+    return bits.view(torch.float32).bfloat16()
 
 
 def save_adapter(lm: Any, folder: Path) -> None:

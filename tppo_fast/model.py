@@ -92,7 +92,7 @@ class Actor(nn.Module):
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The causal LM's weights under transformers' names, adapters merged one weight at a time, for a rollout engine."""
-        yield from lora.merged_weights(self.lm)
+        yield from lora.merged_weights(self.lm, to_bfloat16=self.config.dtype == "bfloat16")
 
     def frozen_copy(self) -> Actor:
         """The policy of this moment, or with adapters the one they started from, that never learns: the reference."""
@@ -108,7 +108,7 @@ class Actor(nn.Module):
         """Write a folder that plain transformers loads: safetensors (adapters merged), config, tokenizer."""
         lm, weights = self.lm, None
         if lora.adapted(lm):
-            lm, weights = lora.without_adapters(lm), {name: tensor.cpu() for name, tensor in self.named_weights()}
+            lm, weights = lora.without_adapters(lm), {name: tensor.cpu() for name, tensor in lora.merged_weights(lm)}
         implementation, lm.config._attn_implementation = lm.config._attn_implementation, "sdpa"
         try:
             lm.save_pretrained(folder, state_dict=weights)

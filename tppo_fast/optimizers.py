@@ -13,11 +13,12 @@ would vanish; gradients are summed in fp32 all the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import get_scheduler
 
@@ -48,9 +49,22 @@ def build(groups: Sequence[tuple[list[nn.Parameter], float]], config: PPOConfig)
     return AdamW8bit(params, bf16_stochastic_round=config.weights == "bfloat16", **options)
 
 
-def schedule(optimizer: torch.optim.Optimizer, name: str, warmup: int, steps: int) -> Any:
-    """The learning rate over ``steps`` steps: "constant", "linear" or "cosine" after a linear warm-up."""
-    return get_scheduler("constant_with_warmup" if name == "constant" else name, optimizer, warmup, steps)
+def schedule(
+    optimizer: torch.optim.Optimizer, name: str, warmup: int, steps: int, *, waiting: Sequence[int] | None = None
+) -> Any:
+    """The learning rate over ``steps`` steps: "constant", "linear" or "cosine" after a linear warm-up.
+
+    ``waiting``: for each group the steps of these that pass before its own schedule begins.
+    """
+    name = "constant_with_warmup" if name == "constant" else name
+    if not waiting or not any(waiting):
+        return get_scheduler(name, optimizer, warmup, steps)
+    shapes = [get_scheduler(name, optimizer, warmup, max(steps - wait, 1)).lr_lambdas[0] for wait in waiting]
+    return LambdaLR(optimizer, [_after(wait, shape) for wait, shape in zip(waiting, shapes, strict=True)])
+
+
+def _after(wait: int, shape: Callable[[int], float]) -> Callable[[int], float]:
+    return lambda step: shape(max(step - wait, 0))
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:

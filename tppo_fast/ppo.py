@@ -21,6 +21,10 @@ from tppo_fast.metrics import GLOSSARY
 from tppo_fast.model import Actor, ActorCritic, Outputs, layout_of
 
 Metrics = dict[str, float]
+STALE_CAP = 2.0
+"""``importance_cap`` of rollouts that may be stale, where none is given."""
+HEAD_LR = 3e-4
+"""Least learning rate of a value head that learns alone: it starts at 0, and returns can be far from there."""
 RESERVED = ("actions", "loss", "grad_norm", "critic_grad_norm", "bad")
 """Names that a loss function's own metrics cannot have."""
 
@@ -57,14 +61,18 @@ class PPO:
         ppo = config.ppo
         self.loss_config = ppo if self.algorithm.needs_critic else ppo.model_copy(update={"value_coef": 0.0})
         self._groups = [[p for p in part.parameters() if p.requires_grad] for part in (model.actor, model.critic)]
-        critic_lr = ppo.lr if ppo.critic_lr is None else ppo.critic_lr
+        critic_lr = (
+            max(10 * ppo.lr, HEAD_LR if model.critic.body is None else 0.0) if ppo.critic_lr is None else ppo.critic_lr
+        )
         self.optimizer = optimizers.build([(self._groups[0], ppo.lr), (self._groups[1], critic_lr)], ppo)
         self._parked = offload.Parked(self.device)
         self._waiting = offload.unshared([reference, model.critic], model.actor)
         self._counter = flops.Counter(model.actor.lm, model.critic.body, reference=reference is not None)
+        each = ppo.epochs * ppo.minibatches
         self.scheduler = optimizers.schedule(
-            self.optimizer, ppo.lr_schedule, ppo.lr_warmup_steps, total_steps * ppo.epochs * ppo.minibatches
-        )
+            self.optimizer, ppo.lr_schedule, ppo.lr_warmup_steps, total_steps * each,
+            waiting=[ppo.value_warmup_steps * each, 0],
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -111,10 +119,11 @@ class PPO:
         return train, {**fetch([metrics])[0], **self._counter.metrics("prepare")}
 
     def _importance_weights(self, old: Tensor, behaviour: Tensor) -> Tensor:
-        """min(pi_old / pi_behaviour, cap) of rollouts that may be stale (truncated importance sampling), else ones [A]."""
-        if not self.config.rollout.staleness:
-            return torch.ones_like(old)
-        return (old - behaviour).exp().clamp(max=self.config.ppo.importance_cap)
+        """min(pi_old / pi_behaviour, cap), truncated importance sampling, where there is a cap; else ones [A]."""
+        cap = self.config.ppo.importance_cap
+        if cap is None and self.config.rollout.staleness:
+            cap = STALE_CAP
+        return torch.ones_like(old) if cap is None else (old - behaviour).exp().clamp(max=cap)
 
     def _evaluate(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """(policy log-probs [A], values [A], reference log-probs [A], final values [B]) of a whole batch, on the device.
@@ -145,7 +154,7 @@ class PPO:
         """Epochs x minibatches of optimizer steps; returns the step's metrics, averaged over its actions.
 
         Each minibatch's gradient is that of ONE big batch: microbatch losses are sums, divided by the minibatch's action
-        count. The host never waits for the device until all steps are queued (with ``target_kl``, once a pass). From the
+        count. The host never waits for the device until all steps are queued (with ``target_kl``, once before each). From the
         first loss or gradient that is not finite on, the device itself skips every step.
 
         Raises:
@@ -153,39 +162,44 @@ class PPO:
         """
         ppo = self.config.ppo
         train_policy = self.step >= ppo.value_warmup_steps
-        steps: list[tuple[list[int], int]] = []  # (sequences, microbatches) of each optimizer step
-        found: list[dict[str, Tensor]] = []
+        rollouts = batch.rollouts
+        planned = [part for epoch in range(ppo.epochs) for part in self._minibatches(rollouts.num_sequences, epoch)]
+        found: list[dict[str, Tensor]] = []  # of each minibatch that was read
+        microbatches = taken = 0  # taken: optimizer steps
         self.updating = True
         self._bad.zero_()
         self._counter.reset()
-        epochs_done, lr = 0, 0.0
-        for epoch in range(ppo.epochs):
-            first = len(steps)
-            for sequences in self._minibatches(batch.rollouts.num_sequences, epoch):
-                lr = float(self.optimizer.param_groups[0]["lr"])
-                sums, microbatches = self._accumulate_gradient(batch, sequences, train_policy)
-                found.append({**sums, **self._optimizer_step(sums["loss"], train_policy)})
-                steps.append((sequences, microbatches))
-            epochs_done += 1
-            if ppo.target_kl is not None and _approx_kl(fetch(found[first:])) > ppo.target_kl:
+        lr = 0.0
+        for sequences in planned:
+            sums, count = self._accumulate_gradient(batch, sequences, train_policy)
+            found.append(sums)
+            microbatches += count
+            if ppo.target_kl is not None and _approx_kl(sums) > ppo.target_kl:
                 break
-        for _ in range((ppo.epochs - epochs_done) * (len(steps) // epochs_done)):
-            self.scheduler.step()  # the passes that were skipped: the schedule ends with the run
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            sums |= self._optimizer_step(sums["loss"], train_policy)
+            taken += 1
+        for _ in range(len(planned) - taken):
+            self.scheduler.step()  # the steps that were not taken: the schedule ends with the run
         kl = (batch.old_logprobs - batch.ref_logprobs).mean()
         *rows, last = fetch([*found, {"kl": kl}])
-        for (sequences, _), row in zip(steps, rows, strict=True):
-            if row["bad"]:
+        for sequences, row in zip(planned, rows, strict=False):
+            if row.get("bad"):
                 raise TrainingDiverged(self._divergence_report(batch, sequences, row, train_policy))
         self.optimizer.zero_grad(set_to_none=True)  # or gradients would live through the next rollouts
         self.step += 1
         self.updating = False
         metrics = {**self._summary(rows), **self._counter.metrics("update")}
-        metrics["perf/padding_waste"] = 1.0 - epochs_done * batch.rollouts.num_tokens / metrics["perf/update_tokens"]
-        metrics["ppo/microbatches"] = sum(count for _, count in steps)
-        metrics["ppo/epochs_done"] = epochs_done
+        passes, rest = divmod(len(found), len(planned) // ppo.epochs)
+        parts = planned[len(found) - rest : len(found)]
+        needed = passes * rollouts.num_tokens + sum(packing.select(rollouts, part)[0].num_tokens for part in parts)
+        metrics["perf/padding_waste"] = 1.0 - needed / metrics["perf/update_tokens"]
+        metrics["ppo/microbatches"] = microbatches
+        metrics["ppo/epochs_done"] = ppo.epochs * taken / len(planned)
         metrics["ppo/lr"] = lr
         metrics["ppo/kl_coef"] = self.kl.coefficient
-        self.kl.observe(last["kl"], batch.rollouts.num_sequences)
+        if train_policy:
+            self.kl.observe(last["kl"], rollouts.num_sequences)
         return metrics
 
     def _minibatches(self, num_sequences: int, epoch: int) -> Iterator[list[int]]:
@@ -291,9 +305,10 @@ class PPO:
         metrics = {name if (name := f"ppo/{key}") in GLOSSARY else f"custom/{key}": mean for key, mean in means.items()}
         if totals.get("ratio_sq") and "ratio" in totals:  # a loss of one's own need not report them
             metrics["ppo/ess"] = totals["ratio"] ** 2 / (actions * totals["ratio_sq"])
-        metrics["ppo/grad_norm"] = totals["grad_norm"] / len(rows)
+        steps = max(sum("bad" in row for row in rows), 1)  # ``target_kl`` may have kept the last from being one
+        metrics["ppo/grad_norm"] = totals["grad_norm"] / steps
         if self.algorithm.needs_critic:
-            metrics["ppo/critic_grad_norm"] = totals["critic_grad_norm"] / len(rows)
+            metrics["ppo/critic_grad_norm"] = totals["critic_grad_norm"] / steps
         return metrics
 
     # ---------------------------------------------------------------- memory
@@ -372,8 +387,9 @@ def _on_one_device(scalars: list[Tensor]) -> Tensor:
     return torch.stack([x.detach().double().to(device, non_blocking=True) for x in scalars])
 
 
-def _approx_kl(rows: list[dict[str, float]]) -> float:
-    """The mean approx_kl of a pass."""
-    if any("approx_kl" not in row for row in rows):
+def _approx_kl(sums: dict[str, Tensor]) -> float:
+    """The mean approx_kl of a minibatch."""
+    if "approx_kl" not in sums:
         raise UserError("ppo.target_kl is set, but ppo.loss reports no approx_kl: report it, or remove ppo.target_kl")
-    return sum(row["approx_kl"] for row in rows) / sum(row["actions"] for row in rows)
+    (row,) = fetch([{name: sums[name] for name in ("approx_kl", "actions")}])
+    return row["approx_kl"] / row["actions"]

@@ -55,6 +55,15 @@ class Algorithm:
         return config if self.placement is None else config.model_copy(update={"placement": self.placement})
 
 
+EPSILON = 1e-6
+"""What normalisation adds to a standard deviation, in reward units."""
+
+
+def normalised(spread: Tensor, deviation: Tensor, largest: Tensor) -> Tensor:
+    """``spread / (deviation + EPSILON)``; 0 where the rewards differ by rounding alone: by 1e-6 of the ``largest`` of a group."""
+    return torch.where(deviation <= 1e-6 * largest, 0.0, spread / (deviation + EPSILON))
+
+
 def owners(batch: RolloutBatch, group_size: int = 1) -> Int[Tensor, "A"]:
     """The group of each action (with ``group_size`` 1 its response): responses to one prompt stand next to each other.
 
