@@ -36,9 +36,9 @@ struct Kernels {
   int64_t (*row_forward)(Logits, const int64_t* targets, void* logp, void* entropy, void* lse, LogitOptions, int threads);
   void (*row_backward)(Logits, const int64_t* targets, const void* logp, const void* entropy, const void* lse,
                        const void* grad_logp, const void* grad_entropy, Logits out, LogitOptions, int threads);
-  void (*gae)(int32_t dtype, const void* rewards, const void* values, const int64_t* starts, const void* lam,
-              const void* bootstrap, const uint8_t* mask, double gamma, int64_t sequences, void* advantages, void* returns,
-              int threads);
+  int64_t (*gae)(int32_t dtype, const void* rewards, const void* values, const int64_t* starts, const void* lams,
+                 const void* bootstrap, const uint8_t* mask, double gamma, double lam, int64_t sequences, int64_t actions,
+                 void* advantages, void* returns, int threads);  // lams null: lam for all
   void (*stats)(int32_t dtype, const void* x, const uint8_t* mask, int64_t count, void* out, int threads);
   void (*ppo)(int32_t dtype, PpoInputs, int64_t actions, PpoOptions, double inverse_normalizer, void* loss, void* metrics,
               void* grad_logp, void* grad_values, int threads);

@@ -26,10 +26,11 @@ void row_backward(Logits in, const int64_t* targets, const void* logp, const voi
   }
 }
 
-void gae(int32_t dtype, const void* rewards, const void* values, const int64_t* starts, const void* lam, const void* bootstrap,
-         const uint8_t* mask, double gamma, int64_t sequences, void* advantages, void* returns, int threads) {
+int64_t gae(int32_t dtype, const void* rewards, const void* values, const int64_t* starts, const void* lams,
+            const void* bootstrap, const uint8_t* mask, double gamma, double lam, int64_t sequences, int64_t actions,
+            void* advantages, void* returns, int threads) {
   auto run = dtype == kFloat64 ? gae_of<double> : gae_of<float>;
-  run(rewards, values, starts, lam, bootstrap, mask, gamma, sequences, advantages, returns, threads);
+  return run(rewards, values, starts, lams, bootstrap, mask, gamma, lam, sequences, actions, advantages, returns, threads);
 }
 
 void stats(int32_t dtype, const void* x, const uint8_t* mask, int64_t count, void* out, int threads) {

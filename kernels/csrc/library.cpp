@@ -69,7 +69,7 @@ std::atomic<const Set*> chosen{best()};
 const Kernels& kernels() { return *chosen.load()->kernels; }
 }  // namespace
 
-EXPORT int tppo_abi_version() { return 2; }
+EXPORT int tppo_abi_version() { return 3; }
 EXPORT const char* tppo_simd() { return chosen.load()->name; }
 
 // Chooses an instruction set by name; returns 0 when this processor or build does not have it.
@@ -95,10 +95,11 @@ EXPORT void tppo_row_backward(const Logits* in, const int64_t* targets, const vo
   kernels().row_backward(*in, targets, logp, entropy, lse, grad_logp, grad_entropy, *out, *options, threads);
 }
 
-EXPORT void tppo_gae(int32_t dtype, const void* rewards, const void* values, const int64_t* starts, const void* lam,
-                     const void* bootstrap, const uint8_t* mask, double gamma, int64_t sequences, void* advantages,
-                     void* returns, int threads) {
-  kernels().gae(dtype, rewards, values, starts, lam, bootstrap, mask, gamma, sequences, advantages, returns, threads);
+EXPORT int64_t tppo_gae(int32_t dtype, const void* rewards, const void* values, const int64_t* starts, const void* lams,
+                        const void* bootstrap, const uint8_t* mask, double gamma, double lam, int64_t sequences,
+                        int64_t actions, void* advantages, void* returns, int threads) {
+  return kernels().gae(dtype, rewards, values, starts, lams, bootstrap, mask, gamma, lam, sequences, actions, advantages,
+                       returns, threads);
 }
 
 EXPORT void tppo_stats(int32_t dtype, const void* x, const uint8_t* mask, int64_t count, void* out, int threads) {

@@ -17,7 +17,7 @@ from . import checks, custom_ops
 from .custom_ops import LogitOptions, PpoInputs, PpoOptions, PpoResults, Rows
 from .linear_loss import linear_logprobs_op, linear_token_loss_op
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -53,7 +53,8 @@ def _load() -> ctypes.CDLL | str:
     lib.tppo_row_forward.restype = c_int64
     lib.tppo_row_forward.argtypes = [logits, *[vector] * 4, numbers, c_int]
     lib.tppo_row_backward.argtypes = [logits, *[vector] * 6, logits, numbers, c_int]
-    lib.tppo_gae.argtypes = [c_int32, *[vector] * 6, c_double, c_int64, vector, vector, c_int]
+    lib.tppo_gae.restype = c_int64
+    lib.tppo_gae.argtypes = [c_int32, *[vector] * 6, c_double, c_double, c_int64, c_int64, vector, vector, c_int]
     lib.tppo_stats.argtypes = [c_int32, vector, vector, c_int64, vector, c_int]
     lib.tppo_ppo.argtypes = [
         c_int32, POINTER(_PpoInputs), c_int64, POINTER(_PpoOptions), c_double, *[vector] * 4, c_int
@@ -134,14 +135,14 @@ def _gae(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, lams: Tensor | None, bootstrap: Tensor | None,
     mask: Tensor | None, gamma: float, lam: float, advantages: Tensor, returns: Tensor, stats: Tensor,
 ) -> None:  # fmt: skip
-    checks.check_segments(cu_seqlens, len(rewards))
-    cu_seqlens = cu_seqlens.long()
-    lams = rewards.new_full((len(cu_seqlens) - 1,), lam) if lams is None else lams
+    starts, actions = cu_seqlens.long(), rewards.shape[0]
     dtype, threads = DTYPES[rewards.dtype], torch.get_num_threads()
-    _lib().tppo_gae(
-        dtype, *map(_pointer, (rewards, values, cu_seqlens, lams, bootstrap, mask)), gamma, len(cu_seqlens) - 1,
+    bad = _lib().tppo_gae(
+        dtype, *map(_pointer, (rewards, values, starts, lams, bootstrap, mask)), gamma, lam, starts.shape[0] - 1, actions,
         advantages.data_ptr(), returns.data_ptr(), threads,
     )  # fmt: skip
+    if bad >= 0:
+        checks.check_segments(starts, actions)
     if stats.numel():
         _lib().tppo_stats(dtype, advantages.data_ptr(), _pointer(mask), len(advantages), stats.data_ptr(), threads)
 

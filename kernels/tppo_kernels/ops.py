@@ -183,11 +183,16 @@ def gae(
     Raises:
         ValueError: shapes disagree; on a CPU also ``cu_seqlens`` that do not rise from 0 to A.
     """
-    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+    if (
+        cu_seqlens.dim() != 1
+        or not cu_seqlens.shape[0]
+        or cu_seqlens.is_floating_point()
+        or cu_seqlens.dtype == torch.bool
+    ):
         raise ValueError(
             f"cu_seqlens are {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: give B + 1 integers, the first one 0"
         )
-    sequences = len(cu_seqlens) - 1
+    sequences = cu_seqlens.shape[0] - 1
     _check_rows(rewards.numel(), rewards=rewards, values=values, mask=mask)
     _check_rows(sequences, bootstrap=bootstrap, lam=lam if isinstance(lam, torch.Tensor) else None)
     return implementation(backend, rewards.device.type).gae(
