@@ -74,6 +74,18 @@ def test_bot_grpo_by_hand() -> None:
     torch.testing.assert_close(advantages, torch.tensor([-step, 0.0, 0.0, step, 0.0, 0.0]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["grpo", "bot-grpo"])
+@pytest.mark.parametrize("reward", [0.1, 1.3, 13.7, 100.1, -1e-3])
+def test_rewards_that_are_all_equal_teach_nothing(name: str, reward: float) -> None:
+    """Exactly 0: neither the rounding of a mean nor a KL penalty is blown up to a standard deviation of 1."""
+    for n in (3, 6, 7):
+        advantages, _ = estimate(name, packed([[reward]] * n, n), n)
+        assert advantages.tolist() == [0.0] * n
+    assert settings.build({"algorithm": name}).ppo.kl_placement == "loss"
+    assert settings.Config(algorithm=name, ppo=settings.PPOConfig(lr=1e-3)).ppo.kl_placement == "loss"  # type: ignore[arg-type]
+    assert settings.build({"algorithm": name, "ppo": {"kl_placement": "off"}}).ppo.kl_placement == "off"
+
+
 def test_the_control_is_tppo_on_the_sum() -> None:
     """gamma 1, lambda 1, V = 0: every token of the control gets the whole sum, TPPO's get what is still to come."""
     spread, summed = packed([[1.0, 2.0, 4.0]], 1), packed([[0.0, 0.0, 7.0]], 1)
@@ -198,6 +210,7 @@ def test_the_sentence_score_stands_on_the_last_token(monkeypatch: pytest.MonkeyP
         ({"algorithm": "grpo", "rollout": {"samples_per_prompt": 1}}, "samples_per_prompt = 1"),
         ({"algorithm": "bot-grpo", "ppo": {"value_warmup_steps": 2}}, "value_warmup_steps = 2"),
         ({"algorithm": "gppo"}, "algorithm = 'gppo'"),
+        ({"algorithm": "grpo", "ppo": {"kl_placement": "reward"}}, 'ppo.kl_placement = "reward"'),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(values: dict[str, Any], said: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from support import prompt, rollout
 
 from tppo_fast.metrics import GLOSSARY
-from tppo_fast.rewards.watch import HackingWatch, repetition_and_copies
+from tppo_fast.rewards.watch import RunWatch, repetition_and_copies
 
 HEALTHY = {
     "rollout/reward_mean": 1.0,
@@ -16,12 +16,14 @@ HEALTHY = {
     "rollout/repeated_share": 0.05,
     "rollout/copied_share": 0.1,
     "ppo/kl": 0.05,
+    "ppo/value_mean": 4.0,
+    "ppo/return_mean": 5.0,
 }
 
 
 def run(change: dict[str, float], looks: tuple[float, float] = (0.4, 0.45)) -> list[str]:
     """Twenty steps that move from the healthy values to changed ones, and a look at each end."""
-    watch = HackingWatch()
+    watch = RunWatch()
     said = watch({"eval/relevance": looks[0], "eval/word_relevance": 0.5})
     for step in range(20):
         said += watch({**HEALTHY, **(change if step >= 10 else {})})
@@ -39,6 +41,7 @@ def test_a_healthy_run_is_left_in_peace() -> None:
         ({"rollout/repeated_share": 0.4}, "repeat an earlier one"),
         ({"rollout/copied_share": 0.4}, "stand in the history"),
         ({"ppo/kl": 0.9}, "nats per token from the reference"),
+        ({"ppo/value_mean": 0.2}, "predicts 0.2 where returns are 5: raise ppo.critic_lr"),
     ],
 )
 def test_each_kind_is_said_once(change: dict[str, float], said: str) -> None:
@@ -56,7 +59,7 @@ def test_reward_up_while_relevance_falls() -> None:
 @pytest.mark.parametrize("stopped", [3, 11, 14])
 def test_a_resumed_run_warns_as_if_it_had_never_stopped(stopped: int) -> None:
     rows = [HEALTHY] * 10 + [{**HEALTHY, "ppo/kl": 0.9, "rollout/length_mean": 40.0}] * 8
-    straight, resumed = HackingWatch(), HackingWatch(rows[:stopped])
+    straight, resumed = RunWatch(), RunWatch(rows[:stopped])
     for number, row in enumerate(rows):
         said = straight(row)
         if number >= stopped:

@@ -33,7 +33,7 @@ from tppo_fast.progress import Progress
 from tppo_fast.rewards import TokenRewards, build_reward
 from tppo_fast.rewards.display import examples_table
 from tppo_fast.rewards.token_model import RECORD
-from tppo_fast.rewards.watch import HackingWatch, repetition_and_copies
+from tppo_fast.rewards.watch import RunWatch, repetition_and_copies
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.base import check_lengths
 from tppo_fast.runs import due, eval_sampling, growing_segments, load_sessions, logged, open_run_dir, resolve_device
@@ -81,7 +81,8 @@ def train(
 
     Args:
         config: every setting, see ``tppo_fast.config``; or a nested dict of them, or the path of a TOML file.
-        resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
+        resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped. (One that had ended and is
+            given more ``train.steps`` goes on from its end; with ``rollout.staleness`` 1 its next batch is a fresh one.)
         on_step: called with (step, metrics) when a step is logged. If it returns True the run ends there as if it were the last
             step, with a checkpoint from which ``resume`` goes on.
         profile: steps, after the first one, of which torch's profiler writes a trace into ``run_dir``.
@@ -162,7 +163,7 @@ def _loop(
     """The PPO loop."""
     config, ppo, steps, stop = run.config, run.ppo, run.config.train.steps, False
     evaluation: Metrics = {}
-    watch = HackingWatch(read_metrics(config.run_dir))
+    watch = RunWatch(read_metrics(config.run_dir))
     peak_rate = flops.peak_rate(ppo.device, getattr(torch, config.model.dtype))
     if evaluate_first:
         evaluation = evaluate(run)

@@ -1,4 +1,4 @@
-"""A watch for reward hacking: it logs what a policy does when it games its reward, and warns once per kind, in one sentence."""
+"""A watch over a run: it warns when a policy games its reward or a critic does not learn, once per kind, in one sentence."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ LENGTH_RATIO = 1.5
 SHARE_GAIN = 0.15
 KL_LIMIT = 0.5
 RELEVANCE_LOSS = 0.03
+CRITIC_STEPS = 20
+"""Steps after which a critic should know half of the mean return."""
 
 Row = Mapping[str, float | None]
 
@@ -37,12 +39,13 @@ def repetition_and_copies(rollouts: Sequence[Rollout], separator: str) -> dict[s
     return {"rollout/repeated_share": fmean(repeated), "rollout/copied_share": fmean(copied)}
 
 
-class HackingWatch:
+class RunWatch:
     """Compares the newest steps with the run's first ones.
 
     It warns when responses have become ``LENGTH_RATIO`` times as long; repeat or copy ``SHARE_GAIN`` more of their queries;
     are further than ``KL_LIMIT`` nats per token from the reference policy; or earn more while the held-out relevance
-    (``eval/relevance``) or the lexical judge's (``eval/word_relevance``) has fallen by ``RELEVANCE_LOSS``.
+    (``eval/relevance``) or the lexical judge's (``eval/word_relevance``) has fallen by ``RELEVANCE_LOSS``. And it warns when
+    after ``CRITIC_STEPS`` the critic's values are still nearer to 0 than to the returns.
     """
 
     def __init__(self, rows: Sequence[Row] = ()) -> None:
@@ -82,6 +85,12 @@ class HackingWatch:
         kl, _ = self._mean("ppo/kl")
         if kl > KL_LIMIT:
             found["kl"] = f"the policy is {kl:.2f} nats per token from the reference: raise ppo.kl_coef or lower ppo.lr"
+        value, target = self._mean("ppo/value_mean")[0], self._mean("ppo/return_mean")[0]
+        if len(self._steps) >= CRITIC_STEPS and abs(target - value) > max(abs(target) / 2, 0.1):
+            found["critic"] = (
+                f"the critic predicts {value:.3g} where returns are {target:.3g}: raise ppo.critic_lr, or start with "
+                "ppo.value_warmup_steps"
+            )
         reward, was = self._mean("rollout/reward_mean")
         for name, judge in (
             ("eval/relevance", "held-out relevance"),
