@@ -13,6 +13,7 @@ from scipy import stats
 from tppo_fast import evaluate
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import UserError
+from tppo_fast.estimates import Difference, Estimate, bootstrap_users, few_users, holm
 from tppo_fast.evaluate import copy_last, paired_difference, score, score_queries, summarise
 
 
@@ -142,13 +143,15 @@ def test_responses_of_one_user_are_resampled_together() -> None:
 
 
 def test_the_mean_is_over_responses_when_users_differ_in_size() -> None:
+    """Without the one user 1, without the other 0: an error of 0.5, and Student's t of two users is wide."""
     estimate = summarise({"m": np.array([1.0, 1.0, 1.0, 0.0])}, ["a", "a", "a", "b"])["m"]
     assert estimate.mean == 0.75
-    assert (estimate.low, estimate.high) == (0.0, 1.0)
+    half = 0.5 * stats.t.ppf(0.975, 1)
+    assert (estimate.low, estimate.high) == pytest.approx((0.75 - half, 0.75 + half))
 
 
 def test_equal_seeds_give_equal_intervals() -> None:
-    values = np.random.default_rng(2).random(50)
+    values = np.random.default_rng(2).random(50) ** 20  # so skewed that the resamples reach beyond Student's t
     first, again, other = (summarise({"m": values}, users(50), seed=seed)["m"] for seed in (3, 3, 4))
     assert first == again
     assert first != other
@@ -228,3 +231,62 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         estimate = summarise({"m": values}, names, seed=trial, resamples=300)["m"]
         covered += estimate.low <= 0.0 <= estimate.high
     assert 0.88 <= covered / 200 <= 0.98
+
+
+def test_the_interval_over_few_users_covers_a_difference_as_often_as_it_says() -> None:
+    """The percentiles alone cover 88 % here, at 6 users."""
+    rng = np.random.default_rng(9)
+    covered = 0
+    for trial in range(400):
+        gap = rng.normal(size=6).repeat(2)
+        estimate = summarise({"m": gap}, np.repeat(users(6), 2).tolist(), seed=trial, resamples=200)["m"]
+        covered += estimate.low <= 0.0 <= estimate.high
+    assert 0.93 <= covered / 400 <= 0.98
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_a_p_value_is_below_005_where_the_interval_leaves_zero_out(runs: int) -> None:
+    rng = np.random.default_rng(10)
+    shown = 0
+    for trial in range(60):
+        a = rng.normal(0.4, 1.0, (runs, 30)) + rng.normal(0.0, 0.1, (runs, 1))
+        gap = paired_difference(a, np.zeros_like(a), users(30), seed=trial)
+        shown += gap.p < 0.05
+        assert (gap.p < 0.05) == (gap.low > 0.0 or gap.high < 0.0) or abs(gap.p - 0.05) < 0.002
+    assert 10 < shown < 60  # both cases occurred
+
+
+def test_p_values_by_hand() -> None:
+    runs = np.array([[1.0], [2.0], [4.0]]).repeat(50, 1)
+    gap = paired_difference(runs, np.zeros_like(runs), users(50))
+    assert gap.p == pytest.approx(stats.ttest_1samp([1.0, 2.0, 4.0], 0.0)[1])
+    assert paired_difference([1.0, 1.0], [0.0, 0.0], users(2)).p == 1 / evaluate.RESAMPLES  # no smaller than a resample
+    assert paired_difference([1.0, 1.0], [1.0, 1.0], users(2)).p == 1.0
+    assert np.isnan(paired_difference([1.0], [0.0], users(1)).p)
+
+
+def test_holms_correction_by_hand() -> None:
+    family = [Difference(mean=1.0, p=p) for p in (0.03, 0.01, np.nan, 0.5, 0.02)]
+    # 0.01 x 4, 0.02 x 3, then 0.03 x 2 and 0.5 x 1: never below the one before
+    assert [each.p for each in holm(family)] == pytest.approx([0.06, 0.04, np.nan, 0.5, 0.06], nan_ok=True)
+    assert [each.p for each in holm([Difference(mean=1.0, p=0.7)] * 2)] == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_bootstrap_of_few_weighted_users_is_as_wide_as_students_t() -> None:
+    values = np.array([1.0, 2.0, 4.0, 9.0])
+
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        return {"mean": float(weights @ values / weights.sum()), "of the last": 5.0 if weights[3] else np.nan}
+
+    found = bootstrap_users(figures, 4, seed=0, resamples=300)
+    half = stats.t.ppf(0.975, 3) * stats.sem(values)
+    assert (found["mean"].low, found["mean"].high) == pytest.approx((4.0 - half, 4.0 + half))
+    assert (found["of the last"].low, found["of the last"].high) == (5.0, 5.0)
+
+
+def test_few_users_are_said_to_be_few() -> None:
+    table = {"a": {"hit": Estimate(mean=0.1, users=40)}, "b": {"hit": Estimate(mean=0.1, users=12)}}
+    assert few_users(table).startswith("12 users are few")
+    assert few_users({"a": table["a"], "guess": {"hit": Estimate(mean=0.1)}}) == ""
+    assert few_users({}) == ""

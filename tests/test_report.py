@@ -105,6 +105,10 @@ def test_everything_is_said(tmp_path: Path):
         "start 0.250 [0.210, 0.290] 0.500 -",
     ):  # fmt: skip
         assert expected in text
+    assert "users are few" not in text
+    few = {"start": {"eval/hit": Estimate(mean=0.1, low=0.0, high=0.2, users=12)}}
+    write_report(tmp_path / "few.html", replace(full(), table=few))
+    assert "12 users are few" in Page(tmp_path / "few.html").text
 
 
 def test_the_time_of_each_phase_is_averaged_over_the_steps(tmp_path: Path):

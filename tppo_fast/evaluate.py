@@ -16,7 +16,7 @@ from scipy import stats
 from tppo_fast.data.relevance import relevance
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.estimates import Estimate
+from tppo_fast.estimates import Difference, Estimate, Spread, jackknife_error
 from tppo_fast.rewards.labels import RELEVANT
 from tppo_fast.rewards.lexical import classify_queries
 from tppo_fast.words import normalise_query
@@ -121,8 +121,8 @@ def summarise(
 ) -> dict[str, Estimate]:
     """Mean and bootstrap interval of every metric; users are resampled whole, with all their responses.
 
-    Of several runs the interval is at least as wide as Student's t makes it of the runs' means: a bootstrap of few of them is
-    too narrow (at 5 runs whose spread outweighs the users', it covers 80 % instead of 95 %).
+    The interval is at least as wide as Student's t makes it of the users, and of the runs' means where there are several: a
+    bootstrap of few units is too narrow (of 5 runs whose spread outweighs the users', it covers 80 % instead of 95 %).
 
     Args:
         scores: name -> [B], or [R, B] from R runs that differ in their seed (runs are then resampled too).
@@ -133,7 +133,8 @@ def summarise(
     Raises:
         UserError: a metric without one finite number per response.
     """
-    return {name: _estimate(name, values, users, seed=seed, resamples=resamples) for name, values in scores.items()}
+    spreads = {name: _spread(name, values, users, seed=seed, resamples=resamples) for name, values in scores.items()}
+    return {name: spread.estimate() for name, spread in spreads.items()}
 
 
 def paired_difference(
@@ -142,7 +143,7 @@ def paired_difference(
     users: Sequence[str],
     *,
     seed: int = 0,
-) -> Estimate:
+) -> Difference:
     """mean(a) - mean(b) with its paired bootstrap interval: both sides share every resample.
 
     Args:
@@ -160,10 +161,10 @@ def paired_difference(
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:
         raise UserError(f"a has shape {list(left.shape)} and b {list(right.shape)}: pair every response")
-    return _estimate("a - b", left - right, users, seed=seed, resamples=RESAMPLES)
+    return _spread("a - b", left - right, users, seed=seed, resamples=RESAMPLES).difference()
 
 
-def _estimate(name: str, values: np.ndarray, users: Sequence[str], *, seed: int, resamples: int) -> Estimate:
+def _spread(name: str, values: np.ndarray, users: Sequence[str], *, seed: int, resamples: int) -> Spread:
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))  # [R, B]
     _check(name, values, users)
     _, owner = np.unique(np.asarray(users), return_inverse=True)  # [B]
@@ -171,18 +172,19 @@ def _estimate(name: str, values: np.ndarray, users: Sequence[str], *, seed: int,
     sums = np.stack([np.bincount(owner, weights=run) for run in values])  # [R, U]
     mean = float(values.mean())
     if len(counts) < 2:
-        return Estimate(mean=mean, low=np.nan, high=np.nan, users=len(counts))
-    if np.ptp(values) == 0.0:  # every resample is the same: no interval to compute
-        return Estimate(mean=mean, low=mean, high=mean, users=len(counts))
-    low, high = _interval(sums, counts, seed=seed, resamples=resamples)
+        return Spread(mean=mean, drawn=np.empty(0), errors=(), users=len(counts))
+    if np.ptp(values) == 0.0:  # every resample is the same
+        return Spread(mean=mean, drawn=np.full(resamples, mean), errors=(), users=len(counts))
+    total = sums.mean(0)
+    errors = [(jackknife_error((total.sum() - total) / (counts.sum() - counts)), len(counts))]
     if len(values) > 1:
-        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values.mean(1))
-        low, high = min(low, mean - half), max(high, mean + half)
-    return Estimate(mean=mean, low=low, high=high, users=len(counts))
+        errors.append((float(stats.sem(values.mean(1))), len(values)))
+    drawn = _resampled(sums, counts, seed=seed, resamples=resamples)
+    return Spread(mean=mean, drawn=drawn, errors=errors, users=len(counts))
 
 
-def _interval(sums: np.ndarray, counts: np.ndarray, *, seed: int, resamples: int) -> tuple[float, float]:
-    """Percentile interval of the mean over responses; one run resamples users, several resample runs too."""
+def _resampled(sums: np.ndarray, counts: np.ndarray, *, seed: int, resamples: int) -> np.ndarray:
+    """The mean over responses in each resample; one run resamples users, several resample runs too."""
     runs, users = sums.shape
 
     def mean(drawn_users: np.ndarray, drawn_runs: np.ndarray | None = None, axis: int = -1) -> np.ndarray:
@@ -190,18 +192,16 @@ def _interval(sums: np.ndarray, counts: np.ndarray, *, seed: int, resamples: int
         total = sums[chosen[..., :, None], drawn_users[..., None, :]].sum((-2, -1))
         return total / (chosen.shape[axis] * counts[drawn_users].sum(axis))
 
-    result = stats.bootstrap(
+    return stats.bootstrap(
         (np.arange(users),) if runs == 1 else (np.arange(users), np.arange(runs)),
         mean,
         vectorized=True,
         axis=-1,
         n_resamples=resamples,
         batch=max(1, 2_000_000 // sums.size),  # bounds the memory of a batch of resamples
-        confidence_level=0.95,
         method="percentile",
         rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    ).bootstrap_distribution
 
 
 def _check(name: str, values: np.ndarray, users: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tppo_fast.atomic import write_atomic
 from tppo_fast.errors import UserError
-from tppo_fast.estimates import Estimate
+from tppo_fast.estimates import Estimate, few_users
 from tppo_fast.metrics import GLOSSARY, recorded
 
 if TYPE_CHECKING:
@@ -219,6 +219,7 @@ def write_report(path: Path, report: Report) -> list[Path]:
         ],
         curves=[(c.metric, AXIS_LABELS[axis], base64.b64encode(png).decode()) for (c, axis), png in images.items()],
         not_recorded=[label(curve.metric) for curve in report.curves if curve not in present] if report.runs else [],
+        few_users=few_users(report.table),
         columns=list(dict.fromkeys(metric for row in report.table.values() for metric in row)),
         phases={run.name: row for run in report.runs if (row := phase_means(run))},
         phase_names=PHASES,
