@@ -76,6 +76,20 @@ def test_an_experiment_survives_a_failure_continues_and_reports(
     whole = json.loads((run_dir / "evaluation.json").read_text())
     assert list(whole["table"]) == ["copy the last query", compare.START, "TPPO", "GRPO", "DPO [/]"]
     assert whole["record"]["samples_to_target"]["TPPO"]["samples"] is not None
+    against = whole["record"]["against"]
+    assert list(against) == [compare.START, "GRPO", "DPO [/]"]
+    for name, row in against.items():
+        for metric, gap in row.items():  # as in the table, on the same seeds
+            ours, theirs = whole["table"]["TPPO"][metric]["mean"], whole["table"][name][metric]["mean"]
+            assert gap["mean"] == pytest.approx(ours - theirs)
+    (duel,) = [duel for duel in whole["duels"] if (duel["a"], duel["b"]) == ("TPPO", "GRPO")]
+    for metric, gap in duel["differences"].items():  # the same comparison, before the correction
+        kept = against["GRPO"][metric]
+        assert (gap["low"], gap["high"]) == (kept["low"], kept["high"])
+        assert gap["p"] <= kept["p"]
+    assert any("share judged relevant" in sentence for sentence in verdict)
+    assert "Holm's method for the 3 comparisons of a measure." in " ".join(verdict)
+    assert "TPPO against each" in page
     rows = list(csv.DictReader((run_dir / "curves.csv").read_text().splitlines()))
     assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("TPPO", "GRPO", "DPO [/]") for s in "01"}
     assert max(int(row["samples"]) for row in rows if row["method"] == "TPPO") == 8

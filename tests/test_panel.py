@@ -18,6 +18,7 @@ from tppo_fast.data.sessions import write_sessions
 from tppo_fast.data.synthetic import generate_sessions
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import LabellingFailed, UserError
+from tppo_fast.estimates import Difference
 from tppo_fast.evaluate_command import parse_policies
 from tppo_fast.rewards import LexicalLabeller
 
@@ -40,6 +41,19 @@ def test_a_judge_that_prefers_a_place_sees_ties() -> None:
     other = rollout(prompt([1], user="v"), [1])
     with pytest.raises(UserError, match="different prompts"):
         judging.duels(lambda *_: "tie", [answer("b")], [other])
+
+
+def test_p_values_are_corrected_within_a_metric() -> None:
+    family = {
+        name: {"x": Difference(mean=0.1, p=p), "y": Difference(mean=0.1, p=p / 10)}
+        for name, p in (("A", 0.03), ("B", 0.04))
+    }
+    got = panel.corrected(family)
+    assert {name: [row["x"].p, row["y"].p] for name, row in got.items()} == {
+        "A": pytest.approx([0.06, 0.006]),
+        "B": pytest.approx([0.06, 0.006]),
+    }
+    assert panel.corrected({}) == {}
 
 
 def test_similarity_by_hand() -> None:
@@ -69,7 +83,15 @@ def test_the_command_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     (duel,) = whole["duels"]  # the third policy has one run and cannot be paired with two
     assert "are not compared: 2 and 1 runs" in " ".join(done.output.split())
     assert (duel["win"], duel["tie"], duel["lose"]) == (0.0, 1.0, 0.0)
-    assert duel["difference"]["mean"] == duel["difference"]["high"] == 0.0
+    assert set(duel["differences"]) >= {"relevance", "judged", "hit", "length"}
+    for gap in duel["differences"].values():
+        assert gap["mean"] == gap["low"] == gap["high"] == 0.0
+    assert "users are few" in done.output
+    for what in ("held-out relevance", "share judged relevant"):
+        assert f"No difference could be shown between A and B on {what}" in " ".join(done.output.split())
+    gaps = list(csv.DictReader((tmp_path / "out" / "differences.csv").read_text().splitlines()))
+    assert {(r["a"], r["b"]) for r in gaps} == {("A", "B")}
+    assert {r["metric"]: float(r["p"]) for r in gaps} == dict.fromkeys(duel["differences"], 1.0)
     rows = list(csv.DictReader((tmp_path / "out" / "evaluation.csv").read_text().splitlines()))
     assert {(r["policy"], r["metric"]) for r in rows} >= {("A", "judged"), (panel.COPY_LAST, "judged"), ("B", "hit_1")}
 

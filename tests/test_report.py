@@ -15,7 +15,7 @@ import pytest
 
 from tppo_fast import report as report_module
 from tppo_fast.errors import UserError
-from tppo_fast.estimates import Estimate
+from tppo_fast.estimates import Difference, Estimate
 from tppo_fast.report import (
     CURVES,
     Curve,
@@ -109,6 +109,16 @@ def test_everything_is_said(tmp_path: Path):
     few = {"start": {"eval/hit": Estimate(mean=0.1, low=0.0, high=0.2, users=12)}}
     write_report(tmp_path / "few.html", replace(full(), table=few))
     assert "12 users are few" in Page(tmp_path / "few.html").text
+
+
+def test_differences_from_the_baseline_that_survive_correction_are_starred(tmp_path: Path):
+    gaps = {
+        "PPO": {"eval/hit": Difference(mean=0.1, low=0.05, high=0.15, users=40, p=0.01)},
+        "GRPO": {"eval/hit": Difference(mean=0.1, low=0.01, high=0.19, users=40, p=0.08)},
+    }
+    write_report(tmp_path / "report.html", replace(full(), baseline="TPPO", differences=gaps))
+    text = " ".join(Page(tmp_path / "report.html").text.split())
+    assert "TPPO against each TPPO minus hit rate PPO 0.100* [0.050, 0.150] GRPO 0.100 [0.010, 0.190]" in text
 
 
 def test_the_time_of_each_phase_is_averaged_over_the_steps(tmp_path: Path):
@@ -262,6 +272,13 @@ def test_verdict_in_plain_language():
     )
     for low, high in ((-0.01, 0.05), (0.0, 0.05), (-0.05, 0.0), (0.0, 0.0)):
         assert verdict("A", "B", 0.0, low, high, "eval/hit").startswith("No difference could be shown between A and B")
+    assert verdict("A", "B", 0.1, 0.02, 0.18, "eval/judged", p=0.08) == (
+        "No difference could be shown between A and B on share judged relevant: +0.100 (95 % interval +0.020 to +0.180), "
+        "but p is 0.080 once corrected for the number of comparisons."
+    )
+    assert "for the difference, corrected p 0.012)" in verdict("A", "B", 0.1, 0.02, 0.18, "eval/hit", p=0.012)
+    assert "corrected p below 0.001)" in verdict("A", "B", 0.1, 0.02, 0.18, "eval/hit", p=0.0)
+    assert "contains zero" in verdict("A", "B", 0.1, -0.02, 0.18, "eval/hit", p=0.2)
     assert "could not be computed" in verdict("A", "B", math.nan, 0.1, 0.2, "eval/hit")
     with pytest.raises(ValueError, match="low must not be above high"):
         verdict("A", "B", 0.1, 0.2, 0.1, "eval/hit")

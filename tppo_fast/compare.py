@@ -12,13 +12,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tppo_fast import evaluate, jobs, panel, report, sft
+from tppo_fast import jobs, panel, report, sft
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.checkpoint import list_checkpoints
 from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import read_sessions, write_sessions
 from tppo_fast.demo import small_model
 from tppo_fast.errors import JobsFailed, UserError
+from tppo_fast.estimates import Difference
 from tppo_fast.evaluate_command import show
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import SFTConfig
@@ -55,7 +56,7 @@ class Reach:
 
 
 def compare(experiment: Experiment) -> list[str]:
-    """Run (or continue) an experiment and write ``report.html``, its figures, ``table.csv`` and ``evaluation.json``.
+    """Run (or continue) an experiment and write ``report.html``, its figures, its curves and what ``panel.write`` does.
 
     Returns:
         The verdict, a sentence each.
@@ -83,13 +84,14 @@ def compare(experiment: Experiment) -> list[str]:
     found, judges = _final(experiment, config, start.run_dir / "policy", done)
     target = experiment.target if experiment.target is not None else _last_relevance(done, baseline)
     reached = samples_to_target(done, target)
-    verdict = [*_verdicts(experiment, found, done, baseline), *_reach_sentences(reached, target)]
+    against = _against(experiment, found, done, baseline, config.seed)
+    verdict = [*_verdicts(experiment, against, baseline), *_reach_sentences(reached, target)]
     if failures:
         verdict.append(
             f"{len(failures)} of {len(planned)} jobs failed and are left out: {next(iter(failures.values()))}"
         )
     duels = found.duels(judges, config.seed)
-    _write(experiment, found, duels, done, verdict, reached, target, failures)
+    _write(experiment, found, duels, done, baseline, against, verdict, reached, target, failures)
     show(found, duels)
     for sentence in verdict:
         table_console().print(sentence, markup=False)
@@ -186,21 +188,38 @@ def _last_relevance(done: Sequence[Job], name: str) -> float:
     return statistics.fmean(last) if last else math.nan
 
 
-def _verdicts(experiment: Experiment, found: panel.Panel, done: Sequence[Job], baseline: str) -> list[str]:
-    """Every method against the baseline on the seeds both have; and the baseline against the start."""
+def _against(
+    experiment: Experiment, found: panel.Panel, done: Sequence[Job], baseline: str, seed: int
+) -> dict[str, dict[str, Difference]]:
+    """The baseline minus the start and every other method, in every metric, on the seeds both have; p-values corrected."""
     seeds = {m.name: [job.seed for job in done if job.method.name == m.name] for m in experiment.methods}
-    sentences = []
+    gaps = {}
     for name in [START, *(m.name for m in experiment.methods if m.name != baseline)]:
         both = [s for s in seeds[baseline] if name == START or s in seeds[name]]
         if not both:
             continue
-        mine = [found.scores[baseline]["relevance"][seeds[baseline].index(s)] for s in both]
-        other = [found.scores[name]["relevance"][0 if name == START else seeds[name].index(s)] for s in both]
-        gap = evaluate.paired_difference(mine, other, found.users)
-        sentences.append(report.verdict(baseline, name, gap.mean, gap.low, gap.high, "eval/relevance"))
+        mine = [seeds[baseline].index(s) for s in both]
+        other = [0 if name == START else seeds[name].index(s) for s in both]
+        left, right = (
+            {metric: values[rows] for metric, values in found.scores[policy].items()}
+            for policy, rows in ((baseline, mine), (name, other))
+        )
+        gaps[name] = panel.differences(left, right, found.users, seed=seed)
+    return panel.corrected(gaps)
+
+
+def _verdicts(experiment: Experiment, against: Mapping[str, Mapping[str, Difference]], baseline: str) -> list[str]:
+    """Every comparison in relevance, and in the paper's own measure."""
+    sentences = [
+        report.verdict(baseline, name, gap.mean, gap.low, gap.high, f"eval/{metric}", p=gap.p)
+        for metric in ("relevance", "judged")
+        for name, row in against.items()
+        for gap in [row[metric]]
+    ]
     count = len(experiment.seeds)
     covered = f"users and {count} seeds" if count > 1 else "users, not other seeds"
-    return [*sentences, f"Intervals cover {covered}; they are not corrected for the number of comparisons."]
+    correction = f"p-values are corrected by Holm's method for the {len(against)} comparisons of a measure"
+    return [*sentences, f"Each interval covers {covered}, for itself; {correction}."]
 
 
 def _reach_sentences(reached: Mapping[str, Reach], target: float) -> list[str]:
@@ -223,6 +242,8 @@ def _write(
     found: panel.Panel,
     duels: Sequence[panel.Duel],
     done: Sequence[Job],
+    baseline: str,
+    against: Mapping[str, Mapping[str, Difference]],
     verdict: Sequence[str],
     reached: Mapping[str, Reach],
     target: float,
@@ -236,6 +257,7 @@ def _write(
         for job in done
     ]
     table = {name: {f"eval/{m}": e for m, e in row.items() if m in TABLE} for name, row in found.table.items()}
+    gaps = {name: {f"eval/{m}": e for m, e in row.items() if m in TABLE} for name, row in against.items()}
     written = report.write_report(
         folder / "report.html",
         report.Report(
@@ -245,6 +267,8 @@ def _write(
             settings=settings,
             runs=runs,
             table=table,
+            baseline=baseline,
+            differences=gaps,
             curves=CURVES,
             axes=("samples", "seconds"),
             formats=("png", "svg"),
@@ -252,6 +276,7 @@ def _write(
     )
     record = {
         "experiment": settings, "verdict": list(verdict), "failures": dict(failures), "machine": report.machine_record(),
+        "against": {name: {m: asdict(e) for m, e in row.items()} for name, row in against.items()}, "baseline": baseline,
         "target": target if math.isfinite(target) else None, "samples_to_target": {n: asdict(r) for n, r in reached.items()},
     }  # fmt: skip
     written += panel.write(folder, found, duels, record)
@@ -269,7 +294,7 @@ def _curves_csv(done: Sequence[Job]) -> str:
         seconds = 0.0
         for row in read_metrics(job.config.run_dir):
             seconds += row.get("time/step") or 0.0
-            values = ["" if row.get(name) is None else row[name] for name in names]
+            values = ["" if (value := row.get(name)) is None else f"{value:.6g}" for name in names]
             place = [job.method.name, job.seed, row["step"], row["step"] * job.samples_per_step]
             writer.writerow([*place, round(seconds, 3), *values])
     return buffer.getvalue()

@@ -27,7 +27,7 @@ from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session, write_sessions
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.estimates import Estimate, cell
+from tppo_fast.estimates import Estimate, cell, holm
 from tppo_fast.figures import reward_histogram
 from tppo_fast.finetune_config import LearnConfig
 from tppo_fast.metrics import read_metrics
@@ -137,10 +137,7 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, Estimate]]:
     scores = evaluation.baselines(options.data == "synthetic") | evaluation.scores(folders)
     users = evaluation.users
     table = {name: evaluate.summarise(s, users, seed=options.seed) for name, s in scores.items()}
-    verdicts = [
-        _verdict(scores, users, a, b)
-        for a, b in (("TPPO", "start"), ("last-token PPO", "start"), ("TPPO", "last-token PPO"))
-    ]
+    verdicts = _verdicts(scores, users)
     verdicts.append("Intervals cover other users, not other seeds: this is one training run of each method.")
     _print_table(table, verdicts)
     path = options.run_dir / "report.html"
@@ -314,9 +311,13 @@ class Evaluation:
         self.figures[caption] = reward_histogram(by_class, name)
 
 
-def _verdict(scores: dict[str, evaluate.Scores], users: list[str], a: str, b: str) -> str:
-    gap = evaluate.paired_difference(scores[a]["relevance"], scores[b]["relevance"], users)
-    return report.verdict(a, b, gap.mean, gap.low, gap.high, "eval/relevance")
+def _verdicts(scores: dict[str, evaluate.Scores], users: list[str]) -> list[str]:
+    pairs = [("TPPO", "start"), ("last-token PPO", "start"), ("TPPO", "last-token PPO")]
+    gaps = [evaluate.paired_difference(scores[a]["relevance"], scores[b]["relevance"], users) for a, b in pairs]
+    return [
+        report.verdict(a, b, gap.mean, gap.low, gap.high, "eval/relevance", p=gap.p)
+        for (a, b), gap in zip(pairs, holm(gaps), strict=True)
+    ]
 
 
 def _print_table(table: dict[str, dict[str, Estimate]], verdicts: list[str]) -> None:

@@ -16,7 +16,7 @@ from tppo_fast import panel
 from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import read_sessions
 from tppo_fast.errors import LabellingFailed, UserError
-from tppo_fast.estimates import cell
+from tppo_fast.estimates import cell, few_users, holm
 from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
 from tppo_fast.plugins import guarded, load_object
 from tppo_fast.progress import table_console
@@ -76,6 +76,8 @@ def run(
     }  # fmt: skip
     written = panel.write(out, found, duels, record)
     show(found, duels)
+    for sentence in _verdicts(duels):
+        table_console().print(Text(sentence))
     for path in written:
         Console(stderr=True).print(Text(f"wrote {path}"))
     if failed:
@@ -140,7 +142,7 @@ def parse_policies(words: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def show(found: panel.Panel, duels: Sequence[panel.Duel]) -> None:
-    """The table, the duels and a sentence for each pair; names are text, whatever rich would read into them."""
+    """The table and the duels; names are text, whatever rich would read into them."""
     shown = Table(title="Held-out sessions: mean [95 % interval over users, and seeds where there are several]")
     present = [column for column in COLUMNS if any(column in row for row in found.table.values())]
     for column in ("policy", *present):
@@ -149,16 +151,28 @@ def show(found: panel.Panel, duels: Sequence[panel.Duel]) -> None:
         shown.add_row(Text(name), *(cell(row.get(metric), metric in WITH_INTERVAL) for metric in present))
     console = table_console()
     console.print(shown)
+    if few := few_users(found.table):
+        console.print(few)
     for duel in duels:
-        gap = duel.difference
-        console.print(Text(verdict(duel.a, duel.b, gap.mean, gap.low, gap.high, "eval/relevance")))
-        console.print(
-            Text(
-                f"  judged in both orders: {duel.a} wins {duel.win:.1%}, ties {duel.tie:.1%}, loses {duel.lose:.1%}; wins minus "
-                f"losses {duel.margin:+.3f}"
-            )
+        said = (
+            f"Judged in both orders, {duel.a} against {duel.b}: wins {duel.win:.1%}, ties {duel.tie:.1%}, loses {duel.lose:.1%}; "
+            f"wins minus losses {duel.margin:+.3f}"
         )
+        console.print(Text(said))
     for (a, left), (b, right) in combinations(found.rollouts.items(), 2):
         if len(left) != len(right):
             said = f"{a} and {b} are not compared: {len(left)} and {len(right)} runs; give both the same number of folders."
             console.print(Text(said))
+
+
+def _verdicts(duels: Sequence[panel.Duel]) -> list[str]:
+    """Each pair in relevance and in the share judged relevant, p-values corrected for the number of pairs."""
+    names = [(duel.a, duel.b) for duel in duels]
+    said = []
+    for metric in WITH_INTERVAL:
+        gaps = holm([duel.differences[metric] for duel in duels])
+        said += [
+            verdict(a, b, gap.mean, gap.low, gap.high, f"eval/{metric}", p=gap.p)
+            for (a, b), gap in zip(names, gaps, strict=True)
+        ]
+    return said

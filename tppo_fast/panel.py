@@ -23,7 +23,7 @@ from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.estimates import Estimate
+from tppo_fast.estimates import Difference, Estimate, holm
 from tppo_fast.evaluate import Scores
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import Labeller, LexicalLabeller
@@ -60,14 +60,15 @@ class Duel:
 
     a: str
     b: str
-    difference: Estimate
-    """a - b in relevance, paired."""
+    differences: dict[str, Difference]
+    """Metric -> a - b, paired."""
     win: float
     """Share of pairs that a wins in both orders."""
     tie: float
     lose: float
-    margin: Estimate
-    """Wins minus losses, paired."""
+    margin: Difference
+    """Wins minus losses, paired. Not a difference of shares: a tie of two relevant responses goes to the one with the larger
+    share of relevant words."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,8 +89,7 @@ class Panel:
         judge = judges.pair or judging.by_labels(judges.labeller)
         found = []
         for a, b in itertools.combinations(self.rollouts, 2):
-            left, right = self.scores[a]["relevance"], self.scores[b]["relevance"]
-            if left.shape != right.shape:
+            if len(self.rollouts[a]) != len(self.rollouts[b]):
                 continue
             runs = zip(self.rollouts[a], self.rollouts[b], strict=True)
             results = np.stack([judging.duels(judge, one, two) for one, two in runs])
@@ -97,7 +97,7 @@ class Panel:
                 Duel(
                     a=a,
                     b=b,
-                    difference=evaluate.paired_difference(left, right, self.users, seed=seed),
+                    differences=differences(self.scores[a], self.scores[b], self.users, seed=seed),
                     win=float((results > 0).mean()),
                     tie=float((results == 0).mean()),
                     lose=float((results < 0).mean()),
@@ -105,6 +105,20 @@ class Panel:
                 )
             )
         return found
+
+
+def differences(a: Scores, b: Scores, users: Sequence[str], *, seed: int) -> dict[str, Difference]:
+    """Metric -> a - b, paired, of every metric that both have."""
+    return {name: evaluate.paired_difference(a[name], b[name], users, seed=seed) for name in a if name in b}
+
+
+def corrected(family: Mapping[str, Mapping[str, Difference]]) -> dict[str, dict[str, Difference]]:
+    """Comparison -> metric -> difference, the p-values of each metric corrected for the number of comparisons."""
+    by_metric = {
+        metric: dict(zip(family, holm([row[metric] for row in family.values()]), strict=True))
+        for metric in next(iter(family.values()), {})
+    }
+    return {name: {metric: rows[name] for metric, rows in by_metric.items()} for name in family}
 
 
 def evaluate_policies(
@@ -233,30 +247,29 @@ def default_judge(config: RunConfig) -> LexicalLabeller:
 
 
 def write(folder: Path, panel: Panel, duels: Sequence[Duel], record: Mapping[str, object]) -> list[Path]:
-    """``evaluation.json`` (table, duels, record) and ``evaluation.csv`` (one row per policy and metric) in ``folder``."""
-    each = [(name, metric, e) for name, row in panel.table.items() for metric, e in row.items()]
-    rows = [(name, metric, e.mean, e.low, e.high, e.users) for name, metric, e in each]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerows([("policy", "metric", "mean", "low", "high", "users"), *rows])
+    """In ``folder`` ``evaluation.json`` (table, duels, record), ``evaluation.csv`` (a row for each policy and metric) and
+    ``differences.csv`` (a row for each pair and metric; its p-values are not corrected)."""
+    rows = [
+        (name, metric, e.mean, e.low, e.high, e.users) for name, row in panel.table.items() for metric, e in row.items()
+    ]
+    gaps = [
+        (duel.a, duel.b, metric, e.mean, e.low, e.high, e.p) for duel in duels for metric, e in duel.differences.items()
+    ]
     whole = {
         "record": dict(record),
         "metrics": {**evaluate.METRICS, **EXTRA},
         "table": {
             name: {
-                metric: _finite(asdict(e)) | {"runs": panel.scores[name][metric].mean(1).tolist()}
-                for metric, e in row.items()
+                metric: asdict(e) | {"runs": panel.scores[name][metric].mean(1).tolist()} for metric, e in row.items()
             }
             for name, row in panel.table.items()
         },
-        "duels": [
-            {key: _finite(value) if isinstance(value, dict) else value for key, value in asdict(duel).items()}
-            for duel in duels
-        ],
+        "duels": [asdict(duel) for duel in duels],
     }
     files = {
-        folder / "evaluation.json": json.dumps(whole, indent=1, allow_nan=False).encode(),
-        folder / "evaluation.csv": buffer.getvalue().encode(),
+        folder / "evaluation.json": json.dumps(_finite(whole), indent=1, allow_nan=False).encode(),
+        folder / "evaluation.csv": _csv(("policy", "metric", "mean", "low", "high", "users"), rows),
+        folder / "differences.csv": _csv(("a", "b", "metric", "mean", "low", "high", "p"), gaps),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,6 +280,16 @@ def write(folder: Path, panel: Panel, duels: Sequence[Duel], record: Mapping[str
     return list(files)
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+def _csv(head: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([head, *rows])
+    return buffer.getvalue().encode()
+
+
+def _finite(value: object) -> object:
     """JSON has no NaN."""
-    return {name: None if value != value else value for name, value in values.items()}
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if value != value else value

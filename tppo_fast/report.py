@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tppo_fast.atomic import write_atomic
 from tppo_fast.errors import UserError
-from tppo_fast.estimates import Estimate, few_users
+from tppo_fast.estimates import Difference, Estimate, few_users
 from tppo_fast.metrics import GLOSSARY, recorded
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ LABELS = {
     "eval/hit": "hit rate",
     "eval/mrr": "MRR",
     "eval/exact": "exact matches",
+    "eval/judged": "share judged relevant",
     "eval/length": "response length (tokens)",
     "ppo/kl": "KL to the reference (nats per token)",
     "rollout/length_mean": "response length (tokens)",
@@ -85,6 +86,10 @@ class Report:
     """The runs whose curves are drawn together."""
     table: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     """method -> metric -> estimate; a metric that a method lacks is shown as a dash."""
+    baseline: str = ""
+    """The method that ``differences`` are about."""
+    differences: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
+    """another method -> metric -> the baseline's paired difference from it, p-values corrected."""
     examples: Sequence[Example] = ()
     """Labelled responses."""
     number_shown: str = "the reward it received"
@@ -119,8 +124,12 @@ CURVES = (
 )
 
 
-def verdict(name_a: str, name_b: str, difference: float, low: float, high: float, metric: str) -> str:
+def verdict(
+    name_a: str, name_b: str, difference: float, low: float, high: float, metric: str, *, p: float | None = None
+) -> str:
     """One sentence on A - B for ``metric`` with the ends of its 95 % confidence interval.
+
+    With ``p``, corrected for the number of comparisons, a difference is shown where that is below 0.05 as well.
 
     Raises:
         ValueError: low is above high.
@@ -136,8 +145,14 @@ def verdict(name_a: str, name_b: str, difference: float, low: float, high: float
             f"No difference could be shown between {name_a} and {name_b} on {what}: "
             f"{difference:+.3f}, and the {interval} contains zero."
         )
+    if p is not None and not p < 0.05:
+        return (
+            f"No difference could be shown between {name_a} and {name_b} on {what}: "
+            f"{difference:+.3f} ({interval}), but p is {p:.3f} once corrected for the number of comparisons."
+        )
     word = "above" if low > 0.0 else "below"
-    return f"{name_a} is {word} {name_b} on {what} by {abs(difference):.3f} ({interval} for the difference)."
+    sure = "" if p is None else f", corrected p {p:.3f}" if p >= 0.001 else ", corrected p below 0.001"
+    return f"{name_a} is {word} {name_b} on {what} by {abs(difference):.3f} ({interval} for the difference{sure})."
 
 
 def label(metric: str) -> str:
@@ -221,6 +236,7 @@ def write_report(path: Path, report: Report) -> list[Path]:
         not_recorded=[label(curve.metric) for curve in report.curves if curve not in present] if report.runs else [],
         few_users=few_users(report.table),
         columns=list(dict.fromkeys(metric for row in report.table.values() for metric in row)),
+        compared=list(dict.fromkeys(metric for row in report.differences.values() for metric in row)),
         phases={run.name: row for run in report.runs if (row := phase_means(run))},
         phase_names=PHASES,
         settings=list(flatten(report.settings)),
