@@ -49,24 +49,33 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.option("--rounds", type=click.IntRange(1), default=None, help="Turns of every provider.")
 @click.option("--seed", type=int, default=0, help="Of inputs, models and sampling.")
 @click.option("--model", type=click.Path(path_type=Path), default=DEFAULTS.model, help="For rollout and step.")
+@click.option("--prompts", type=click.IntRange(1), help="Of a step; sizes given so are kept apart from the results.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Tokens of each prompt of a step.")
+@click.option("--samples", type=click.IntRange(1), help="Responses to each prompt of a step.")
+@click.option("--new-tokens", type=click.IntRange(1), help="Tokens of each response of a step.")
+@click.option("--microbatch", type=click.IntRange(1), help="Responses in one pass of a step.")
 @click.option("--scratch", type=click.Path(path_type=Path), default=DEFAULTS.scratch, help="Runs and peers' files.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Where <device>/<suite>.json go.")
 @click.option("--quick", is_flag=True, help="Tiny sizes, kept apart from the results: that everything runs.")
 @click.option("--check", is_flag=True, help="Measure again and compare ratios with the kept results, which stay.")
 def main(
     suites: tuple[Suite, ...], names: tuple[str, ...] | None, threads: int, rounds: int | None, seed: int, model: Path,
-    scratch: Path, out: Path | None, quick: bool, check: bool,
+    scratch: Path, out: Path | None, quick: bool, check: bool, **sizes: int | None,
 ) -> None:  # fmt: skip
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    aside = "quick" if quick else "check" if check else "some" if names else None
+    shape = {name: size for name, size in sizes.items() if size is not None}
+    aside = "quick" if quick else "check" if check else "some" if names or shape else None
     folder = out or (scratch / aside if aside else results.ROOT)
     options = Options(
-        providers=names, threads=threads, quick=quick, rounds=rounds, seed=seed, model=model, scratch=scratch,
+        providers=names, threads=threads, quick=quick, rounds=rounds, seed=seed, model=model, shape=shape,
+        scratch=scratch,
     )  # fmt: skip
     try:
-        if check and (quick or names):
-            raise UserError("--check measures again what was kept: leave out --quick and --providers")
+        if check and (quick or names or shape):
+            raise UserError("--check measures again what was kept: leave out --quick, --providers and sizes")
+        if shape and suites != ("step",):
+            raise UserError(f"--{next(iter(shape)).replace('_', '-')} is a size of the step suite: add --suite step")
         for suite in suites:
             if not providers.chosen(suite, names):
                 raise UserError(
@@ -76,11 +85,11 @@ def main(
             raise UserError(
                 f"--model {str(model)!r} holds no model: `make smollm2` writes SmolLM2-135M to .cache/smollm2"
             )
+        fallen = run(suites[0], options, folder, check) if len(suites) == 1 else []
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
     if len(suites) == 1:
-        fallen = run(suites[0], options, folder, check)
         sys.exit("\n".join(["fell behind the kept results:", *fallen]) if fallen else 0)
     from benchmarks import machine
 

@@ -36,6 +36,8 @@ class Options:
     """Decides inputs, models and sampling."""
     model: Path = Path(".cache/smollm2")
     """A folder with a causal LM, for the rollout and step suites."""
+    shape: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of the step suite that replace its own: prompts, prompt_tokens, samples, new_tokens, microbatch."""
     scratch: Path = Path("build/bench")
     """Where models, peers' files and runs go; what is there already is used."""
 
