@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import tppo_kernels as tk
 from torch import Tensor
 from tppo_kernels import native, reference
@@ -123,21 +126,26 @@ def padded_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tup
     return advantages, advantages + values
 
 
-def blocked_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float, block: int = 64) -> tuple[Tensor, Tensor]:
-    """The best of plain PyTorch: within blocks of steps one product with the powers of gamma lambda, a loop over blocks alone."""
+@functools.cache
+def _powers(size: int, decay: float, like: tuple[torch.dtype, torch.device]) -> tuple[Tensor, Tensor]:
+    """(decay ** (from - to) for from >= to, else 0, [from, to]; decay ** (size - to), [to])."""
+    steps = torch.arange(size, dtype=like[0], device=like[1])
+    behind = steps[:, None] - steps
+    return torch.where(behind >= 0, decay ** behind.clamp_min(0), 0.0), decay ** (size - steps)
+
+
+def blocked_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """The best of plain PyTorch: one product with the powers of gamma lambda within blocks of about sqrt(T) steps, and one over
+    the blocks; nothing loops in Python, and the powers are kept."""
     n, t = rewards.shape
+    block = 1 << math.isqrt(t).bit_length()
+    decay, like = gamma * lam, (rewards.dtype, rewards.device)
     after = torch.cat([values[:, 1:], values.new_zeros(n, 1)], 1)
-    deltas = torch.nn.functional.pad(rewards + gamma * after - values, (0, -t % block)).view(n, -1, block)
-    steps = torch.arange(block, device=rewards.device, dtype=rewards.dtype)
-    behind = steps[:, None] - steps[None]  # [from, to]
-    decay = gamma * lam
-    local = deltas @ torch.where(behind >= 0, decay ** behind.clamp_min(0), 0.0)
-    carried, found = rewards.new_zeros(n, 1), []
-    to_end = decay ** (block - steps)
-    for b in reversed(range(local.shape[1])):
-        found.append(local[:, b] + to_end * carried)
-        carried = found[-1][:, :1]
-    advantages = torch.cat(found[::-1], 1)[:, :t]
+    deltas = F.pad(rewards + gamma * after - values, (0, -t % block)).view(n, -1, block)
+    within, to_end = _powers(block, decay, like)
+    local = deltas @ within
+    starts = local[..., 0] @ _powers(local.shape[1], decay**block, like)[0]  # of each block, with all later ones
+    advantages = torch.addcmul(local, F.pad(starts[:, 1:], (0, 1))[..., None], to_end).view(n, -1)[:, :t]
     return advantages, advantages + values
 
 

@@ -59,8 +59,9 @@ def test_the_ops_suite_runs_quick(tmp_path: Path) -> None:
     assert [r["problem"] for r in rows if r["provider"] == "QuACK"] == ["its kernel needs a GPU"]
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("length", [1, 2, 15, 64, 65, 200, 4097])
 def test_blocked_gae_is_the_loops(length: int) -> None:
+    """In fp64, at lengths that fill their blocks and that do not."""
     rewards, values = torch.randn(2, 3, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for one, other in zip(
         blocked_gae(rewards, values, 0.99, 0.95), padded_gae(rewards, values, 0.99, 0.95), strict=True
