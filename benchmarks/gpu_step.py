@@ -5,8 +5,9 @@ gets microbatches of 4 to 6 thousand tokens: TRL, and we where prompts are not s
 say so take all 128 at once. One has twice the prompts, so that the optimizer's time is shared by twice the tokens: another
 step, in cases of its own. The rows' share of the ceiling is what the step needs (``tppo_fast.flops``: nothing recomputed, no
 padding, no logits of prompts, a prompt once where it is shared) over the time and the GEMM rate measured in the same run. MFU
-in the usual sense divides by the datasheet's rate instead, as the trainer's ``perf/update_mfu`` does: ``update, MFU``. Tokens per
-second count each prompt with each of its responses, for all alike. Memory is the allocator's whole peak, weights and optimizer
+in the usual sense divides by the datasheet's rate instead, as the trainer's ``perf/update_mfu`` does: ``update, MFU``. TRL's
+prepare needs one pass of the policy less: it takes old log-probabilities from generate's scores. Tokens per second are the
+sampled ones, which all trainers count alike. Memory is the allocator's whole peak, weights and optimizer
 included. TRL leaves gradient checkpointing off whatever its setting says, since its PPO has a training loop of its own.
 
 Our rows of the same step must agree with the first one to 5 %, which bf16 allows; TRL learns from what it samples itself, and
@@ -105,7 +106,7 @@ def run(
         gc.collect()
         torch.cuda.empty_cache()
     options = Options(scratch=folder, quick=dry, threads=1 if dry else 8)
-    larger = replace(work, name=f"{work.name}, twice the prompts", prompts=2 * work.prompts)
+    larger = replace(work, prompts=2 * work.prompts)
     answers, found = {}, []
     for row in rows_of(part, parts, dry=dry):
         step = larger if row is LARGER else work
@@ -163,19 +164,19 @@ def _model(folder: Path, shape: dict[str, Any]) -> Path:
 
 def _results(row: Row, work: Work, answer: dict[str, Any], gemm: float) -> list[Result]:
     """Tokens per second, and each phase; the first iteration warmed up."""
-    tokens = work.prompts * work.samples * (work.prompt_tokens + work.new_tokens)
+    sampled = work.prompts * work.samples * work.new_tokens
     iterations = [] if "problem" in answer else answer["iterations"][1:]
     needed = needed_flops(row, work)
 
     def result(what: str, unit: str, values: list[float], peak: float | None = None) -> Result:
         return Result(
-            case=f"PPO step, {work.name}, {what}", provider=row.provider, family="PPO step", sizes=work.sizes, unit=unit,
+            case=f"PPO step, {work.label}, {what}", provider=row.provider, family="PPO step", sizes=work.sizes, unit=unit,
             values=values, problem=answer.get("problem"), baseline=row.baseline,
             device_peak_bytes=None if peak is None else int(peak * 2**30),
         )  # fmt: skip
 
-    both = [tokens / (i["prepare_seconds"] + i["update_seconds"]) for i in iterations]
-    found = [result("tokens of both phases", "tokens/s", both)]
+    both = [sampled / (i["prepare_seconds"] + i["update_seconds"]) for i in iterations]
+    found = [result("sampled tokens through prepare and update", "tokens/s", both)]
     for phase in ("update", "prepare"):
         seconds = [i[f"{phase}_seconds"] for i in iterations]
         peak = max((i[f"{phase}_peak_gib"] for i in iterations), default=None)
@@ -203,7 +204,8 @@ def needed_flops(row: Row, work: Work) -> dict[str, float]:
         tokens, pairs = tokens - spared * work.prompt_tokens, pairs - spared * _causal(work.prompt_tokens)
     size = tokens, pairs, responses * work.new_tokens
     return {
-        "prepare": 2 * policy.forward(*size) + (critic.forward(*size) if critic else 0.0),
+        "prepare": (1 if row.name == TRL.name else 2) * policy.forward(*size)
+        + (critic.forward(*size) if critic else 0.0),
         "update": policy.training(*size) + (critic.training(*size) if critic else 0.0),
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
 from benchmarks import __main__ as runner
 from benchmarks import bench_step, gpu_step, peer_envs, providers, step_ours
@@ -31,6 +32,7 @@ from benchmarks.step_work import (
     whole,
     works,
 )
+from tppo_fast import flops
 from tppo_fast.errors import UserError
 
 
@@ -251,6 +253,18 @@ def test_needed_flops_are_those_that_the_trainer_counts(tmp_path: Path) -> None:
         needed = gpu_step.needed_flops(replace(whole(small=True)[1], changes={"settings": settings}), work)
         assert answer["metrics"][0]["prepare_tflop"] == pytest.approx(needed["prepare"] / 1e12)
         assert answer["metrics"][0]["update_tflop"] == pytest.approx(needed["update"] / 1e12)
+
+
+def test_trl_needs_one_pass_of_the_policy_less_to_prepare(tmp_path: Path) -> None:
+    """Old log-probabilities are its generate's scores: reference and critic alone read the responses."""
+    work = works(Options(quick=True, scratch=tmp_path))[0]
+    theirs, ours = (gpu_step.needed_flops(row, work) for row in (TRL, replace(TRL, provider="tppo_fast: own critic")))
+    lm = AutoModelForCausalLM.from_pretrained(work.model)
+    size = 8 * 28, 8 * (28 * 29 // 2), 8 * 4
+    policy = flops.costs(lm.base_model, lm.get_output_embeddings())
+    assert theirs["prepare"] == policy.forward(*size) + flops.costs(lm.base_model).forward(*size)
+    assert ours["prepare"] - theirs["prepare"] == pytest.approx(policy.forward(*size))
+    assert ours["update"] == theirs["update"]
 
 
 def test_a_phase_ends_once() -> None:
