@@ -1,7 +1,8 @@
 """What a method's samples and seconds buy: ``python -m benchmarks --suite learning``.
 
 TPPO, its clean control (the same token rewards summed onto the last token), sentence-level PPO and GRPO from one supervised
-start, on generated sessions, by ``tppo_fast.compare``. The gain to reach was fixed before the run.
+start, on generated sessions, by ``tppo_fast.compare``. The gain to reach was chosen before a run, what it counts from after its
+curves were known: first each run's own first evaluation, now the mean of them all. Two seeds: these rows are in no headline.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ def caption(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
     model = report["settings"].get("model")
     what = f"{_device(report)}{f', {model}' if model else ''}"
-    return f"{what}, commit {machine['commit']}, {machine['date']}: `{report['command']}`"
+    threads = "; each run of it has one thread, whatever `--threads` says" if report["suite"] == "learning" else ""
+    return f"{what}, commit {machine['commit']}, {machine['date']}: `{report['command']}`{threads}"
 
 
 def _device(report: Mapping[str, Any]) -> str:
@@ -91,7 +92,6 @@ def blocks(cases: Sequence[Sequence[Result]]) -> str:
 
 def _columns(row: Result) -> dict[str, str]:
     turns, spread = len(row.values), (row.q20 or 0.0, row.q80 or 0.0)
-    memory = row.device_peak_bytes if row.device_peak_bytes is not None else row.host_peak_bytes
     return {
         "provider": row.provider,
         "median": value(row.median or 0.0, row.unit),
@@ -99,7 +99,7 @@ def _columns(row: Result) -> dict[str, str]:
         "turns": str(turns) if turns > 1 else "",
         "ratio": times(row.ratio) if row.ratio else "",
         "of the ceiling": f"{row.share_of_ceiling:.0%}" if row.share_of_ceiling else "",
-        "peak memory": size(memory),
+        "peak memory": size(_memory(row)),
     }
 
 
@@ -128,7 +128,10 @@ def full(report: Mapping[str, Any]) -> str:
     rows = results.rows_of(report)
     absent = [f"- {name}: {p['missing']}" for name, p in report["providers"].items() if p["missing"]]
     versions = ", ".join(f"{name} {p['version']}" for name, p in report["providers"].items() if p["version"])
-    parts = [f"{caption(report)}. Providers: {versions}.", blocks(list(by_case(rows).values()))]
+    about = f"{caption(report)}.{f' Providers: {versions}.' if versions else ''}"
+    parts = [about, blocks(list(by_case(rows).values()))]
+    if report["suite"] == "learning":
+        parts.append(learning_note(rows, report["settings"]["seeds"]))
     if note := report.get("note"):
         parts.append(note)
     if left := report["settings"].get("skipped_cases"):
@@ -138,6 +141,19 @@ def full(report: Mapping[str, Any]) -> str:
     if growth := exponents(report):
         parts.append("Growth, fitted (median ~ size ^ power):\n\n" + growth)
     return "\n\n".join(parts)
+
+
+def learning_note(rows: Sequence[Result], seeds: Sequence[int]) -> str:
+    """What the rows of the learning suite are worth, and the seeds in which another method needed no more than ours."""
+    ours, *others = next(iter(by_case(rows).values()))
+    ties = [
+        f"in seed {seed} {row.provider.partition(': ')[2]} needed {theirs:,.0f} responses and "
+        f"{ours.provider.partition(': ')[2]} {mine:,.0f}"
+        for row in others for seed, mine, theirs in zip(seeds, ours.values, row.values, strict=False) if theirs <= mine
+    ]  # fmt: skip
+    return (
+        "; ".join(["What the gain counts from was chosen after curves were known", f"{len(seeds)} seeds", *ties]) + "."
+    )
 
 
 def kept(device: str) -> dict[str, dict[str, Any]]:
@@ -181,8 +197,10 @@ class Against:
     """The 20 to 80 % bands of the two do not overlap."""
 
 
-def against(rows: Sequence[Result]) -> Against:
-    ours, other = next((row for row in rows if is_ours(row)), rows[0]), best_other(rows)
+def against(rows: Sequence[Result], provider: str | None = None) -> Against:
+    """Ours, the first of our rows or the one of this name, beside the best other."""
+    mine = [row for row in rows if row.provider == provider] or [row for row in rows if is_ours(row)] or rows
+    ours, other = mine[0], best_other(rows)
     if other is None or not ours.median or not other.median:
         return Against(ours=ours, other=other, ratio=None, told_apart=False)
     apart = min(len(ours.values), len(other.values)) > 1 and (
@@ -197,12 +215,24 @@ def against(rows: Sequence[Result]) -> Against:
     )
 
 
+def _memory(row: Result) -> int | None:
+    return row.device_peak_bytes if row.device_peak_bytes is not None else row.host_peak_bytes
+
+
 def _cell(row: Result | None) -> str:
     if row is None or row.median is None:
         return NOT_MEASURED if row is None or not row.problem else row.problem
-    memory = row.device_peak_bytes if row.device_peak_bytes is not None else row.host_peak_bytes
+    memory = _memory(row)
     name = row.provider.removeprefix("tppo_fast: ")
     return f"{name}: {value(row.median, row.unit)}{f', {size(memory)}' if memory and row.unit == 's' else ''}"
+
+
+def _leaner(rows: Sequence[Result], other: Result) -> Result | None:
+    """Of the other's rows the one that takes less memory than its fastest, by a fifth or more, where that is over 1 GiB."""
+    same = [row for row in rows if row.median and row.provider.split(":")[0] == other.provider.split(":")[0]]
+    least = min(same, key=lambda row: _memory(row) or 0)
+    most = _memory(other) or 0
+    return least if most > 2**30 and (_memory(least) or 0) < 0.8 * most else None
 
 
 def summary() -> str:
@@ -212,9 +242,11 @@ def summary() -> str:
         reports = kept(device)
         measured += reports.values()
         lines = [f"| {device.upper()} | tppo_fast | best other | ratio | other sizes |", "|---|---|---|---|---|"]
-        for suite in SUITES:
+        for suite in HIGHLIGHTS:
             if suite in reports:
-                lines += [_summary_line(cases) for cases in whole(families(results.rows_of(reports[suite])), suite)]
+                lines += [
+                    line for cases in whole(families(results.rows_of(reports[suite]))) for line in _highlights(cases)
+                ]
             elif device == "cpu":
                 lines.append(f"| {suite} | {NOT_MEASURED} | {NOT_MEASURED} | | |")
         parts.append("\n".join(lines))
@@ -230,35 +262,60 @@ def summary() -> str:
     )
     parts.append(
         f"<sub>`make bench` (GPU: `make gpu-check`): {note}. All rows: [RESULTS](benchmarks/RESULTS.md).</sub>\n\n"
-        "- *Best other*: the fastest provider that passed the same run's correctness gate. *~*: the 20 to 80 % bands of the two "
-        "overlap. *Memory*: an op's peak beyond its inputs, a step's whole process.\n"
+        "- *Best other*: the fastest provider that passed the same run's correctness gate; beside it, where that takes GiB, "
+        "its row that needs less. *~*: the 20 to 80 % bands of the two overlap. *Memory*: an op's peak beyond its inputs, a "
+        "step's whole process.\n"
         "- PPO and GRPO iterations on the CPU sample with transformers' generate on both sides; in ours the samples of a prompt "
-        "share its prefill.\n"
-        "- The GPU's PPO step leaves sampling out. It compares one body for policy and critic with TRL's two, so the "
-        "correctness gate does not apply. The padded GAE there is a loop over time.\n"
-        "- Learning rows compare our own implementations of each method on two seeds. TPPO discounts with gamma 0.7 there, the "
-        "others do not; five seeds and both discounts are below."
+        "share its prefill. Rollouts: through transformers on both sides, then ours through vLLM.\n"
+        "- The GPU's PPO step leaves sampling out. TRL learns there from what it samples itself, so the correctness gate does "
+        f"not apply{'; one body for policy and critic is compared with two' if _one_body_on_gpus() else ''}."
     )
     return "\n\n".join(parts)
 
 
-def whole(found: Sequence[list[list[Result]]], suite: str) -> list[list[list[Result]]]:
+HIGHLIGHTS = ("ops", "rollout", "step")
+"""Suites of the root README's table. Learning stands in ``RESULTS.md`` alone: two seeds, and a rule that followed the curves."""
+LIKE_FOR_LIKE = ("tppo_fast: transformers", "tppo_fast: own critic")
+"""Our rows that do what the others do; a case that has one shows it first."""
+LOOPS = {"GAE, fp32": "padded PyTorch: blocked"}
+"""Ops whose other rows loop over time in Python -> the row without which they are no comparison."""
+
+
+def _highlights(cases: Sequence[Sequence[Result]]) -> list[str]:
+    """A family's lines: ours like for like, and what vLLM makes of a rollout; none for an op against a loop over time."""
+    family, names = cases[0][0].family, {row.provider for row in cases[0] if row.median}
+    if family in LOOPS and LOOPS[family] not in names:
+        return []
+    fair = next((name for name in LIKE_FOR_LIKE if name in names), None)
+    second = ["tppo_fast: vLLM"] if "tppo_fast: vLLM" in names else []
+    return [_summary_line(cases, name) for name in (fair, *second)]
+
+
+def _one_body_on_gpus() -> bool:
+    """Whether a GPU's step has no row with a critic of its own."""
+    rows = [row for device in gpus() for row in results.rows_of(kept(device).get("step", {"results": []}))]
+    return bool(rows) and "tppo_fast: own critic" not in {row.provider for row in rows if row.median}
+
+
+def whole(found: Sequence[list[list[Result]]]) -> list[list[list[Result]]]:
     """Without the phases of another case, and without those where only our own variants are compared."""
     names = {cases[0][0].family for cases in found}
     return [
         cases for cases in found
         if not any(cases[0][0].family.startswith(f"{name}, ") for name in names if name)
-        and (suite == "learning" or not all(map(is_ours, cases[0])))
+        and not all(map(is_ours, cases[0]))
     ]  # fmt: skip
 
 
-def _summary_line(cases: Sequence[Sequence[Result]]) -> str:
-    first, *others = map(against, cases)
+def _summary_line(cases: Sequence[Sequence[Result]], provider: str | None) -> str:
+    first, *others = (against(rows, provider) for rows in cases)
     beside = next((f"none: {row.problem}" for row in cases[0][1:] if row.problem), "none")
     ratios = sorted(case.ratio for case in others if case.ratio and case.ours.sizes != first.ours.sizes)
     elsewhere = f"{times(ratios[0])} - {times(ratios[-1])}" if ratios else ""
     ratio = f"{'' if first.told_apart else '~ '}{times(first.ratio)}" if first.ratio else ""
     other = _cell(first.other) if first.other else beside
+    if first.other and (leaner := _leaner(cases[0], first.other)):
+        other += f"; {_cell(leaner)}"
     return f"| {first.ours.case} | {_cell(first.ours)} | {other} | {ratio} | {elsewhere} |"
 
 

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -29,7 +30,7 @@ total = float(load_file(folder / "inputs.safetensors")["x"].sum())
 """
 
 
-def row(provider: str, values: list[float], case: str = "c", unit: str = "s", **others: object) -> Result:
+def row(provider: str, values: list[float], case: str = "c", unit: str = "s", **others: Any) -> Result:
     return Result(case=case, provider=provider, values=values, unit=unit, baseline=provider == "torch eager", **others)
 
 
@@ -107,7 +108,7 @@ def test_a_plot_carries_the_hash_of_its_results(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(results, "ROOT", tmp_path)
     rows = [
         row(name, [n * k, n * k * 1.1], f"{n}", family="GAE, fp32", sizes={"tokens": n})
-        for name, k in (("tppo_fast: native", 1.0), ("torch eager", 4.0), ("verl", 9.0))
+        for name, k in (("tppo_fast: native", 1.0), ("padded PyTorch: blocked", 4.0), ("torch eager", 9.0))
         for n in (10, 100, 1000)
     ]
     results.summarise(rows)
@@ -121,8 +122,61 @@ def test_a_plot_carries_the_hash_of_its_results(tmp_path: Path, monkeypatch: pyt
     assert svg == found["ops.svg"].svg()  # drawn again, the same bytes
     assert plots.embedded(svg) == plots.digest([tmp_path / "cpu" / "ops.json"])
     assert plots.embedded(found["summary.svg"].svg()) == plots.embedded(svg)
-    assert "| native: 10.50 s | torch eager: 42.00 s | 4.00x | 4.00x - 4.00x |" in tables.summary()
+    assert b"GAE, against a loop" in found["summary.svg"].svg()
+    assert "| native: 10.50 s | padded PyTorch: blocked: 42.00 s | 4.00x | 4.00x - 4.00x |" in tables.summary()
     assert "not measured yet" in tables.summary()  # the other suites, and every GPU
+
+
+def highlights(rows: list[Result]) -> list[str]:
+    """The lines of the README's table, without sizes."""
+    results.summarise(rows)
+    return [line for cases in tables.whole(tables.families(rows)) for line in tables._highlights(cases)]
+
+
+def test_a_rollout_is_compared_like_for_like_first() -> None:
+    rates = {"tppo_fast: vLLM": 120.0, "tppo_fast: transformers": 60.0, "TRL": 48.0}
+    first, second = highlights([row(name, [rate], unit="tokens/s") for name, rate in rates.items()])
+    assert "| transformers: 60 tokens/s | TRL: 48 tokens/s | ~ 1.25x |" in first
+    assert "| vLLM: 120 tokens/s | TRL: 48 tokens/s | ~ 2.50x |" in second
+
+
+def test_a_step_is_highlighted_with_a_critic_of_its_own_and_the_leaner_setting_of_the_other() -> None:
+    memory = {"tppo_fast: shared body": 3, "tppo_fast: own critic": 5, "TRL PPO": 17, "TRL PPO: one response a pass": 6}
+    seconds = [1.0, 2.0, 8.0, 9.0]
+    rows = [row(n, [s], host_peak_bytes=m * 2**30) for s, (n, m) in zip(seconds, memory.items(), strict=True)]
+    assert highlights(rows) == [
+        "| c | own critic: 2.00 s, 5.00 GiB | TRL PPO: 8.00 s, 17.00 GiB; TRL PPO: one response a pass: 9.00 s, 6.00 GiB "
+        "| ~ 4.00x |  |"
+    ]
+    assert (
+        "9.00 s"
+        not in highlights([*rows[:3], row("TRL PPO: one response a pass", [9.0], host_peak_bytes=16 * 2**30)])[0]
+    )
+
+
+def test_gae_is_never_highlighted_against_a_loop() -> None:
+    gae = {"case": "GAE, fp32: 9 tokens", "family": "GAE, fp32"}
+    rows = [row("tppo_fast: triton", [1.0], **gae), row("padded PyTorch", [900.0], **gae)]
+    failed = row("padded PyTorch: blocked", [], problem="out of memory", **gae)
+    assert highlights(rows) == highlights([*rows, failed]) == []
+    (line,) = highlights([*rows, row("padded PyTorch: blocked", [3.0], **gae)])
+    assert "blocked: 3.00 s | ~ 3.00x |" in line
+
+
+def test_learning_says_what_its_rows_are_worth() -> None:
+    rows = [
+        row("tppo_fast: TPPO", [1280, 1280], unit="responses"),
+        row("tppo_fast: sentence PPO", [], unit="responses", problem="1 of 2 seeds never reached it"),
+        row("tppo_fast: GRPO", [1280, 4480], unit="responses"),
+    ]
+    assert tables.learning_note(rows, [3, 4]) == (
+        "What the gain counts from was chosen after curves were known; 2 seeds; in seed 3 GRPO needed 1,280 responses and "
+        "TPPO 1,280."
+    )
+    report = tables.kept("cpu")["learning"]
+    assert "Providers: ." not in tables.full(report)
+    assert "`; each run of it has one thread" in tables.full(report)
+    assert "held-out relevance" not in tables.summary()
 
 
 def test_a_driver_is_asked_through_files(tmp_path: Path) -> None:
