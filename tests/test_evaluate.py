@@ -79,9 +79,9 @@ def test_score_of_rollouts_parses_and_counts_tokens() -> None:
             token_ids=[1] * length,
             logprobs=[0.0] * length,
             text=text,
-            finish_reason=finish,
+            finish_reason=finish,  # type: ignore[arg-type]
             policy_version=0,
-        )  # type: ignore[arg-type]
+        )
 
     scores = score([rollout("rome map;x", 4, "stop"), rollout("x", 9, "length")], lambda t: t.split(";"), num_queries=2)
     assert list(scores) == list(evaluate.METRICS)
