@@ -59,7 +59,8 @@ def schedule(
     name = "constant_with_warmup" if name == "constant" else name
     if not waiting or not any(waiting):
         return get_scheduler(name, optimizer, warmup, steps)
-    shapes = [get_scheduler(name, optimizer, warmup, max(steps - wait, 1)).lr_lambdas[0] for wait in waiting]
+    made: list[Any] = [get_scheduler(name, optimizer, warmup, max(steps - wait, 1)) for wait in waiting]
+    shapes = [each.lr_lambdas[0] for each in made]
     return LambdaLR(optimizer, [_after(wait, shape) for wait, shape in zip(waiting, shapes, strict=True)])
 
 
