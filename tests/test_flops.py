@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import actor_critic, random_rollouts, tiny_llama
 from test_ppo import build
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel
 
 from tppo_fast import clock, flops, packing
 
@@ -55,6 +58,69 @@ def test_visible_pairs_are_those_of_the_mask(share: bool) -> None:
     if share:
         expected = (20 * 21 // 2 + 3 * (5 * 6 // 2 + 5 * 20)) + (9 * 10 // 2 + 3 * (7 * 8 // 2 + 7 * 9))
     assert flops.visible_pairs(batch_of(share)) == expected
+
+
+def body(name: str, **sizes: object) -> torch.nn.Module:
+    """Two layers of 32 hidden units, 100 tokens of vocabulary, without storage."""
+    base = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 100,
+    }
+    with torch.device("meta"):
+        return AutoModel.from_config(AutoConfig.for_model(name, **base, num_key_value_heads=2, **sizes))
+
+
+def test_latent_attention_and_experts_by_hand() -> None:
+    """DeepSeek-V3: keys of 8 + 4 numbers, values of 6; a layer of its own width, one of 4 experts of which 2 are visited."""
+    deepseek = body(
+        "deepseek_v3", q_lora_rank=16, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+        n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=16, first_k_dense_replace=1,
+        n_group=2, topk_group=1,
+    )  # fmt: skip
+    found = flops.costs(deepseek)
+    assert found.pair == 2 * 2 * 2 * (8 + 4 + 6)  # FLOPs, layers, heads
+    attention = 32 * 16 + 16 * 2 * 12 + 32 * (10 + 4) + 10 * 2 * (8 + 6) + 2 * 6 * 32
+    experts = (2 + 1) * 3 * 32 * 16 + 4 * 32  # two visited and the shared one; the router
+    assert found.token == 2 * (2 * attention + 3 * 32 * 48 + experts)
+    with torch.device("meta"):
+        real = AutoConfig.for_model("deepseek_v3", num_attention_heads=8, num_hidden_layers=1)
+    assert 2 * real.num_attention_heads * flops._head_sizes(real) == 5120
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "windows"),
+    [
+        ("llama", {}, (None, None)),
+        ("mistral", {"sliding_window": 7}, (7, 7)),
+        ("gemma2", {"sliding_window": 7, "head_dim": 16}, (7, None)),
+        ("qwen2", {"sliding_window": 7, "use_sliding_window": False}, (None, None)),
+    ],
+)
+def test_layers_with_a_window_are_known(name: str, sizes: dict[str, object], windows: tuple[int | None, ...]) -> None:
+    assert flops.costs(body(name, **sizes)).windows == windows
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_window_hides_pairs(share: bool) -> None:
+    """Queries past the seventh place look at 7 keys, wherever their prompt lies; half of the layers see all."""
+    prompts = [(20, 5), (9, 7)]
+    near = [sum(min(q + 1, 7) for q in range(start, end)) for p, r in prompts for start, end in ((0, p), (p, p + r))]
+    expected = sum(near[::2]) * (1 if share else 3) + 3 * sum(near[1::2])
+    batch = batch_of(share)
+    assert flops.visible_pairs(batch, (7,)) == expected
+    assert flops.visible_pairs(batch, (7, None)) == (expected + flops.visible_pairs(batch)) / 2
+
+
+def test_a_models_windows_count_in_its_phases() -> None:
+    found = {}
+    for window in (None, 7):
+        ppo, batch = build(epochs=1)
+        ppo._counter._policy = replace(ppo._counter._policy, windows=(window, window))
+        found[window] = ppo.prepare(batch)[1]["perf/prepare_tflop"]
+    assert found[7] < found[None]
 
 
 def test_sharing_prompts_saves_what_it_says_and_splitting_them_is_waste() -> None:
