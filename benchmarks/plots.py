@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,6 +93,7 @@ def _colours(providers: Sequence[str]) -> dict[str, str]:
 
 
 def _title(axes: Axes, text: str) -> None:
+    text = "\n".join(part for line in text.splitlines() for part in textwrap.wrap(line, 34))
     axes.set_title(text, loc="left", fontsize=8, fontweight="bold", color="#1a1a1a")
 
 
@@ -168,7 +170,9 @@ def summary() -> Figure:
         elif suite == "ops":
             _gains(axes, results.rows_of(kept[suite]))
         elif suite == "step":
-            _bars(axes, tables.families(results.rows_of(kept[suite]))[0][0])
+            rows = tables.families(results.rows_of(kept[suite]))[0][0]
+            _bars(axes, rows)
+            _title(axes, f"{title}\n{rows[0].case}")
         else:
             _curves(axes, kept[suite], 0, "responses sampled")
     return figure
