@@ -16,7 +16,7 @@ import torch
 from support import EOS, no_vllm, prompt, tokenizer
 
 from tppo_fast import config as settings
-from tppo_fast import loading, model, packing
+from tppo_fast import loading, model, packing, runs
 from tppo_fast.data_types import Prompt
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
@@ -157,12 +157,19 @@ class TestConformance:
 def test_hf_logprobs_at_a_temperature(actor: model.Actor, wide_model: Path, prompts: list[Prompt]) -> None:
     engine = hf(wide_model)
     engine.load_weights(actor.named_weights(), version=0)
-    for temperature, greedy in ((0.5, False), (2.0, False), (0.7, True)):
+    for temperature, greedy in ((0.5, False), (2.0, False), (1.0, True)):
         rollouts = engine.generate(prompts, params(temperature=temperature, greedy=greedy))
         batch = packing.pack(rollouts, [r.logprobs for r in rollouts])
         with torch.no_grad():
             logp, _ = actor.logprobs(actor.hidden(batch)[batch.state_index], batch.actions, temperature)
         torch.testing.assert_close(logp, batch.behaviour_logprobs, atol=1e-4, rtol=0)
+
+
+def test_greedy_decoding_has_no_temperature() -> None:
+    with pytest.raises(UserError, match=r"temperature = 0\.7 with greedy = True.*; set temperature = 1\.0"):
+        params(temperature=0.7, greedy=True)
+    greedy = runs.eval_sampling(settings.build({"rollout": {"temperature": 0.7}, "train": {"eval_greedy": True}}))
+    assert (greedy.greedy, greedy.temperature) == (True, 1.0)
 
 
 def test_hf_samples_the_distribution_it_reports(actor: model.Actor, wide_model: Path, prompts: list[Prompt]) -> None:

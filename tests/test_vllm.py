@@ -120,7 +120,7 @@ def test_a_policy_with_adapters_is_published_merged(engine: Any, folder: Path, p
     assert [r.token_ids for r in engine.generate(prompts, params())] != before
 
 
-@pytest.mark.parametrize(("temperature", "greedy"), [(0.5, False), (2.0, False), (0.7, True), (1.0, True)])
+@pytest.mark.parametrize(("temperature", "greedy"), [(0.5, False), (2.0, False), (1.0, True)])
 def test_logprobs_at_a_temperature(
     engine: Any, actor: model.Actor, prompts: list[Prompt], temperature: float, greedy: bool
 ) -> None:

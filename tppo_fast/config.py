@@ -251,7 +251,7 @@ class TrainConfig(Section):
     eval_prompts: Count = 128
     """Held-out sessions per evaluation, one response each."""
     eval_greedy: bool = False
-    """Evaluate the most likely response instead of a sampled one."""
+    """Evaluate the most likely response instead of a sampled one; ``rollout.temperature`` does not matter then."""
     save_every: Annotated[int, Field(ge=0)] = 20
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: Count = 2

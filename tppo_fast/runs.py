@@ -235,7 +235,7 @@ def eval_sampling(config: RunConfig, n: int = 1) -> SamplingParams:
     return SamplingParams(
         n=n,
         max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
+        temperature=1.0 if config.train.eval_greedy else config.rollout.temperature,
         greedy=config.train.eval_greedy,
         seed=seeding.derive(config.seed, "eval"),
     )

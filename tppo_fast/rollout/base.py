@@ -24,7 +24,7 @@ class SamplingParams:
     temperature: float = 1.0
     """Logits are divided by it, above 0; log-probabilities are taken at it."""
     greedy: bool = False
-    """Take the most likely token (evaluation only); log-probabilities are still those of the distribution."""
+    """Take the most likely token (evaluation only), at temperature 1; log-probabilities are still those of the distribution."""
     top_p: float = 1.0
     """Must be 1."""
     top_k: int = 0
@@ -42,6 +42,11 @@ class SamplingParams:
             raise UserError(
                 f"temperature = {self.temperature}, n = {self.n}, max_new_tokens = {self.max_new_tokens}: all must be "
                 "above 0 (for greedy decoding set greedy = True)"
+            )
+        if self.greedy and self.temperature != 1.0:
+            raise UserError(
+                f"temperature = {self.temperature} with greedy = True: the most likely token has no temperature, and its "
+                "log-probability is taken at 1; set temperature = 1.0"
             )
 
 

@@ -71,20 +71,16 @@ class LiveEngine(Protocol):
     def alive(self) -> bool: ...
 
 
-def sampling_arguments(index: int, sampling: SamplingParams, stop: Sequence[int], extra: str) -> dict[str, Any]:
-    """vLLM's parameters for prompt ``index``; ``extra`` is its name for what a logits processor is told.
-
-    vLLM gives sample i of a prompt the seed ``seed + i``.
-    """
-    asked = {
+def sampling_arguments(index: int, sampling: SamplingParams, stop: Sequence[int]) -> dict[str, Any]:
+    """vLLM's parameters for prompt ``index``. vLLM gives sample i of a prompt the seed ``seed + i``."""
+    return {
         "n": 1 if sampling.greedy else sampling.n,
-        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,  # of 0, log-probabilities are those at 1
         "seed": seeding.derive(sampling.seed, "prompt", index) >> 1,  # room for "+ i" below 2**63
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(stop),
         "logprobs": 0,  # the sampled token's alone
     }
-    return asked | ({extra: {"greedy_temperature": sampling.temperature}} if sampling.greedy else {})
 
 
 # -------------------------------------------------------------------- fingerprints

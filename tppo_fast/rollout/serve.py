@@ -25,8 +25,7 @@ def arguments(model: str, transfer: str, rest: list[str]) -> list[str]:
     """The command line of vLLM's server; what ``rest`` says comes last, and so prevails."""
     own = [
         "--model", model, "--host", "127.0.0.1", "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
-        "--enable-prefix-caching", "--logits-processors", f"{HERE}:GreedyTemperature",
-        "--worker-extension-cls", f"{HERE}.ServerExtension",
+        "--enable-prefix-caching", "--worker-extension-cls", f"{HERE}.ServerExtension",
         "--weight-transfer-config", json.dumps({"backend": "nccl" if transfer == "nccl" else "tppo_local"}),
     ]  # fmt: skip
     if _cpu_build():  # see vllm_engine.LiveVLLM

@@ -183,7 +183,7 @@ class ServerLive:
         self._reset_cache()
 
         def sample(index: int) -> list[tuple[list[int], list[float]]]:
-            body = sampling_arguments(index, sampling, stop, "vllm_xargs")
+            body = sampling_arguments(index, sampling, stop)
             choices = self._complete(prompts[index], f"generate prompt {index} of {len(prompts)}", body)
             return [(c["token_ids"], c["logprobs"]["token_logprobs"]) for c in choices]
 

@@ -16,7 +16,7 @@ import gc
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -50,7 +50,6 @@ try:
         )
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-        from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 except Exception as error:  # a build for another torch dies of many kinds of errors
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     raise UserError(
@@ -115,20 +114,6 @@ class LocalTransfer(WeightTransferEngine[_LocalInit, _LocalUpdate]):
 
     def shutdown(self) -> None:
         pass
-
-
-class GreedyTemperature(AdapterLogitsProcessor):
-    """Divides the logits of greedy requests by the temperature, so that their log-probabilities are taken at it.
-
-    vLLM says "greedy" by temperature 0, which leaves no temperature for the reported log-probabilities.
-    """
-
-    def is_argmax_invariant(self) -> bool:
-        return False  # True would mean: skipped where everything is greedy
-
-    def new_req_logits_processor(self, params: Any) -> Callable[[list[int], Tensor], Tensor] | None:
-        temperature = (params.extra_args or {}).get("greedy_temperature")
-        return None if temperature is None else lambda _, logits: logits / temperature
 
 
 if BACKEND not in getattr(WeightTransferEngineFactory, "_registry", {}):
@@ -226,7 +211,6 @@ class LiveVLLM:
             block_size=32 if settings.device == "cpu" else None,  # 128 by default: more than most prompts
             enable_sleep_mode=settings.sleep_level > 0,
             logprobs_mode="processed_logprobs",  # at the sampling temperature
-            logits_processors=[GreedyTemperature],
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             trust_remote_code=settings.trust_remote_code,
             disable_log_stats=True,
@@ -244,7 +228,7 @@ class LiveVLLM:
         """(tokens, log-probabilities) of ``sampling.n`` responses to each prompt, in order, in one vLLM call."""
         self._reset_cache()
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        asked = [sampling_arguments(i, sampling, stop, "extra_args") for i in range(len(prompts))]
+        asked = [sampling_arguments(i, sampling, stop) for i in range(len(prompts))]
         outputs = self._run(requests, [vllm.SamplingParams(**each, detokenize=False) for each in asked])
         return [
             (list(c.token_ids), [step[t].logprob for step, t in zip(c.logprobs, c.token_ids, strict=True)])
