@@ -13,11 +13,13 @@ from support import prompt, tokenizer, wide_llama, write_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tppo_fast import config as settings
 from tppo_fast import loading
 from tppo_fast.errors import EngineError, UserError
+from tppo_fast.rollout import build_engine, remote
 from tppo_fast.rollout.base import SamplingParams
 from tppo_fast.rollout.hf_engine import HFEngine
-from tppo_fast.rollout.publish import Policy, PublishedEngine, fingerprint
+from tppo_fast.rollout.publish import LiveSettings, Policy, PublishedEngine, fingerprint
 
 
 class Live:
@@ -60,8 +62,8 @@ class Live:
         pass
 
 
-def small_gpt2(vocab_size: int) -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=64, n_head=2, n_layer=1, n_positions=64))
+def small_gpt2(vocab_size: int, positions: int = 64) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=64, n_head=2, n_layer=1, n_positions=positions))
 
 
 @pytest.fixture
@@ -136,6 +138,27 @@ def test_a_prompt_that_is_too_long_is_told_by_the_limit_it_passes(
     engine.load_weights(weights.items(), 0)
     with pytest.raises(UserError, match=said):
         engine.generate([prompt([1] * length)], SamplingParams(max_new_tokens=12))
+
+
+@pytest.mark.parametrize(("positions", "tokens", "probe"), [(256, 25, 24), (16, 16, 15)])
+def test_an_engine_for_short_answers_can_be_probed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positions: int, tokens: int, probe: int
+) -> None:
+    """Which asks for 24 tokens and one more, or for as many as the model has positions."""
+    write_model(tmp_path, lambda vocabulary: small_gpt2(vocabulary, positions))
+    asked: list[LiveSettings] = []
+
+    def start(told: LiveSettings, **_: Any) -> Live:
+        asked.append(told)
+        return Live(Policy(told.path, told.dtype))
+
+    monkeypatch.setattr(remote, "RemoteLive", start)
+    values = {"model": {"path": str(tmp_path)}, "data": {"max_prompt_tokens": 8}, "vllm": {"process": "worker"}}
+    run = settings.build({**values, "rollout": {"engine": "vllm", "max_new_tokens": 4}})
+    made: Any = build_engine(run, tokenizer(), torch.device("cpu"))
+    assert asked[0].max_model_len == tokens
+    assert len(made._policy.probe_ids) == probe
+    made._policy.probe(loading.load_causal_lm(str(tmp_path)).state_dict())
 
 
 @pytest.mark.parametrize(("generation", "expected"), [(None, [0, 5, 7]), ({"eos_token_id": 6}, [0, 6])])

@@ -24,7 +24,8 @@ class VLLMConfig(Section):
     kv_cache_gib: Positive | None = None
     """Memory for the key-value cache. None: 1 GiB on a CPU, what ``gpu_memory_share`` leaves on a GPU."""
     gpu_memory_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
-    """Share of the GPU's memory that vLLM may take; the trainer needs the rest."""
+    """Share of the GPU's memory that vLLM may take, and must find free when it starts; the trainer needs the rest. Not read with
+    ``kv_cache_gib``."""
     eager: bool = False
     """Start faster on a GPU, without CUDA graphs and compilation; a CPU always runs so."""
     bucket_mib: Count = 256

@@ -58,7 +58,7 @@ def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEng
     if cpu and own.transfer == "nccl":
         raise UserError('vllm.transfer = "nccl": weights travel so between GPUs, and this run is on a CPU')
     policy = Policy(path, dtype, trust_remote_code=config.model.trust_remote_code)
-    wanted = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    wanted = max(config.data.max_prompt_tokens + config.rollout.max_new_tokens, len(policy.probe_ids) + 1)
     settings = LiveSettings(
         path=path,
         dtype=dtype,

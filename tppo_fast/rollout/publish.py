@@ -15,10 +15,19 @@ from transformers.pytorch_utils import Conv1D
 from tppo_fast import seeding
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import EngineError, EngineLost, UserError
-from tppo_fast.rollout.base import SamplingParams, answered, check_lengths, decoder, fitting, loaded, stop_tokens
+from tppo_fast.rollout.base import (
+    SamplingParams,
+    answered,
+    check_lengths,
+    decoder,
+    fitting,
+    loaded,
+    max_positions,
+    stop_tokens,
+)
 
 PROBE_LENGTH = 24
-"""Tokens of the probe prompt."""
+"""Tokens of the probe prompt, where the model has positions for them and for one token more."""
 PROBE_LIMIT = {"float32": 1e-3, "bfloat16": 0.3}
 """Largest mean |engine - trainer| on the probe prompt, in nats per token."""
 ZERO = torch.finfo(torch.float32).tiny
@@ -36,7 +45,7 @@ class LiveSettings:
     device: Literal["cpu", "cuda"]
     """Where it runs."""
     max_model_len: int
-    """Longest prompt plus response, in tokens."""
+    """Longest prompt plus response, in tokens, the probe's included."""
     kv_cache_gib: float | None
     """Memory for the key-value cache, in GiB; None: 1 on a CPU, what gpu_memory_share leaves on a GPU."""
     gpu_memory_share: float
@@ -142,7 +151,8 @@ class Policy:
             self.generation_config = GenerationConfig.from_pretrained(path)
         vocabulary = config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
-        self.probe_ids: list[int] = torch.randint(vocabulary, (PROBE_LENGTH,), generator=generator).tolist()
+        length = min(PROBE_LENGTH, (max_positions(config) or PROBE_LENGTH + 1) - 1)
+        self.probe_ids: list[int] = torch.randint(vocabulary, (length,), generator=generator).tolist()
 
     def checked(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The weights by name, complete and of the right shapes, tied ones equal.

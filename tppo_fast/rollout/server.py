@@ -53,7 +53,7 @@ class ServerSettings:
     dtype: Literal["float32", "bfloat16"]
     """Arithmetic of the engine."""
     max_model_len: int
-    """Longest prompt plus response that will be asked for, in tokens."""
+    """Longest prompt plus response that will be asked for, in tokens, the probe's included."""
     transfer: Literal["shared_memory", "nccl"]
     """How weights travel."""
     trainer_address: str
@@ -152,8 +152,9 @@ class ServerLive:
             )
         if served["max_model_len"] < own.max_model_len:
             raise UserError(
-                f"vllm.url = {own.url!r}: it takes {served['max_model_len']} tokens, data.max_prompt_tokens + "
-                f"rollout.max_new_tokens = {own.max_model_len}: start it with --max-model-len {own.max_model_len}"
+                f"vllm.url = {own.url!r}: it takes {served['max_model_len']} tokens, this run needs {own.max_model_len} "
+                "(data.max_prompt_tokens + rollout.max_new_tokens, or the prompt that checks a publication): start it with "
+                f"--max-model-len {own.max_model_len}"
             )
         self._model = self._ask("GET", "/v1/models", "model name")["data"][0]["id"]
         self._ask("POST", "/abort_requests", "abort", json={})  # what a lost connection left under way

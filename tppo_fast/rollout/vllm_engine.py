@@ -179,8 +179,11 @@ class LiveVLLM:
         states, threads = seeding.global_state(), torch.get_num_threads()
         self._cpu = cpu = settings.device == "cpu"
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_share}
-        if settings.kv_cache_gib is not None or cpu:
-            memory["kv_cache_memory_bytes"] = int((settings.kv_cache_gib or 1.0) * 2**30)
+        if settings.kv_cache_gib is not None or cpu:  # the share then only asks for that much free memory at the start
+            memory = {
+                "kv_cache_memory_bytes": int((settings.kv_cache_gib or 1.0) * 2**30),
+                "gpu_memory_utilization": 0.01,
+            }
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # vLLM's use of torch is vLLM's business
@@ -229,9 +232,9 @@ class LiveVLLM:
         self._reset_cache()
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
         asked = [sampling_arguments(i, sampling, stop) for i in range(len(prompts))]
-        outputs = self._run(requests, [vllm.SamplingParams(**each, detokenize=False) for each in asked])
+        outputs = self._run(requests, [_params(**each) for each in asked])
         return [
-            (list(c.token_ids), [step[t].logprob for step, t in zip(c.logprobs, c.token_ids, strict=True)])
+            (list(c.token_ids), _of_own_tokens(c.logprobs))
             for output in outputs
             for c in sorted(output.outputs, key=lambda c: c.index)
         ]
@@ -250,10 +253,9 @@ class LiveVLLM:
     def probe(self, token_ids: Sequence[int]) -> Tensor:
         """Log-probability of each token after the first, at temperature 1, fp32 [len - 1]."""
         self._reset_cache()
-        params = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        params = _params(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         output = self._run([{"prompt_token_ids": list(token_ids)}], params)[0]
-        steps = output.prompt_logprobs[1:]
-        return torch.tensor([step[t].logprob for step, t in zip(steps, token_ids[1:], strict=True)])
+        return torch.tensor(_of_own_tokens(output.prompt_logprobs)[1:])
 
     # ---------------------------------------------------------------- weights
 
@@ -303,6 +305,17 @@ class LiveVLLM:
         destroy_model_parallel()
         destroy_distributed_environment()
         LiveVLLM._alive = False
+
+
+def _params(**asked: Any) -> Any:
+    return vllm.SamplingParams(
+        **asked, detokenize=False, flat_logprobs=True
+    )  # else an object and a dict for every token
+
+
+def _of_own_tokens(flat: Any) -> list[float]:
+    """Log-probabilities of the tokens that are there: of each position, vLLM puts its own token's first."""
+    return [flat.logprobs[first] for first in flat.start_indices]
 
 
 @torch.no_grad()
