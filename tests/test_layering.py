@@ -83,7 +83,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     },
     "scratch": set(),
     "figures": {"report"},
-    "rollout": {"background", "config", "data_types", "errors", "loading", "plugins", "seeding"},
+    "rollout": {"background", "config", "data_types", "errors", "interrupt", "loading", "plugins", "seeding"},
     "evaluate": {"data", "data_types", "errors", "estimates", "rewards", "words"},
     "report": {"atomic", "errors", "estimates", "metrics"},
     "judging": {"data_types", "errors", "rewards"},

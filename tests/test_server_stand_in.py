@@ -22,7 +22,7 @@ CHOICE = {"index": 0, "finish_reason": "stop", "token_ids": [0], "logprobs": {"t
 
 
 class StandIn:
-    """Answers like vLLM's server with ``ServerExtension``, and keeps what it was asked; ``failing`` routes answer 500."""
+    """Answers like vLLM's server with ``WorkerExtension``, and keeps what it was asked; ``failing`` routes answer 500."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = {
@@ -55,7 +55,7 @@ class StandIn:
         known = {
             "tppo_settings": self.settings,
             "tppo_version": {"version": self._version},
-            "tppo_updating": {"updating": False},
+            "tppo_abandon": None,
         }
         return {"results": [known[told["method"]]]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -320,17 +321,37 @@ def test_an_update_that_broke_off_does_not_stop_the_next(
     assert gap(actor, engine, prompts, params()) < 1e-3
 
 
-def test_a_failure_within_vllm_does_not_stop_the_next_update(
+class BreaksOff:
+    """Weights of which only those before the second layer's keys come: vLLM holds its queries back until all three are there."""
+
+    def __init__(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        self._weights = weights
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._weights:
+            if name == "model.layers.1.self_attn.k_proj.weight":
+                raise torch.cuda.OutOfMemoryError("no memory left")
+            yield name, tensor
+
+
+def test_a_failure_within_vllm_does_not_spoil_the_next_update(
     engine: Any, actor: model.Actor, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tppo_fast.rollout.vllm_engine import LocalTransfer
 
     engine.load_weights(actor.named_weights(), 0)
     disturb(actor, 7)
+    receive = LocalTransfer.receive_weights
+
+    def failing(self: Any, told: Any) -> None:
+        receive(self, dataclasses.replace(told, weights=BreaksOff(told.weights)))
+
+    monkeypatch.setattr(engine, "_bucket_bytes", 100_000)
     with monkeypatch.context() as patch:
-        patch.setattr(LocalTransfer, "receive_weights", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr(LocalTransfer, "receive_weights", failing)
+        with pytest.raises(EngineError, match=r"vLLM failed while taking in weights: .*no memory left"):
             engine.load_weights(actor.named_weights(), 1)
+    disturb(actor, 8)
     engine.load_weights(actor.named_weights(), 2)
     assert gap(actor, engine, prompts, params()) < 1e-3
 

@@ -81,6 +81,16 @@ def test_killed_while_weights_arrive_the_answers_are_the_same(
     assert engine.restarts == before + 2
 
 
+def test_the_worker_outlives_what_tells_the_trainer_to_stop(engine: Any, actor: Any, prompts: list[Prompt]) -> None:
+    """A scheduler sends SIGTERM to every process of a run; the trainer wants to save first."""
+    engine.load_weights(actor.named_weights(), 1)
+    before = engine.restarts
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(engine.live.pid, number)
+    assert gap(actor, engine, prompts, params()) < 1e-3
+    assert engine.restarts == before
+
+
 def test_it_gives_up_with_one_sentence(
     engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,12 +31,15 @@ class InterruptGuard:
     A second one stops at once, without saving.
     """
 
+    _entered: ClassVar[list[InterruptGuard]] = []
+
     def __init__(self) -> None:
         self._asked = False
         self._pid = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
+        self._entered.append(self)
         with contextlib.suppress(ValueError):  # not the main thread: Python delivers signals there, nothing to guard
             self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -54,7 +57,14 @@ class InterruptGuard:
         if self._asked:
             raise Interrupted
 
+    @classmethod
+    def check_any(cls) -> None:
+        """``check`` every guard that is entered: for what would take long and knows of no guard."""
+        for guard in cls._entered:
+            guard.check()
+
     def __exit__(self, *_: object) -> None:
+        self._entered.remove(self)
         for number, before in self._before.items():
             if before is not None:
                 signal.signal(number, before)

@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from tppo_fast.errors import EngineError, EngineLost, UserError
+from tppo_fast.interrupt import InterruptGuard
 from tppo_fast.rollout.base import SamplingParams
 from tppo_fast.rollout.publish import LiveEngine, LiveSettings, Policy, PublishedEngine
 from tppo_fast.rollout.worker import receive, send
 
 T = TypeVar("T")
+UPDATING = {"start_update", "update", "finish_update"}
+"""Operations after whose failure a worker may hold part of two policies, and is not used again."""
 
 
 class RemoteLive:
@@ -40,6 +43,8 @@ class RemoteLive:
         self._count = 0
         self._connection: Connection | None = None
         environment = dict(os.environ)
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()  # another process sees what torch keeps for itself as taken
         if settings.threads:
             environment["OMP_NUM_THREADS"] = str(settings.threads)
         self._process = subprocess.Popen(
@@ -121,7 +126,8 @@ class RemoteLive:
         if "user_error" in reply:
             raise UserError(reply["user_error"])
         if "error" in reply:
-            raise EngineError(f"{request} failed in the rollout worker: {reply['error']}")
+            kind = EngineLost if operation in UPDATING else EngineError
+            raise kind(f"{request} failed in the rollout worker: {reply['error']}")
         return received if reply["tensors"] else reply["result"]
 
     def _sent(self, operation: str) -> None:
@@ -167,7 +173,7 @@ class RemoteLive:
 
 class RecoveringEngine(PublishedEngine):
     """Replaces a worker that died or hung (or reaches its server again), publishes the last weights anew, and repeats the
-    request.
+    request; not once the run was asked to stop (``Interrupted``).
 
     It keeps a copy of those weights in main memory for that. Where ``sleep`` ends the worker, the next ``load_weights``
     starts another.
@@ -217,17 +223,25 @@ class RecoveringEngine(PublishedEngine):
         except EngineLost:
             self.live.close()  # it is replaced when weights come
 
+    def _restart(self) -> LiveEngine:
+        """Another engine like the first one. That one did start, so that what keeps this one from it may pass."""
+        try:
+            return self._start()
+        except UserError as error:
+            raise EngineLost(str(error)) from error
+
     def _persist(self, action: Callable[[], T], *, version: int | None) -> T:
         """``action`` on a live engine, which has the weights of ``version`` unless the action brings them."""
         for attempt in range(self._retries + 1):
             try:
                 if not self.live.alive:
-                    self.live = self._start()
+                    self.live = self._restart()
                     if version is not None:
                         self._publish(self._kept, version)
                 return action()
             except EngineLost as error:
                 self.live.close()
+                InterruptGuard.check_any()  # who asks a run to stop waits for its checkpoint, not for a new engine
                 if attempt == self._retries:
                     raise EngineError(
                         f"{error}; the engine was replaced {attempt} times (vllm.retries = {self._retries}): look at what "

@@ -4,7 +4,7 @@
 
 and in the trainer's config ``vllm.process = "server"``, ``vllm.url = "http://127.0.0.1:8000"``; for ``vllm.sleep`` add
 --enable-sleep-mode here. It is vLLM's OpenAI server with the settings that PPO needs: log-probabilities at the sampling
-temperature, none of the model's own sampling defaults, the weight-transfer routes, and ``vllm_engine.ServerExtension``. Those
+temperature, none of the model's own sampling defaults, the weight-transfer routes, and ``vllm_engine.WorkerExtension``. Those
 routes have no key (``VLLM_API_KEY`` guards /v1 alone): whoever reaches the port can replace the weights. It listens on 127.0.0.1
 unless --host says otherwise.
 """
@@ -25,7 +25,7 @@ def arguments(model: str, transfer: str, rest: list[str]) -> list[str]:
     """The command line of vLLM's server; what ``rest`` says comes last, and so prevails."""
     own = [
         "--model", model, "--host", "127.0.0.1", "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
-        "--enable-prefix-caching", "--worker-extension-cls", f"{HERE}.ServerExtension",
+        "--enable-prefix-caching", "--worker-extension-cls", f"{HERE}.WorkerExtension",
         "--weight-transfer-config", json.dumps({"backend": "nccl" if transfer == "nccl" else "tppo_local"}),
     ]  # fmt: skip
     if _cpu_build():  # see vllm_engine.LiveVLLM

@@ -79,7 +79,6 @@ class ServerLive:
         self._expected: str | None = None
         self._count = 0
         self._asleep = False
-        self._unfinished = True  # a connection before this one may have ended within an update
         self._group: Any = None
         key = os.environ.get(API_KEY)
         self._client = httpx2.Client(
@@ -125,7 +124,7 @@ class ServerLive:
         """A request is about to go: a place for tests to disturb the server."""
 
     def _rpc(self, method: str, what: str, **kwargs: Any) -> Any:
-        """A method of ``ServerExtension`` on the first worker."""
+        """A method of ``WorkerExtension`` on the first worker."""
         return self._ask("POST", "/collective_rpc", what, json={"method": method, "kwargs": kwargs})["results"][0]
 
     def _connect(self) -> None:
@@ -229,10 +228,7 @@ class ServerLive:
         self.wake()
         self._expected = None
         self._rpc("tppo_version", "version", new="")  # whoever sampled with the weights so far must notice
-        # Asked, not tried: after a request that fails within vLLM, its server ends the connection under the next one.
-        if self._unfinished and self._rpc("tppo_updating", "update check")["updating"]:
-            self._ask("POST", "/finish_weight_update", "finish a broken-off update", json={})
-        self._unfinished = True
+        self._rpc("tppo_abandon", "end of a broken-off update")
         self._ask("POST", "/start_weight_update", "start_update")
 
     def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -252,7 +248,6 @@ class ServerLive:
 
     def finish_update(self, version: int) -> None:
         self._ask("POST", "/finish_weight_update", "finish_update", json={})
-        self._unfinished = False
         self._reset_cache()
         self._expected = f"{self._name}/{version}"
         self._rpc("tppo_version", "version", new=self._expected)

@@ -5,7 +5,7 @@
 Tested with vLLM 0.32 on the CPU. For 0.26, which pins torch 2.11, every name and call here was read against its source, not
 run: there ``trainer_send_weights`` is abstract, and ``finish_weight_update`` takes no version. ``LiveVLLM`` knows nothing of
 policies and versions: ``publish.PublishedEngine`` checks what is sent to it, and ``worker`` runs it in a process of its own.
-``ServerExtension`` is what vLLM's own server needs for the same checks, see ``serve`` and ``server``.
+``WorkerExtension`` is what vLLM's own server needs for the same checks, see ``serve`` and ``server``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import gc
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from tppo_fast import seeding
-from tppo_fast.errors import UserError
+from tppo_fast.errors import EngineError, UserError
 from tppo_fast.rollout.base import SamplingParams
 from tppo_fast.rollout.publish import LiveSettings, fingerprint, sampling_arguments, spread
 
@@ -50,6 +50,7 @@ try:
         )
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 except Exception as error:  # a build for another torch dies of many kinds of errors
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     raise UserError(
@@ -120,8 +121,8 @@ if BACKEND not in getattr(WeightTransferEngineFactory, "_registry", {}):
     WeightTransferEngineFactory.register_engine(BACKEND, LocalTransfer)
 
 
-class ServerExtension:
-    """Methods that vLLM's server gives its workers by ``--worker-extension-cls``; reached through ``/collective_rpc``."""
+class WorkerExtension:
+    """Methods that vLLM gives its workers (``worker_extension_cls``); a server's are reached through ``/collective_rpc``."""
 
     def tppo_settings(self) -> dict[str, Any]:
         """What a trainer must know about the server before it trusts it."""
@@ -141,9 +142,15 @@ class ServerExtension:
         self._tppo_version: str | None = getattr(self, "_tppo_version", None) if new is None else new
         return {"version": self._tppo_version}
 
-    def tppo_updating(self) -> dict[str, bool]:
-        """Whether an update was begun and not finished. (The route turns everything but dicts and lists into a string.)"""
-        return {"updating": bool(self._weight_update_active)}  # type: ignore[attr-defined]
+    def tppo_abandon(self) -> None:
+        """Forget what an update that broke off left: vLLM would load it together with the weights of the next one."""
+        self._weight_update_active = False
+        for layer in self.get_model().modules():  # type: ignore[attr-defined]
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                if info.kernel_tensors is not None:
+                    _place_kernel_tensors(layer, info)
+                info.reset()
 
     def tppo_fingerprint(self, shapes: str) -> dict[str, str]:
         """``publish.fingerprint`` by name as base64 of fp32; of split models the norms alone, the probe covers the rest."""
@@ -159,6 +166,16 @@ def nccl_group(address: str, port: int, world_size: int) -> Any:
     from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
     return trainer_init({"master_address": address, "master_port": port, "world_size": world_size})
+
+
+@contextlib.contextmanager
+def _failing(doing: str) -> Iterator[None]:
+    """EngineError for whatever fails within vLLM, memory that ran out above all: a trainer saves its last step after one."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise EngineError(f"vLLM failed while {doing}: {reason}") from error
 
 
 class LiveVLLM:
@@ -215,6 +232,7 @@ class LiveVLLM:
             enable_sleep_mode=settings.sleep_level > 0,
             logprobs_mode="processed_logprobs",  # at the sampling temperature
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            worker_extension_cls=f"{__name__}.WorkerExtension",
             trust_remote_code=settings.trust_remote_code,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -225,6 +243,7 @@ class LiveVLLM:
 
     # ---------------------------------------------------------------- sampling
 
+    @_failing("sampling")
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, stop: Sequence[int]
     ) -> list[tuple[list[int], list[float]]]:
@@ -250,6 +269,7 @@ class LiveVLLM:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache, so that old weights could live on in it: restart")
 
+    @_failing("reading the probe prompt")
     def probe(self, token_ids: Sequence[int]) -> Tensor:
         """Log-probability of each token after the first, at temperature 1, fp32 [len - 1]."""
         self._reset_cache()
@@ -259,15 +279,17 @@ class LiveVLLM:
 
     # ---------------------------------------------------------------- weights
 
+    @_failing("starting an update")
     def start_update(self) -> None:
         self.wake()
-        if self._llm.collective_rpc(lambda worker: worker._weight_update_active)[0]:  # vLLM refuses a second start
-            self._llm.finish_weight_update()
+        self._llm.collective_rpc("tppo_abandon")
         self._llm.start_weight_update()
 
+    @_failing("taking in weights")
     def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
         self._llm.update_weights({"update_info": {"weights": list(bucket)}})
 
+    @_failing("finishing an update")
     def finish_update(self, version: int) -> None:
         del version  # ``publish`` keeps it
         self._llm.finish_weight_update()

@@ -2,7 +2,7 @@
 
 It reads one JSON line from stdin (key, engine settings), prints the port it listens on, and then answers one request after
 another on an authenticated TCP connection: a JSON header and, where tensors travel, their safetensors bytes. No pickle. It
-ends when the connection does, so that no engine outlives its trainer.
+ends when the connection does, so that no engine outlives its trainer, and neither by Ctrl-C nor by SIGTERM.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def serve(connection: Connection, live: LiveEngine) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle; it closes the connection
+    for number in (signal.SIGINT, signal.SIGTERM):  # the trainer's to handle, though all its processes are told
+        signal.signal(number, signal.SIG_IGN)
     told = json.loads(sys.stdin.readline())
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not be taken for the answer
