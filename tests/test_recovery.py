@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import prompt, tokenizer
 from test_publish import Live
 
 from tppo_fast import loading
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.interrupt import Interrupted, InterruptGuard
+from tppo_fast.rollout import bucket_file
 from tppo_fast.rollout.base import SamplingParams
 from tppo_fast.rollout.publish import Policy
 from tppo_fast.rollout.remote import RecoveringEngine
 
+CRASH = """
+import os, pathlib, sys, torch
+from tppo_fast.rollout import bucket_file
+bucket_file.SHARED = pathlib.Path(sys.argv[1])
+with bucket_file.bucket_file([("w", torch.ones(2))]):
+    os._exit(1)
+"""
 ASKED = [prompt([1, 2])], SamplingParams(max_new_tokens=4)
 
 
@@ -27,10 +38,12 @@ class Mortal(Live):
 
     sick = True
 
-    def generate(self, *asked: Any) -> Any:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, stop: Sequence[int]
+    ) -> list[tuple[list[int], list[float]]]:
         if self.sick:
             raise EngineLost("it died")
-        return super().generate(*asked)
+        return super().generate(prompts, sampling, stop)
 
     def close(self) -> None:
         self.alive = False
@@ -98,3 +111,45 @@ def test_the_first_start_says_what_is_wrong(starts: Starts) -> None:
     starts.failures = [UserError("no such model")]
     with pytest.raises(UserError, match="no such model"):
         starts.engine()
+
+
+def test_what_is_published_again_is_what_was_published(
+    starts: Starts, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer has moved on by then; the copy is in the engine's dtype, which is what travels."""
+    starts.policy.dtype = "bfloat16"
+    monkeypatch.setattr(Mortal, "sick", False)
+    engine = starts.engine()
+    for _ in range(2):
+        engine.load_weights(weights.items(), 0)
+    published = {name: tensor.bfloat16() for name, tensor in weights.items() if name != "lm_head.weight"}
+    for tensor in weights.values():
+        tensor.fill_(0.5)
+    starts.made[0].close()
+    engine.generate(*ASKED)
+    assert len(starts.made) == 2
+    again = starts.made[1].weights
+    assert again.keys() == published.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in published.items())
+    assert {tensor.dtype for tensor in again.values()} == {torch.bfloat16}
+
+
+def test_without_retries_nothing_is_kept(starts: Starts, weights: dict[str, torch.Tensor]) -> None:
+    engine = starts.engine(retries=0)
+    engine.load_weights(weights.items(), 0)
+    assert not engine._kept
+    with pytest.raises(EngineError, match="it died; the engine was replaced 0 times"):
+        engine.generate(*ASKED)
+    with pytest.raises(UserError, match="before load_weights"):
+        engine.generate(*ASKED)
+
+
+def test_what_a_killed_process_left_in_shared_memory_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_file, "SHARED", tmp_path)
+    subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False)
+    (left,) = tmp_path.iterdir()
+    with bucket_file.bucket_file([("w", torch.ones(3))]) as file:
+        assert not left.exists()
+        assert torch.equal(load_file(file)["w"], torch.ones(3))
+        assert file.parent.stat().st_mode & 0o077 == 0
+    assert not list(tmp_path.iterdir())

@@ -320,5 +320,5 @@ def test_a_worker_that_takes_nothing_in_is_lost_in_time() -> None:
     live._connection = Client(("127.0.0.1", int(process.stdout.readline())), authkey=b"x")  # type: ignore[assignment]
     live._process, live._timeout, live._count = process, 1.0, 0  # type: ignore[assignment]
     with pytest.raises(EngineLost, match=r"took in nothing for 1 s"):
-        live.update([("w", torch.zeros(16 << 20))])
+        live.generate([[7] * (4 << 20)], params(), [])
     live.close()

@@ -79,7 +79,8 @@ def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEng
     from tppo_fast.rollout.remote import RecoveringEngine
 
     start = _server(config, settings) if own.process == "server" else _worker(config, settings)
-    return RecoveringEngine(start, policy, tokenizer, retries=own.retries, **shared)
+    over_nccl = own.process == "server" and own.transfer == "nccl"
+    return RecoveringEngine(start, policy, tokenizer, retries=own.retries, from_copy=not over_nccl, **shared)
 
 
 def _worker(config: RunConfig, settings: LiveSettings) -> Callable[[], LiveEngine]:

@@ -287,9 +287,10 @@ class PublishedEngine:
         self._publish(named, version)
         self._version = version
 
-    def _publish(self, named: Mapping[str, Tensor], version: int) -> None:
+    def _publish(self, named: Mapping[str, Tensor], version: int, sent: Mapping[str, Tensor] | None = None) -> None:
+        """``sent``: the same weights at another place, from which they travel."""
         dtype = getattr(torch, self._policy.dtype)
-        cast = ((name, tensor.to(dtype)) for name, tensor in self._policy.unique(named))
+        cast = ((name, tensor.to(dtype)) for name, tensor in self._policy.unique(sent or named))
         self.live.start_update()
         for bucket in buckets(cast, self._bucket_bytes):
             self.live.update(bucket)

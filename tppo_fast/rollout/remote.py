@@ -22,6 +22,7 @@ from torch import Tensor
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.interrupt import InterruptGuard
 from tppo_fast.rollout.base import SamplingParams
+from tppo_fast.rollout.bucket_file import bucket_file
 from tppo_fast.rollout.publish import LiveEngine, LiveSettings, Policy, PublishedEngine
 from tppo_fast.rollout.worker import receive, send
 
@@ -103,7 +104,7 @@ class RemoteLive:
 
     # ---------------------------------------------------------------- requests
 
-    def _ask(self, operation: str, tensors: dict[str, Tensor] | None = None, **arguments: Any) -> Any:
+    def _ask(self, operation: str, **arguments: Any) -> Any:
         """Raises EngineLost where the worker died or took too long, EngineError where it failed."""
         self._count += 1
         request = f"{operation} (request {self._count})"
@@ -112,7 +113,7 @@ class RemoteLive:
             raise EngineLost(f"{request}: the rollout worker is closed")
         try:
             with self._or_killed():
-                send(connection, {"id": self._count, "operation": operation, "arguments": arguments}, tensors)
+                send(connection, {"id": self._count, "operation": operation, "arguments": arguments})
             self._sent(operation)
             if not connection.poll(self._timeout):
                 raise EngineLost(f"{request} was not answered within {self._timeout:g} s")
@@ -146,7 +147,8 @@ class RemoteLive:
         self._ask("start_update")
 
     def update(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
-        self._ask("update", dict(bucket))
+        with bucket_file(bucket) as file:
+            self._ask("update", file=str(file))
 
     def finish_update(self, version: int) -> None:
         self._ask("finish_update", version=version)
@@ -175,8 +177,8 @@ class RecoveringEngine(PublishedEngine):
     """Replaces a worker that died or hung (or reaches its server again), publishes the last weights anew, and repeats the
     request; not once the run was asked to stop (``Interrupted``).
 
-    It keeps a copy of those weights in main memory for that. Where ``sleep`` ends the worker, the next ``load_weights``
-    starts another.
+    It keeps a copy of those weights in main memory for that, in the engine's dtype: the trainer may be a step further by then.
+    Without ``retries`` it keeps none. Where ``sleep`` ends the worker, the next ``load_weights`` starts another.
     """
 
     def __init__(
@@ -188,10 +190,13 @@ class RecoveringEngine(PublishedEngine):
         max_model_len: int,
         bucket_bytes: int,
         retries: int,
+        from_copy: bool = True,
     ) -> None:
+        """``from_copy``: weights travel through main memory anyway, and are sent from the copy."""
         super().__init__(start(), policy, tokenizer, max_model_len=max_model_len, bucket_bytes=bucket_bytes)
         self._start = start
         self._retries = retries
+        self._from_copy = from_copy
         self._kept: dict[str, Tensor] = {}
         self.restarts = 0
         """How many live engines were replaced so far."""
@@ -199,17 +204,23 @@ class RecoveringEngine(PublishedEngine):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         named = self._policy.checked(weights)
         self._version = None
-        self._kept = self._copy(named)
-        self._persist(lambda: self._publish(named, version), version=None)
+        if self._retries:
+            self._kept = self._copy(named)
+        sent = self._kept if self._from_copy else None
+        self._persist(lambda: self._publish(named, version, sent), version=None)
         self._version = version
 
     def _copy(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Into the memory of the last copy where it fits."""
+        """In the engine's dtype, into the memory of the last copy; pinned, where it comes from a GPU."""
+        dtype = getattr(torch, self._policy.dtype)
         kept: dict[str, Tensor] = {}
         for name, tensor in self._policy.unique(named):
+            cast = tensor.to(dtype)
             old = self._kept.get(name)
-            kept[name] = torch.empty_like(tensor, device="cpu") if old is None or old.dtype != tensor.dtype else old
-            kept[name].copy_(tensor)
+            kept[name] = torch.empty_like(cast, device="cpu", pin_memory=cast.is_cuda) if old is None else old
+            kept[name].copy_(cast, non_blocking=True)
+        if any(tensor.is_cuda for tensor in named.values()):
+            torch.cuda.synchronize()
         return self._policy.with_ties(kept)
 
     def _sample(
@@ -243,6 +254,8 @@ class RecoveringEngine(PublishedEngine):
                 self.live.close()
                 InterruptGuard.check_any()  # who asks a run to stop waits for its checkpoint, not for a new engine
                 if attempt == self._retries:
+                    if not self._kept:
+                        self._version = None
                     raise EngineError(
                         f"{error}; the engine was replaced {attempt} times (vllm.retries = {self._retries}): look at what "
                         "it wrote to stderr, at the free memory, and at vllm.timeout"

@@ -17,22 +17,20 @@ import json
 import os
 import secrets
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import httpx2
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tppo_fast.background import started
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.rollout.base import SamplingParams
+from tppo_fast.rollout.bucket_file import bucket_file
 from tppo_fast.rollout.publish import sampling_arguments
 
 T = TypeVar("T")
@@ -235,15 +233,7 @@ class ServerLive:
         if self._group is not None:
             self._broadcast(bucket)
             return
-        shared = Path("/dev/shm")
-        with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None, prefix="tppo-") as folder:
-            file = Path(folder) / "weights.safetensors"
-            try:
-                save_file({name: t.detach().cpu().contiguous() for name, t in bucket}, file)
-            except Exception as error:  # safetensors has no type of its own for a full disk
-                raise EngineError(
-                    f"{folder} cannot hold a bucket of weights ({error}): lower vllm.bucket_mib"
-                ) from None
+        with bucket_file(bucket) as file:
             self._ask("POST", "/update_weights", "update", json={"update_info": {"file": str(file)}})
 
     def finish_update(self, version: int) -> None:

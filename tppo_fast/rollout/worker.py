@@ -1,7 +1,8 @@
 """The engine's own process: ``python -m tppo_fast.rollout.worker``, started by ``remote.RemoteLive``.
 
 It reads one JSON line from stdin (key, engine settings), prints the port it listens on, and then answers one request after
-another on an authenticated TCP connection: a JSON header and, where tensors travel, their safetensors bytes. No pickle. It
+another on an authenticated TCP connection: JSON and, where an answer has tensors, their safetensors bytes. Weights come as the
+name of a ``bucket_file``. No pickle. It
 ends when the connection does, so that no engine outlives its trainer, and neither by Ctrl-C nor by SIGTERM.
 """
 
@@ -16,7 +17,7 @@ from multiprocessing.connection import Connection, Listener
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from tppo_fast.errors import UserError
@@ -26,24 +27,24 @@ from tppo_fast.rollout.publish import LiveEngine, LiveSettings
 Answer = tuple[Any, dict[str, Tensor] | None]
 
 
-def operations(live: LiveEngine) -> dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Answer]]:
-    """name -> what a request does with (its JSON arguments, its tensors)."""
+def operations(live: LiveEngine) -> dict[str, Callable[[dict[str, Any]], Answer]]:
+    """name -> what a request does with its arguments."""
 
     def done(_: None) -> Answer:
         return None, None
 
     return {
-        "start_update": lambda *_: done(live.start_update()),
-        "update": lambda _, tensors: done(live.update(list(tensors.items()))),
-        "finish_update": lambda a, _: done(live.finish_update(a["version"])),
-        "generate": lambda a, _: (live.generate(a["prompts"], SamplingParams(**a["sampling"]), a["stop"]), None),
-        "probe": lambda a, _: (None, {"logprobs": live.probe(a["token_ids"])}),
-        "sleep": lambda *_: done(live.sleep()),
-        "fingerprint": lambda a, _: (None, live.fingerprint({k: tuple(v) for k, v in a["shapes"].items()})),
+        "start_update": lambda _: done(live.start_update()),
+        "update": lambda a: done(live.update(list(load_file(a["file"]).items()))),
+        "finish_update": lambda a: done(live.finish_update(a["version"])),
+        "generate": lambda a: (live.generate(a["prompts"], SamplingParams(**a["sampling"]), a["stop"]), None),
+        "probe": lambda a: (None, {"logprobs": live.probe(a["token_ids"])}),
+        "sleep": lambda _: done(live.sleep()),
+        "fingerprint": lambda a: (None, live.fingerprint({k: tuple(v) for k, v in a["shapes"].items()})),
     }
 
 
-def send(connection: Connection, header: dict[str, Any], tensors: dict[str, Tensor] | None) -> None:
+def send(connection: Connection, header: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
     """One message: a header that says whether tensors follow, and the tensors."""
     connection.send_bytes(json.dumps({**header, "tensors": tensors is not None}).encode())
     if tensors is not None:
@@ -60,13 +61,13 @@ def serve(connection: Connection, live: LiveEngine) -> None:
     known = operations(live)
     while True:
         try:
-            header, tensors = receive(connection)
+            header, _ = receive(connection)
         except (EOFError, OSError):
             return
         reply: dict[str, Any] = {"id": header["id"]}
         sent: dict[str, Tensor] | None = None
         try:
-            reply["result"], sent = known[header["operation"]](header["arguments"], tensors)
+            reply["result"], sent = known[header["operation"]](header["arguments"])
         except UserError as error:
             reply["user_error"] = str(error)
         except Exception as error:  # the trainer's side says it, with the request's name
