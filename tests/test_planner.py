@@ -131,7 +131,7 @@ def test_what_each_lever_takes_away(folder: Path) -> None:
     assert [phase.parts for phase in plain[1:]] == [phase.parts for phase in away[1:]]
     vllm = {"rollout": {"engine": "vllm"}, "vllm": {"kv_cache_gib": 2.0}}
     awake, asleep = (
-        planner.plan(build(folder, **{**vllm, "vllm": {**vllm["vllm"], "sleep": s}})) for s in ("off", "offload")
+        planner.plan(build(folder, **{**vllm, "vllm": {**vllm["vllm"], "sleep": s}})) for s in ("off", "discard")
     )
     assert awake[0].parts == asleep[0].parts
     assert awake[-1].total - asleep[-1].total == 2 * planner.GIB + awake[-1].parts["engine weights"]

@@ -89,7 +89,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def connected(answer: Callable[[httpx2.Request], httpx2.Response], **changes: Any) -> ServerLive:
     values: dict[str, Any] = {
         "url": "http://gpu", "dtype": "float32", "max_model_len": 64, "transfer": "shared_memory",
-        "trainer_address": "10.0.0.1", "sleep_level": 0, "timeout": 5.0, **changes,
+        "trainer_address": "10.0.0.1", "sleeps": False, "timeout": 5.0, **changes,
     }  # fmt: skip
     return ServerLive(ServerSettings(**values), transport=httpx2.MockTransport(answer))
 
@@ -119,6 +119,16 @@ def test_a_connection_that_breaks_while_it_is_made_may_be_tried_again() -> None:
         connected(broken)
 
 
+def test_a_server_that_waits_for_a_dead_trainer_is_to_be_restarted() -> None:
+    def stuck(request: httpx2.Request) -> httpx2.Response:
+        if request.url.path != "/health":
+            raise httpx2.ReadTimeout("no answer")
+        return httpx2.Response(200)
+
+    with pytest.raises(EngineLost, match=r"settings .* was not answered within 5 s .*: restart the server"):
+        connected(stuck)
+
+
 def test_a_server_that_takes_no_weights_is_refused() -> None:
     server = StandIn()
     server.failing.add("/collective_rpc")
@@ -128,8 +138,8 @@ def test_a_server_that_takes_no_weights_is_refused() -> None:
 
 def test_a_server_that_cannot_sleep_is_refused() -> None:
     with pytest.raises(UserError, match=r"vllm\.url = 'http://gpu': .* start it with --enable-sleep-mode"):
-        connected(StandIn(), sleep_level=1)
-    live = connected(StandIn(enable_sleep_mode=True), sleep_level=1)
+        connected(StandIn(), sleeps=True)
+    live = connected(StandIn(enable_sleep_mode=True), sleeps=True)
     live.sleep()
     assert "--enable-sleep-mode" in serve.arguments("m", "shared_memory", ["--enable-sleep-mode"])
 
@@ -158,6 +168,8 @@ def test_nccl_speaks_vllms_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[str, int, int]] = []
     monkeypatch.setattr(vllm_engine, "nccl_group", lambda *a: opened.append(a) or group)
     live = connected(server, transfer="nccl")
+    routes = [route for route, _ in server.asked]
+    assert routes.index("/shutdown_weight_transfer_engine") < routes.index("/init_weight_transfer_engine")
     told = NCCLWeightTransferInitInfo(**dict(server.asked)["/init_weight_transfer_engine"]["init_info"])
     assert opened == [(told.master_address, told.master_port, told.world_size)]
     assert (told.master_address, told.rank_offset, told.world_size) == ("10.0.0.1", 1, 3)

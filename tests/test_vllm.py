@@ -381,8 +381,8 @@ def test_the_process_stays_as_it_was(wide_model: Path) -> None:
 
 
 def test_sleep_in_place_needs_a_gpu(wide_model: Path) -> None:
-    with pytest.raises(UserError, match=r'vllm\.sleep = "offload"'):
-        build(wide_model, sleep="offload")
+    with pytest.raises(UserError, match=r'vllm\.sleep = "discard"'):
+        build(wide_model, sleep="discard")
 
 
 def test_a_model_vllm_cannot_run_is_one_sentence(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ class TestServer:
 
     def test_another_dtype_is_refused(self, server: Server, engine: Any) -> None:
         del engine
-        live = {"url": server.url, "transfer": "shared_memory", "trainer_address": "", "sleep_level": 0, "timeout": 9.0}
+        live = {"url": server.url, "transfer": "shared_memory", "trainer_address": "", "sleeps": False, "timeout": 9.0}
         with pytest.raises(UserError, match=r"its dtype is 'float32', this run needs 'bfloat16'"):
             ServerLive(ServerSettings(dtype="bfloat16", max_model_len=64, **live))  # type: ignore[arg-type]
         with pytest.raises(UserError, match=r"start it with --max-model-len 999"):

@@ -14,11 +14,13 @@ class VLLMConfig(Section):
 
     process: Literal["colocated", "worker", "server"] = "colocated"
     """"colocated": vLLM lives in the trainer's process. "worker": in a process of its own, restarted if it dies. "server": a
-    vLLM server at ``url``, started by ``python -m tppo_fast.rollout.serve``, on this machine or another."""
+    vLLM server at ``url``, started by ``python -m tppo_fast.rollout.serve``, on this machine or another; for one trainer, which
+    ends whatever is sampled there when it connects."""
     url: str | None = None
     """http://host:port of the server; its API key, if it wants one, comes from the environment variable VLLM_API_KEY."""
     transfer: Literal["shared_memory", "nccl"] = "shared_memory"
-    """How weights reach the server. "shared_memory": on the same machine; "nccl": from GPU to GPU, also between machines."""
+    """How weights reach the server. "shared_memory": on the same machine; "nccl": from GPU to GPU, also between machines, where
+    trainer and server have GPUs of their own."""
     trainer_address: str = "127.0.0.1"
     """This machine's address as the server sees it, with ``transfer`` "nccl"."""
     kv_cache_gib: Positive | None = None
@@ -30,8 +32,8 @@ class VLLMConfig(Section):
     """Start faster on a GPU, without CUDA graphs and compilation; a CPU always runs so."""
     bucket_mib: Count = 256
     """Weights travel to the engine in groups of at most this size."""
-    sleep: Literal["off", "offload", "discard", "stop"] = "off"
-    """What is freed during the update. "offload": KV cache, weights to main memory; "discard": both (GPU only). "stop": the
+    sleep: Literal["off", "discard", "stop"] = "off"
+    """What is freed during the update. "discard": weights, which are published anew anyway, and KV cache (GPU only). "stop": the
     worker process ends and a new one starts for the next rollouts: frees everything, anywhere, for one engine start a step."""
     timeout: Positive = 600.0
     """Seconds that a worker or server may take to answer one request before it counts as lost."""

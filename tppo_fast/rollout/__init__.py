@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,28 @@ def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEng
 
     own, path, dtype = config.vllm, config.model.path, config.model.dtype
     cpu = device.type == "cpu"
-    if cpu and own.sleep in ("offload", "discard"):
+    if cpu and own.sleep == "discard":
         raise UserError(
-            f'vllm.sleep = "{own.sleep}": vLLM frees memory in place on a GPU only; use "off", or "stop" with '
+            'vllm.sleep = "discard": vLLM frees memory in place on a GPU only; use "off", or "stop" with '
             'vllm.process = "worker"'
         )
     if cpu and own.transfer == "nccl":
         raise UserError('vllm.transfer = "nccl": weights travel so between GPUs, and this run is on a CPU')
+    if not cpu and own.process == "colocated" and config.rollout.staleness:
+        raise UserError(
+            f'rollout.staleness = {config.rollout.staleness} with vllm.process = "colocated": on a GPU, sampling and the update '
+            'in one process wait for each other; set process = "worker"'
+        )
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if (
+            own.sleep == "discard"
+            and own.process != "server"
+            and "expandable_segments:True" in os.environ.get(name, "")
+        ):
+            raise UserError(
+                f'{name} = {os.environ[name]!r}: vLLM cannot free memory in place (vllm.sleep = "discard") where segments '
+                "expand; unset it"
+            )
     policy = Policy(path, dtype, trust_remote_code=config.model.trust_remote_code)
     wanted = max(config.data.max_prompt_tokens + config.rollout.max_new_tokens, len(policy.probe_ids) + 1)
     settings = LiveSettings(
@@ -66,7 +82,7 @@ def _vllm(config: RunConfig, tokenizer: Any, device: torch.device) -> RolloutEng
         max_model_len=min(wanted, max_positions(policy.config) or wanted),
         kv_cache_gib=own.kv_cache_gib,
         gpu_memory_share=own.gpu_memory_share,
-        sleep_level={"offload": 1, "discard": 2}.get(own.sleep, 0),
+        sleeps=own.sleep == "discard",
         eager=own.eager or cpu,
         trust_remote_code=config.model.trust_remote_code,
         threads=config.threads,
@@ -101,7 +117,7 @@ def _server(config: RunConfig, settings: LiveSettings) -> Callable[[], LiveEngin
             max_model_len=settings.max_model_len,
             transfer=own.transfer,
             trainer_address=own.trainer_address,
-            sleep_level=settings.sleep_level,
+            sleeps=settings.sleeps,
             timeout=own.timeout,
         ),
     )

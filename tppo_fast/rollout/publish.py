@@ -26,6 +26,9 @@ from tppo_fast.rollout.base import (
     stop_tokens,
 )
 
+EXACT_DOTS = ("TRITON_F32_DEFAULT", "ieee")
+"""Environment variable and value that keep Triton, vLLM's attention in float32 on a GPU, from rounding to TF32, which the checks
+of a publication would refuse. Triton reads it when it compiles a kernel."""
 PROBE_LENGTH = 24
 """Tokens of the probe prompt, where the model has positions for them and for one token more."""
 PROBE_LIMIT = {"float32": 1e-3, "bfloat16": 0.3}
@@ -50,8 +53,8 @@ class LiveSettings:
     """Memory for the key-value cache, in GiB; None: 1 on a CPU, what gpu_memory_share leaves on a GPU."""
     gpu_memory_share: float
     """Share of the GPU's memory that the engine may take, from 0 to 1."""
-    sleep_level: int
-    """What ``sleep`` frees, see ``config.VLLMConfig``."""
+    sleeps: bool
+    """Whether ``sleep`` frees memory in place."""
     eager: bool
     """No CUDA graphs and no compilation."""
     trust_remote_code: bool

