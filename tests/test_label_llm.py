@@ -278,7 +278,7 @@ def test_a_typo_beside_fresh_destroys_nothing(tmp_path: Path, capsys: pytest.Cap
         for name in ("sessions.jsonl", "responses.jsonl"):
             code, said = run(capsys, *words[:-1], str(tmp_path / name), "--fresh")
             assert code == 2
-            assert "is what is to be labelled" in said
+            assert "would be lost: choose another name" in said
         (tmp_path / "notes.jsonl").write_text("mine")
         code, said = run(capsys, *words[:-1], str(tmp_path / "notes.jsonl"), "--fresh")
         assert code == 2

@@ -184,3 +184,26 @@ def test_the_command(tmp_path: Path) -> None:
     assert "5 sessions of 5 users" in done.output
     assert "dropped 5 sessions that are too short" in done.output
     assert len(read_sessions(out)) == 5
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "link.jsonl", "hard.jsonl"])
+def test_a_log_is_never_converted_onto_itself(tmp_path: Path, name: str) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("not even read")
+    (tmp_path / "link.jsonl").symlink_to(log)
+    (tmp_path / "hard.jsonl").hardlink_to(log)
+    words = ["convert", str(log), "--format", "jsonl", "--out", str(tmp_path / name), "--fresh"]
+    with pytest.raises(UserError, match=rf"--out '.*{name}' is a file to be read, and would be lost"):
+        CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    assert log.read_text() == "not even read"
+
+
+def test_sessions_that_are_there_are_replaced_by_fresh_alone(tmp_path: Path) -> None:
+    out = tmp_path / "s.jsonl"
+    out.write_text("mine")
+    words = ["convert", str(aol(tmp_path, WALK)), "--format", "aol", "--no-scrub", "--out", str(out)]
+    with pytest.raises(UserError, match="is there already: choose another name, or use --fresh to replace it"):
+        CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    assert out.read_text() == "mine"
+    assert CliRunner().invoke(cli.cli, [*words, "--fresh"], catch_exceptions=False).exit_code == 0
+    assert len(read_sessions(out)) == 1

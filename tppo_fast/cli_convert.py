@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from tppo_fast.errors import UserError
+
 FILE = click.Path(path_type=Path)
 CENTURY = 36_525 * 24 * 60
 """In minutes; longer than any log."""
@@ -28,6 +30,7 @@ CENTURY = 36_525 * 24 * 60
     help="Scrub, and drop queries with a word that fewer users typed.",
 )  # fmt: skip
 @click.option("--no-scrub", is_flag=True, help="Keep every text; user ids become pseudonyms all the same.")
+@click.option("--fresh", is_flag=True, help="Replace an earlier --out.")
 def convert(
     log: Path,
     kind: str,
@@ -38,6 +41,7 @@ def convert(
     keep_addresses: bool,
     min_users: int,
     no_scrub: bool,
+    fresh: bool,
 ) -> None:
     """Turn a query LOG into sessions: split at pauses, the newest queries as targets, personal queries dropped.
 
@@ -47,10 +51,14 @@ def convert(
     The format jsonl is any log, a line for each query: {"user_id": "u17", "query": "lisbon", "time": "2006-03-01 07:17:12"},
     and optionally "click".
     """
+    from tppo_fast.data.files import check_output
     from tppo_fast.data.readers import Rules
     from tppo_fast.data.readers import convert as run
     from tppo_fast.data.sessions import write_sessions
 
+    check_output(out, log)
+    if out.exists() and not fresh:
+        raise UserError(f"--out {str(out)!r} is there already: choose another name, or use --fresh to replace it")
     whole = kind in ("trec", "sim4ia")  # sessions are given
     rules = Rules(
         gap=timedelta(minutes=gap) if gap else timedelta(minutes=CENTURY) if whole else timedelta(minutes=30),

@@ -102,14 +102,12 @@ def refuse_endless(options: Mapping[str, Any]) -> None:
 
 def _label(sessions_file: Path, options: dict[str, Any]) -> None:
     """Everything that can be wrong is said before anything is sampled or asked."""
+    from tppo_fast.data.files import check_output
     from tppo_fast.data.sessions import read_sessions
     from tppo_fast.labelling import run as runs
 
     out: Path = options["out"]
-    if out.suffix not in (".jsonl", ".parquet") or not out.parent.is_dir():
-        raise UserError(f"--out {str(out)!r}: give a name ending in .jsonl or .parquet, in a folder that exists")
-    if out.resolve() in (sessions_file.resolve(), options["responses"].resolve()):
-        raise UserError(f"--out {str(out)!r} is what is to be labelled: choose another name")
+    check_output(out, sessions_file, options["responses"])
     from tppo_fast.cli import quiet_libraries
 
     sessions = read_sessions(sessions_file)

@@ -43,6 +43,20 @@ def read_rows(path: Path, parse: Callable[[object, str], T], noun: str) -> list[
     return rows
 
 
+def check_output(out: Path, *inputs: Path) -> None:
+    """Refuse an ``--out`` that ``write_rows`` could not write, or that is one of the ``inputs``, before anything is read.
+
+    Raises:
+        UserError: wrong suffix, no such folder, or the file of an input.
+    """
+    if out.suffix not in (".jsonl", ".parquet") or not out.parent.is_dir():
+        raise UserError(f"--out {str(out)!r}: give a name ending in .jsonl or .parquet, in a folder that exists")
+    if any(
+        out.resolve() == path.resolve() or (out.exists() and path.exists() and out.samefile(path)) for path in inputs
+    ):
+        raise UserError(f"--out {str(out)!r} is a file to be read, and would be lost: choose another name")
+
+
 def write_rows(path: Path, rows: Sequence[Row], noun: str) -> None:
     """Write rows that ``read_rows`` gives back; the same rows give the same bytes. The file appears complete or not at all.
 
