@@ -75,6 +75,7 @@ def test_ctrl_c_while_the_shell_is_loading_is_no_traceback(monkeypatch: pytest.M
         def cli(self) -> None:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(__main__, "end_as_ctrl_c_does", lambda: None)  # of this process
     monkeypatch.setitem(sys.modules, "tppo_fast.cli", Loading())  # type: ignore[arg-type]
     with pytest.raises(SystemExit) as ended:
         __main__.main()

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_trainer import config, trajectory
+from test_trainer import config, finish, start, trajectory, values, write_toml
 
 from tppo_fast import cli, trainer
 from tppo_fast.data_types import Rollout
@@ -90,8 +91,8 @@ def test_a_step_that_was_interrupted_after_scoring_is_taken_again_as_it_was(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_scheduler_stops_a_run_as_ctrl_c_does_and_a_second_signal_at_once() -> None:
-    with InterruptGuard() as guard:
+def test_a_scheduler_stops_a_run_as_ctrl_c_does_and_a_second_signal_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with InterruptGuard("after this step") as guard:
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -101,13 +102,14 @@ def test_a_scheduler_stops_a_run_as_ctrl_c_does_and_a_second_signal_at_once() ->
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):
             guard.check()
+        assert capfd.readouterr().err == "\nstopping after this step; once more to stop at once, without saving\n"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_sweep_that_survives_errors_still_stops_at_ctrl_c() -> None:
-    with InterruptGuard() as guard:
+    with InterruptGuard("") as guard:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted), contextlib.suppress(Exception):
             guard.check()
@@ -119,3 +121,20 @@ def test_a_model_whose_generation_settings_cannot_be_saved(tiny_model: Path, tmp
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "do_sample": False}))
     result = trainer.train(config(folder, tmp_path / "r", train__steps=1, train__eval_every=0))
     assert transformers.GenerationConfig.from_pretrained(result.policy).do_sample
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_run_is_set_up_ends_it_in_one_line(
+    tiny_model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "slow.py").write_text("import pathlib, time\npathlib.Path('ready').touch()\ntime.sleep(100)")
+    write_toml(tmp_path / "c.toml", values(tiny_model, tmp_path / "r", reward={"source": "slow:reward"}))
+    process = start(tmp_path / "c.toml", cwd=tmp_path)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = finish(process)
+    assert (process.returncode, out) == (130, "")
+    assert err.split("\n")[-2:] == ["interrupted: nothing new was saved", ""]
+    assert "Traceback" not in err

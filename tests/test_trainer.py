@@ -140,10 +140,12 @@ def test_learns_what_it_is_paid_for(tiny_model: Path, tmp_path: Path) -> None:
     assert sum(paid[-2:]) / 2 > 0.9
 
 
-def start(path: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(path: Path, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tppo_fast", "train", str(path), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -200,6 +202,7 @@ def test_sigint_saves_and_exits_130(tiny_model: Path, whole_run: Path, tmp_path:
     process.send_signal(signal.SIGINT)
     _, err = finish(process)
     assert process.returncode == 130, err
+    assert "\nstopping before the next update, with a checkpoint of the last finished step; once more" in err
     assert "--resume" in err
     assert "Traceback" not in err
     assert len(checkpoint.list_checkpoints(run_dir)) == 1

@@ -2,14 +2,18 @@
 
 import sys
 
+from tppo_fast.interrupt import INTERRUPTED, end_as_ctrl_c_does
+
 
 def main() -> None:
-    """Entry point of the ``tppo-fast`` command: a Ctrl-C while its parts are still loading is no traceback either."""
+    """Entry point of the ``tppo-fast`` command: a Ctrl-C or SIGTERM while its parts are still loading is no traceback either."""
     try:
+        end_as_ctrl_c_does()
         from tppo_fast.cli import cli, run
 
         sys.exit(run(lambda: cli(standalone_mode=False)))
     except KeyboardInterrupt:
+        sys.stderr.write(f"{INTERRUPTED}\n")
         sys.exit(130)
 
 

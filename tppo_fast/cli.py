@@ -18,6 +18,7 @@ from tppo_fast.cli_label import label, refuse_endless
 from tppo_fast.errors import EngineError, JobsFailed, LabellingFailed, TrainingDiverged, UserError
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
+from tppo_fast.interrupt import INTERRUPTED
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.sections import Section, build_section, load_section, read_toml
 
@@ -268,7 +269,7 @@ def run(command: Callable[[], Any]) -> int:
     try:
         command()
     except click.exceptions.Abort as error:  # click's word for a KeyboardInterrupt of the command
-        return _say(str(error.__cause__ or "") or "interrupted", 130)
+        return _say(str(error.__cause__ or "") or INTERRUPTED, 130)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -279,7 +280,7 @@ def run(command: Callable[[], Any]) -> int:
     except (EngineError, JobsFailed, LabellingFailed, TrainingDiverged) as error:
         return _say(f"error: {error}", 1)
     except KeyboardInterrupt as error:
-        return _say(str(error) or "interrupted", 130)
+        return _say(str(error) or INTERRUPTED, 130)
     except OSError as error:
         return _say(f"error: {error}: check the path, the permissions and the free space", 1)
     except (MemoryError, RuntimeError) as error:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
+
+INTERRUPTED = "interrupted: nothing new was saved"
+"""What is said where no guard waited for a signal, or of the second one."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,29 +32,32 @@ class Interrupted(KeyboardInterrupt):
 class InterruptGuard:
     """Inside ``with InterruptGuard() as guard`` a signal only raises a flag, which ``guard.check()`` turns into ``Interrupted``.
 
-    A second one stops at once, without saving.
+    The first one says so on stderr; a second one stops at once, without saving.
+
+    Args:
+        until: when the next check comes, for what is said.
     """
 
     _entered: ClassVar[list[InterruptGuard]] = []
 
-    def __init__(self) -> None:
+    def __init__(self, until: str) -> None:
+        self._said = f"\nstopping {until}; once more to stop at once, without saving\n".encode()
         self._asked = False
-        self._pid = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
         self._entered.append(self)
+        handler = _in_this_process(self._on_signal)
         with contextlib.suppress(ValueError):  # not the main thread: Python delivers signals there, nothing to guard
-            self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM and os.getpid() != self._pid:  # a forked process, which its parent ends so
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
         if self._asked:
             signal.default_int_handler(number, frame)
         self._asked = True
+        with contextlib.suppress(OSError):
+            os.write(2, self._said)  # not print: the signal may have come in the middle of one
 
     def check(self) -> None:
         """Raise ``Interrupted`` if a signal arrived since the guard was entered."""
@@ -68,3 +75,21 @@ class InterruptGuard:
         for number, before in self._before.items():
             if before is not None:
                 signal.signal(number, before)
+
+
+def end_as_ctrl_c_does() -> None:
+    """From now on SIGTERM raises ``KeyboardInterrupt`` in this process, wherever no guard is entered."""
+    signal.signal(signal.SIGTERM, _in_this_process(signal.default_int_handler))
+
+
+def _in_this_process(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
+    """The handler, for this process alone: one forked from it, which its parent ends by SIGTERM, just ends."""
+    pid = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and os.getpid() != pid:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        handler(number, frame)
+
+    return handle

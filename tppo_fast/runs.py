@@ -179,7 +179,7 @@ def logged(config: RunConfig, start: int, save: Callable[[], Path]) -> Iterator[
 @contextlib.contextmanager
 def stoppable(run_dir: Path, save: Callable[[], Path]) -> Iterator[InterruptGuard]:
     """What stops the run leaves a checkpoint of the last finished step, which ``save`` writes, or a report behind."""
-    with InterruptGuard() as guard:
+    with InterruptGuard("before the next update, with a checkpoint of the last finished step") as guard:
         try:
             yield guard
         except Interrupted:

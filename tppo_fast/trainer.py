@@ -217,6 +217,7 @@ def _step(run: Run, guard: InterruptGuard, peak_rate: float) -> Metrics:
     with clock("score"):
         rewards, classes = run.reward.explain(rollouts)
         batch = packing.pack(rollouts, rewards, share_prompts=config.model.share_prompts)
+    guard.check()
     with clock("prepare"):
         train_batch, prepared = ppo.prepare(batch)
         parity.check(prepared, config)

@@ -137,7 +137,10 @@ def fill(
     fatal: LabellingFailed | None = None
     in_a_row = 0
     stop = threading.Event()
-    with InterruptGuard() as guard, Progress(verb, len(keys), unit, start=done) as progress:
+    with (
+        InterruptGuard("when what is under way is done and kept") as guard,
+        Progress(verb, len(keys), unit, start=done) as progress,
+    ):
         try:
             for numbers, outcome in _outcomes(missing, work, concurrency, guard, stop):
                 if isinstance(outcome, LabellingFailed):
