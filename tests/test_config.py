@@ -142,6 +142,8 @@ def test_a_setting_that_takes_a_path_is_no_switch(tmp_path: Path) -> None:
         ({"lr": 1e-3}, (), "did you mean 'ppo.lr'?"),
         ({}, ("--ppo.lr", "fast"), "ppo.lr = 'fast'"),
         ({}, ("--ppo.clip_low", "1.5"), "ppo.clip_low = 1.5: input should be less than 1"),
+        ({}, ("--ppo.epochs", "1000000000"), "ppo.epochs = 1000000000: input should be less than or equal to 1000"),
+        ({}, ("--ppo.minibatches", "1000000"), "ppo.minibatches = 1000000: input should be less than or equal to 100000"),
         ({}, ("--ppo.lr", "nan"), "ppo.lr = nan"),
         ({}, ("--ppo.kl_placement", "sideways"), "'reward', 'loss' or 'off'"),
         ({}, ("--rollout.top_p", "0.9"), "rollout.top_p = 0.9"),

@@ -16,6 +16,8 @@ from tppo_fast.sections import (
     Count,
     NonNegative,
     NotBlank,
+    OfStep,
+    Passes,
     PathText,
     Pluggable,
     Positive,
@@ -109,9 +111,9 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     engine: Pluggable = "hf"
     """Who samples: "hf" (transformers generate), "vllm" or module:function returning a RolloutEngine."""
-    prompts_per_step: Count = 16
+    prompts_per_step: OfStep = 16
     """Distinct prompts in each step."""
-    samples_per_prompt: Count = 4
+    samples_per_prompt: OfStep = 4
     """Responses sampled for each prompt."""
     max_new_tokens: Count = 48
     """Longest response; longer ones are cut and marked truncated."""
@@ -171,9 +173,9 @@ class PPOConfig(Section):
     """AdamW second-moment decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this global norm, policy and critic separately."""
-    epochs: Count = 2
+    epochs: Passes = 2
     """Passes over each batch of rollouts."""
-    minibatches: Count = 1
+    minibatches: OfStep = 1
     """Optimizer steps per pass."""
     microbatch_tokens: Annotated[int, Field(ge=16)] = 8192
     """Most tokens in one forward pass; changes memory, never the gradient."""

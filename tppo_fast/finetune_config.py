@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tppo_fast.config import RunConfig
-from tppo_fast.sections import Count, NonNegative, Positive, Section
+from tppo_fast.sections import Count, NonNegative, OfStep, Positive, Section
 
 
 class LearnConfig(Section):
     """How any supervised objective is optimised."""
 
-    batch_size: Count = 32
+    batch_size: OfStep = 32
     """Examples in each step."""
     lr: Positive = 1e-5
     """Peak learning rate."""

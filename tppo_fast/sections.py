@@ -26,7 +26,11 @@ from tppo_fast.overrides import merge
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=100_000_000)]
+OfStep = Annotated[int, Field(ge=1, le=100_000)]
+"""A count of what one step holds."""
+Passes = Annotated[int, Field(ge=1, le=1000)]
+"""Over the same data."""
 
 
 def _module_function(value: str) -> str:

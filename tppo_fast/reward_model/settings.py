@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tppo_fast.sections import TEMPLATE, Count, NonNegative, NotBlank, PathText, Positive, Section, Template, Unit
+from tppo_fast.sections import (
+    TEMPLATE,
+    Count,
+    NonNegative,
+    NotBlank,
+    OfStep,
+    Passes,
+    PathText,
+    Positive,
+    Section,
+    Template,
+    Unit,
+)
 
 
 class BackboneConfig(Section):
@@ -66,9 +78,9 @@ class LearnConfig(Section):
     """AdamW weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this global norm."""
-    batch_size: Count = 32
+    batch_size: OfStep = 32
     """Responses per optimizer step (TPPO: 32 on the device, 8 times accumulated)."""
-    epochs: Count = 10
+    epochs: Passes = 10
     """Most passes over the training responses."""
     microbatch_tokens: Annotated[int, Field(ge=16)] = 8192
     """Most tokens in one forward pass; changes memory, not the gradient."""
