@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_trainer import config, trajectory
 
-from tppo_fast import checkpoint, seeding, trainer
+from tppo_fast import checkpoint, run_dir, seeding, trainer
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.metrics import read_metrics
@@ -62,7 +62,7 @@ def test_a_callback_sees_every_step_and_may_end_the_run(tiny_model: Path, whole_
     given = config(tiny_model, tmp_path / "r", train__save_every=0)
     result = trainer.train(given, on_step=third)
     assert seen == [(row["step"], row["ppo/kl"]) for row in read_metrics(tmp_path / "r")[1:]]
-    assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path / "r")] == [3]
+    assert [run_dir.step_of(p) for p in checkpoint.list_checkpoints(tmp_path / "r")] == [3]
     assert result.policy.is_dir()
     assert "eval/relevance" in result.evaluation
     trainer.train(given, resume=True)

@@ -46,8 +46,13 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "advantages": {"config"},
     "algorithms": {"advantages", "config", "data_types", "errors"},
     "lora": {"config", "errors", "seeding"},
-    "checkpoint": {"atomic", "config", "errors", "loading", "lora", "optimizers", "ppo", "sections", "seeding"},
-    "loading": {"errors"},
+    "model_folder": {"errors"},
+    "preflight": {"data", "errors", "model_folder", "plugins", "run_dir", "sections"},
+    "run_dir": {"atomic", "errors", "hashing", "metrics", "sections"},
+    "checkpoint": {
+        "atomic", "config", "errors", "loading", "lora", "optimizers", "ppo", "run_dir", "sections", "seeding",
+    },
+    "loading": {"errors", "model_folder"},
     "model": {"attention", "config", "data_types", "errors", "loading", "lora", "packing"},
     "losses": {"config", "data_types", "model"},
     "ppo": {
@@ -58,18 +63,19 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "experiment_config": {"config", "finetune_config", "sections"},
     "planner": {"algorithms", "compiling", "config", "errors", "model", "optimizers"},
     "runs": {
-        "atomic", "checkpoint", "config", "data", "errors", "hashing", "interrupt", "metrics", "rollout", "sections", "seeding",
+        "atomic", "config", "data", "errors", "interrupt", "metrics", "rollout", "run_dir", "seeding",
     },
     "finetune": {
         "atomic", "checkpoint", "compiling", "config", "data", "data_types", "errors", "evaluate", "finetune_config", "interrupt",
         "metrics", "model", "optimizers", "progress", "rollout", "runs", "seeding",
     },
     "sft": {
-        "config", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "rollout", "runs", "seeding",
+        "config", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "preflight", "rollout", "run_dir",
+        "runs", "seeding",
     },
     "dpo": {
         "algorithms", "data_types", "errors", "finetune", "finetune_config", "hashing", "labelling", "model", "packing",
-        "rollout", "runs", "seeding", "sft",
+        "preflight", "rollout", "run_dir", "runs", "seeding", "sft",
     },
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"attention", "config", "data_types", "errors", "loading", "packing", "plugins", "words"},
@@ -79,7 +85,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     },
     "reward_model": {
         "atomic", "checkpoint", "data", "errors", "estimates", "figures", "hashing", "interrupt", "labelling", "loading",
-        "metrics", "progress", "report", "rewards", "runs", "scratch", "sections", "seeding", "words",
+        "metrics", "preflight", "progress", "report", "rewards", "run_dir", "runs", "scratch", "sections", "seeding", "words",
     },
     "scratch": set(),
     "figures": {"report"},

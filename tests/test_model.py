@@ -198,7 +198,7 @@ def test_unreadable_models_get_one_sentence(tiny_model: Path, tmp_path: Path) ->
     pickled = tmp_path / "pickled"
     shutil.copytree(tiny_model, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with pytest.raises(UserError, match="could be loaded"):
+    with pytest.raises(UserError, match="its weights are pickles"):
         model.build(ModelConfig(path=str(pickled)), "cpu")
 
 

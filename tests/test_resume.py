@@ -15,7 +15,7 @@ import torch
 import transformers
 from test_trainer import config, trajectory
 
-from tppo_fast import checkpoint, runs, sft, trainer
+from tppo_fast import checkpoint, run_dir, sft, trainer
 from tppo_fast.config import Config
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import EngineError, UserError
@@ -23,7 +23,7 @@ from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.metrics import read_metrics
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.rollout.hf_engine import HFEngine
-from tppo_fast.runs import MARKER, open_run_dir
+from tppo_fast.run_dir import MARKER, open_run_dir
 from tppo_fast.sections import build_section
 
 SHORT: dict[str, Any] = {"train__steps": 2, "train__eval_every": 0, "ppo__lr_schedule": "constant"}
@@ -47,7 +47,7 @@ def test_an_input_that_cannot_be_read_is_named_and_leaves_nothing(
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(runs, "sha256_of", refuse)
+    monkeypatch.setattr(run_dir, "sha256_of", refuse)
     with (
         pytest.raises(UserError, match=r"model\.path = .* cannot be read \(Permission denied\)"),
         open_run_dir(config(tiny_model, tmp_path / "run"), resume=False),
@@ -73,9 +73,9 @@ def test_settings_that_change_no_result_are_free(tmp_path: Path, change: dict[st
         return config(tmp_path / "model", tmp_path, **{**SERVER, **changes})
 
     saved = empty_checkpoint(given(), 1)
-    assert checkpoint.check_resumable(tmp_path, given(**change)) == saved
+    assert run_dir.check_resumable(tmp_path, given(**change), run_dir.FREE) == saved
     with pytest.raises(UserError, match=r"vllm\.kv_cache_gib = 2\.0, but the run in .* has None"):
-        checkpoint.check_resumable(tmp_path, given(vllm__kv_cache_gib=2.0))
+        run_dir.check_resumable(tmp_path, given(vllm__kv_cache_gib=2.0), run_dir.FREE)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # of peft's own class
@@ -142,7 +142,7 @@ def test_a_failure_one_step_ahead_costs_no_finished_step(
     monkeypatch.setattr(HFEngine, "generate", lost)
     with pytest.raises(EngineError, match="the engine is gone"):
         trainer.train(given)
-    assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path / "r")] == [1]
+    assert [run_dir.step_of(p) for p in checkpoint.list_checkpoints(tmp_path / "r")] == [1]
     trainer.train(given, resume=True)
     rows = read_metrics(tmp_path / "r")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
@@ -254,14 +254,14 @@ def test_a_run_that_goes_on_is_named_before_what_it_has_saved(tmp_path: Path) ->
 @pytest.mark.parametrize("content", ["{}", "[]", '{"config": 3}', '{"config'])
 def test_a_damaged_state_is_one_sentence(tmp_path: Path, content: str) -> None:
     given = build_section({"run_dir": str(tmp_path)}, SFTConfig)
-    (empty_checkpoint(given, 1) / checkpoint.COMPLETE).write_text(content)
+    (empty_checkpoint(given, 1) / run_dir.COMPLETE).write_text(content)
     with pytest.raises(UserError, match=r"step_000001' is damaged \(.*\): remove it to resume the one before"):
         sft.sft(given, resume=True)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"model.path', "3"])
 def test_damaged_hashes_are_one_sentence(tmp_path: Path, content: str) -> None:
-    given = build_section({"run_dir": str(tmp_path)}, SFTConfig)
+    given = build_section({"run_dir": str(tmp_path), "model": {"path": "hub/name"}}, SFTConfig)
     empty_checkpoint(given, 1)
     (tmp_path / MARKER).write_text(content)
     with pytest.raises(UserError, match=r"\.tppo-fast' is damaged \(.*\): remove it to resume without knowing"):
@@ -277,7 +277,7 @@ def test_checkpoints_are_ordered_by_number_and_dropped_as_a_whole(
     given = build_section({"run_dir": str(tmp_path)}, SFTConfig)
 
     def steps() -> list[int]:
-        return [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path)]
+        return [run_dir.step_of(p) for p in checkpoint.list_checkpoints(tmp_path)]
 
     def killed(_: Path) -> None:
         raise KeyboardInterrupt

@@ -303,8 +303,8 @@ def test_load_object_wants_module_and_function(spec: str) -> None:
 def test_the_current_directory_cannot_shadow_an_installed_package() -> None:
     Path("json.py").write_text("raise RuntimeError\n")
     Path("snowballstemmer.py").write_text("raise RuntimeError\n")
-    assert load_object("json:dumps", "x")([1]) == "[1]"
-    assert load_object("snowballstemmer:stemmer", "x") is not None
+    assert load_object("json:dumps", "reward.source")([1]) == "[1]"
+    assert load_object("snowballstemmer:stemmer", "reward.source") is not None
 
 
 @pytest.mark.parametrize("length", [float("nan"), float("inf"), -1.0])

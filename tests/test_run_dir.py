@@ -38,7 +38,9 @@ def test_files_of_others_stay(tiny_model: Path, tmp_path: Path) -> None:
         assert sorted(p.name for p in run_dir.iterdir()) == sorted([name, "notes.txt"])
 
 
-def test_a_refused_run_leaves_nothing_and_an_unsaved_one_is_replaced(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_nothing_and_an_unsaved_one_is_replaced(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         trainer.train(config(tiny_model, tmp_path / "new", data__train="nowhere.jsonl"))
     assert not (tmp_path / "new").exists()
@@ -47,7 +49,9 @@ def test_a_refused_run_leaves_nothing_and_an_unsaved_one_is_replaced(tiny_model:
     with pytest.raises(UserError, match="expected a finite number"):
         trainer.train(config(tiny_model, tmp_path / "old", reward={"source": "test_trainer:broken_reward"}))
     assert (tmp_path / "old" / "metrics.jsonl").exists()  # of the evaluation before the first step
+    capsys.readouterr()
     trainer.train(config(tiny_model, tmp_path / "old", train__steps=1))
+    assert "old': the run there saved nothing and is started over\n" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(tmp_path / "old")] == [0, 1]
     assert (tmp_path / "old" / "notes.txt").read_text() == "mine"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,8 @@ from tppo_fast.config import Config
 from tppo_fast.errors import UserError
 from tppo_fast.loading import in_short, read_causal_lm
 from tppo_fast.ppo import PPO
-from tppo_fast.sections import Section, by_name, first_change
-
-FREE = {
-    "run_dir", "threads", "train", "rollout.parity_gate", "rollout.parity_mean_limit", "rollout.parity_max_limit", "vllm.url",
-    "vllm.transfer", "vllm.trainer_address", "vllm.bucket_mib", "vllm.timeout", "vllm.retries",
-}  # fmt: skip
-"""Settings and sections that may differ when a run is resumed; all others would change what the run computes."""
-COMPLETE = "state.json"
-"""A folder without it is no checkpoint."""
+from tppo_fast.run_dir import COMPLETE, best_of, list_checkpoints, read_state, step_folders
+from tppo_fast.sections import Section
 
 
 def save(run_dir: Path, ppo: PPO, tokenizer: Any, config: Config, pending: dict[str, Any] | None = None) -> Path:
@@ -78,30 +71,10 @@ def write(
             state |= {"param_groups": groups, "rng": seeding.global_state(), "config": config.model_dump(mode="json")}
             (temporary / COMPLETE).write_text(json.dumps(state))
     kept = list_checkpoints(run_dir)[-keep:]
-    for old in [p for p in _steps(run_dir) if p not in kept]:
+    for old in [p for p in step_folders(run_dir) if p not in kept]:
         (old / COMPLETE).unlink(missing_ok=True)  # first: what a kill leaves of the folder is then no checkpoint
         shutil.rmtree(old)
     return folder
-
-
-def _steps(run_dir: Path) -> list[Path]:
-    """Folders of checkpoints, oldest first; some may be what a kill left of dropped ones."""
-    return sorted((p for p in (run_dir / "checkpoints").glob("step_*") if p.name[5:].isdigit()), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """The step that a checkpoint is of."""
-    return int(folder.name.removeprefix("step_"))
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return [p for p in _steps(run_dir) if (p / COMPLETE).is_file()]
-
-
-def best_of(run_dir: Path, step: int) -> Path:
-    """Where a run keeps the weights of ``step`` while they are its best."""
-    return run_dir / f"best-{step:06d}"
 
 
 def drop_best(run_dir: Path, step: int) -> None:
@@ -113,41 +86,6 @@ def drop_best(run_dir: Path, step: int) -> None:
     kept = {path for path in run_dir.glob("best-*") if path.name[5:].isdigit()}
     for path in (kept - named) | {*run_dir.glob(".best-*.tmp")}:  # the second: what a kill left half-written
         shutil.rmtree(path)
-
-
-def check_resumable(run_dir: Path, config: Section, free: Collection[str] = FREE) -> Path:
-    """The newest checkpoint, if ``config`` may continue it; the settings and sections in ``free`` may differ.
-
-    Raises:
-        UserError: there is no checkpoint, it is damaged, or a setting that changes the result differs.
-    """
-    checkpoints = list_checkpoints(run_dir)
-    if not checkpoints:
-        raise UserError(
-            f"run_dir = {str(run_dir)!r}: there is no checkpoint to resume; leave out --resume (resume=True) to start afresh"
-        )
-    saved, now = read_state(checkpoints[-1])["config"], config.model_dump(mode="json")
-    if changed := first_change(saved, now, free):
-        name, was, is_now = changed
-        raise UserError(
-            f"{name} = {is_now!r}, but the run in {str(run_dir)!r} has {was!r}: use the same value to resume, or "
-            "another run_dir"
-        )
-    _check_length(step_of(checkpoints[-1]), by_name(saved), by_name(now))
-    return checkpoints[-1]
-
-
-def _check_length(done: int, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Whether the run can end at ``train.steps``: not before it stands there, nor elsewhere than its schedule says."""
-    was, steps = saved.get("train.steps"), now.get("train.steps")
-    if steps is not None and steps < done:
-        raise UserError(f"train.steps = {steps}, but the run stands at step {done}: give at least as many to resume")
-    for name, schedule in now.items():
-        if name.endswith(".lr_schedule") and schedule != "constant" and steps != was:
-            raise UserError(
-                f"train.steps = {steps}, but the run has {was}, over which {name} = {schedule!r} is laid: use the same value to "
-                "resume, or another run_dir"
-            )
 
 
 def load(folder: Path, ppo: PPO) -> dict[str, Any] | None:
@@ -190,19 +128,6 @@ def reading(folder: Path, optimizer: torch.optim.Optimizer) -> Iterator[dict[str
         raise UserError(
             f"checkpoint {str(folder)!r} cannot be loaded ({in_short(error)}): remove it to resume the one before"
         ) from None
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's ``state.json``."""
-    try:
-        state = json.loads((folder / COMPLETE).read_text())
-        if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
-            raise ValueError(f"{COMPLETE} holds no settings")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {str(folder)!r} is damaged ({error}): remove it to resume the one before"
-        ) from None
-    return state
 
 
 def _learned(module: nn.Module) -> dict[str, torch.Tensor]:

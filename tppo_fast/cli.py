@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from tppo_fast import __version__
+from tppo_fast import __version__, preflight
 from tppo_fast import config as settings
 from tppo_fast.cli_convert import convert
 from tppo_fast.cli_label import label, refuse_endless
@@ -20,6 +20,7 @@ from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import DPOConfig, SFTConfig
 from tppo_fast.interrupt import INTERRUPTED
 from tppo_fast.reward_model.settings import RewardModelConfig
+from tppo_fast.run_dir import REWARD_MODEL
 from tppo_fast.sections import Section, build_section, load_section, read_toml
 
 
@@ -96,6 +97,7 @@ def _configured(kind: type[_WithSettings]) -> Callable[[Callable[..., None]], cl
 def sft(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     """Fine-tune a policy on sessions (history -> next queries; SFT) as CONFIG (a TOML file) says."""
     loaded = load_section(config, list(overrides), SFTConfig)
+    preflight.check(loaded, resume)
     quiet_libraries()
     from tppo_fast.sft import sft as run
 
@@ -111,6 +113,7 @@ def sft(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 def dpo(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     """Train a policy by DPO on pairs of true next queries and its own output, as CONFIG (a TOML file) says."""
     loaded = load_section(config, list(overrides), DPOConfig)
+    preflight.check(loaded, resume)
     quiet_libraries()
     from tppo_fast.dpo import dpo as run
 
@@ -127,6 +130,7 @@ def dpo(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 def train(config: str, overrides: tuple[str, ...], resume: bool, profile: int, memory_snapshot: bool) -> None:
     """Train a policy by token-level PPO as CONFIG (a TOML file) says."""
     loaded = settings.load(config, list(overrides))
+    preflight.check(loaded, resume)
     quiet_libraries()
     from tppo_fast.trainer import train as run
 
@@ -139,6 +143,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, profile: int, m
 def reward_model(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     """Train a token-level reward model on labelled responses as CONFIG (a TOML file) says."""
     loaded = load_section(config, list(overrides), RewardModelConfig)
+    preflight.check(loaded, resume, REWARD_MODEL)
     quiet_libraries()
     from tppo_fast.reward_model.run import train_reward_model
 

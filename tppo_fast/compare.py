@@ -14,7 +14,6 @@ from rich.console import Console
 
 from tppo_fast import jobs, panel, report, sft
 from tppo_fast.atomic import atomic_folder, write_atomic
-from tppo_fast.checkpoint import list_checkpoints
 from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import read_sessions, write_sessions
 from tppo_fast.demo import small_model
@@ -26,7 +25,8 @@ from tppo_fast.finetune_config import SFTConfig
 from tppo_fast.jobs import Job, merged, pick
 from tppo_fast.metrics import read_metrics, recorded
 from tppo_fast.progress import table_console
-from tppo_fast.runs import load_sessions, make_run_dir
+from tppo_fast.run_dir import list_checkpoints, make_run_dir
+from tppo_fast.runs import load_sessions
 from tppo_fast.sections import build_section
 
 START = "SFT (start)"

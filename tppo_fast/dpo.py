@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tppo_fast import finetune, packing, seeding
+from tppo_fast import finetune, packing, preflight, seeding
 from tppo_fast.algorithms.base import owners
 from tppo_fast.data_types import Prompt, RolloutBatch
 from tppo_fast.errors import UserError
@@ -27,7 +27,8 @@ from tppo_fast.labelling.journal import Journal, fill
 from tppo_fast.model import Actor
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.base import check_lengths
-from tppo_fast.runs import load_sessions, open_run_dir
+from tppo_fast.run_dir import open_run_dir
+from tppo_fast.runs import load_sessions
 from tppo_fast.sft import logprobs, longest_example, packed
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> finetune.FinetuneResult:
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
+    preflight.check(config, resume)
     with seeding.restored(), open_run_dir(config, resume) as start_from:
         return _train(config, start_from)
 

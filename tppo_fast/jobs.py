@@ -13,12 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from tppo_fast import checkpoint, dpo, trainer
+from tppo_fast import dpo, trainer
 from tppo_fast.atomic import write_atomic
 from tppo_fast.config import Config, RunConfig
 from tppo_fast.errors import UserError
 from tppo_fast.experiment_config import Experiment, Method
 from tppo_fast.finetune_config import DPOConfig
+from tppo_fast.run_dir import FREE, list_checkpoints
 from tppo_fast.sections import Section, build_section, first_change
 
 
@@ -94,7 +95,7 @@ def run(jobs: list[Job]) -> dict[str, str]:
         keep_record(_record(job), job.config)
         train: Callable[..., Any] = dpo.dpo if isinstance(job.config, DPOConfig) else trainer.train
         try:
-            train(job.config, resume=bool(checkpoint.list_checkpoints(job.config.run_dir)))
+            train(job.config, resume=bool(list_checkpoints(job.config.run_dir)))
         except (UserError, RuntimeError, MemoryError, OSError) as error:
             failures[str(job.config.run_dir)] = " ".join(f"{type(error).__name__}: {error}".split())
             console.print(f"failed after {time.monotonic() - began:.0f} s: {error}", markup=False)
@@ -137,7 +138,7 @@ def check_record(path: Path, config: Section, who: str) -> None:
     """
     if not path.exists():
         return
-    free = checkpoint.FREE - {"run_dir", "train"}
+    free = FREE - {"run_dir", "train"}
     if changed := first_change(json.loads(path.read_text()), config.model_dump(mode="json"), free):
         name, was, is_now = changed
         raise UserError(f"{who}: {name} = {is_now!r}, but {str(path)!r} ran with {was!r}; use another name or run_dir")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tppo_fast import model_folder
 from tppo_fast.errors import UserError
 
 STRICT: dict[str, Any] = {
@@ -56,8 +57,7 @@ def load_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implement
     Raises:
         UserError: the folder is missing, holds no causal LM, or its weights are not safetensors.
     """
-    if not path:
-        raise UserError("model.path = '': give the folder of a transformers causal LM (tppo-fast demo makes one)")
+    model_folder.check(path, "model.path")
     try:
         return read_causal_lm(path, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation)
     except Exception as error:
@@ -70,10 +70,9 @@ def load_settings(path: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: it cannot be read, or its folder has no weights.
     """
+    model_folder.check(path, "model.path")
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-            raise ValueError("there are no weights: *.safetensors")
     except Exception as error:
         raise _unreadable(path, "causal language model", error) from None
     return settings

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from tppo_fast import finetune, packing, seeding
+from tppo_fast import finetune, packing, preflight, seeding
 from tppo_fast.config import RunConfig
 from tppo_fast.data_types import Prompt, Rollout, RolloutBatch
 from tppo_fast.finetune_config import LearnConfig, SFTConfig
 from tppo_fast.model import Actor
 from tppo_fast.rollout import build_engine
 from tppo_fast.rollout.base import check_lengths
-from tppo_fast.runs import load_sessions, open_run_dir
+from tppo_fast.run_dir import open_run_dir
+from tppo_fast.runs import load_sessions
 
 Example = tuple[Prompt, Sequence[int]]
 """(prompt, the tokens of the true response with its end-of-sequence token)."""
@@ -38,6 +39,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> finetune.FinetuneResult:
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
+    preflight.check(config, resume)
     with seeding.restored(), open_run_dir(config, resume) as start_from:
         return _train(config, start_from)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tppo_fast import checkpoint, flops, losses, model, optimizers, packing, parity, profiling, seeding
+from tppo_fast import checkpoint, flops, losses, model, optimizers, packing, parity, preflight, profiling, seeding
 from tppo_fast.ahead import RolloutSource
 from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.atomic import atomic_folder, write_atomic
@@ -36,7 +36,8 @@ from tppo_fast.rewards.token_model import RECORD
 from tppo_fast.rewards.watch import RunWatch, repetition_and_copies
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.base import check_lengths
-from tppo_fast.runs import due, eval_sampling, growing_segments, load_sessions, logged, open_run_dir, resolve_device
+from tppo_fast.run_dir import list_checkpoints, open_run_dir, step_of
+from tppo_fast.runs import due, eval_sampling, growing_segments, load_sessions, logged, resolve_device
 
 OnStep = Callable[[int, Metrics], bool | None]
 """(step, what was logged of it) -> whether to stop."""
@@ -100,6 +101,7 @@ def train(
         raise UserError(
             f"resume = {resume!r}: give True, to continue the newest checkpoint in config.run_dir, or False"
         )
+    preflight.check(config, resume)
     growing_segments(config)
     with (
         seeding.restored(),
@@ -143,8 +145,8 @@ def _saved_in_time(run: Run) -> Path | None:
     ppo = run.ppo
     if not ppo.step or ppo.updating or not all(bool(p.isfinite().all()) for p in ppo.model.parameters()):
         return None
-    newest = checkpoint.list_checkpoints(run.config.run_dir)[-1:]
-    return newest[0] if newest and checkpoint.step_of(newest[0]) == ppo.step else _save(run)
+    newest = list_checkpoints(run.config.run_dir)[-1:]
+    return newest[0] if newest and step_of(newest[0]) == ppo.step else _save(run)
 
 
 def _save(run: Run) -> Path:

@@ -19,24 +19,35 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 
-def read_rows(path: Path, parse: Callable[[object, str], T], noun: str) -> list[T]:
+def check_rows(path: Path, noun: str, *, any_suffix: bool = False) -> None:
+    """Look at a file that ``read_rows`` will read, without reading it.
+
+    Raises:
+        UserError: it cannot be opened, is empty, or has another suffix.
+    """
+    size = _size(path)
+    if path.suffix not in (".jsonl", ".parquet") and not any_suffix:
+        raise UserError(f"data file {show(str(path))} ends in {show(path.suffix)}: give a .jsonl or .parquet file")
+    if size == 0:
+        raise UserError(f"data file {show(str(path))} is empty: give a file with at least one {noun}")
+
+
+def read_rows(path: Path, parse: Callable[[object, str], T], noun: str, *, any_suffix: bool = False) -> list[T]:
     """Every row of a ``.jsonl`` or ``.parquet`` file, in file order.
 
     Args:
         path: the file.
         parse: (decoded row, its place) -> what the row stands for.
         noun: what a row is called in messages, such as "session".
+        any_suffix: whether what does not end in ``.parquet`` is JSON Lines.
 
     Raises:
         UserError: the file cannot be read or is empty, or ``parse`` refused a row; one line that names file, line
             (Parquet: row, counted from 1) and remedy.
     """
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers and path.exists():
-        raise UserError(f"data file {show(str(path))} ends in {show(path.suffix)}: give a .jsonl or .parquet file")
-    if _size(path) == 0:
-        raise UserError(f"data file {show(str(path))} is empty: give a file with at least one {noun}")
-    with contextlib.closing(readers[path.suffix](path)) as found:
+    check_rows(path, noun, any_suffix=any_suffix)
+    read = _read_parquet if path.suffix == ".parquet" else _read_jsonl
+    with contextlib.closing(read(path)) as found:
         rows = [parse(row, where) for row, where in found]
     if not rows:
         raise UserError(f"data file {show(str(path))} holds no {noun}: give a file with at least one")

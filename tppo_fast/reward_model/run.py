@@ -9,23 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tppo_fast import seeding
+from tppo_fast import preflight, seeding
 from tppo_fast.atomic import atomic_folder
 from tppo_fast.data.rows import searched
 from tppo_fast.errors import UserError
 from tppo_fast.estimates import Estimate
 from tppo_fast.hashing import sha256_of
 from tppo_fast.labelling.records import LabelledResponse, read_labels, read_record
-from tppo_fast.metrics import METRICS_FILE, MetricsLogger
+from tppo_fast.metrics import MetricsLogger
 from tppo_fast.reward_model import backbone, card, quality
 from tppo_fast.reward_model.data import Example, encode, split
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.reward_model.training import Learner, fit
 from tppo_fast.rewards.token_model import TokenModel
-from tppo_fast.runs import open_run_dir, resolve_device, stoppable
-
-FREE = {"run_dir", "threads", "resamples"}
-"""Settings that may differ when a run is resumed."""
+from tppo_fast.run_dir import REWARD_MODEL, open_run_dir
+from tppo_fast.runs import resolve_device, stoppable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,16 +50,14 @@ def train_reward_model(config: RewardModelConfig, *, resume: bool = False) -> Re
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
-    opened = open_run_dir(config, resume, result="model", unsaved=(METRICS_FILE,), free=FREE)
-    with seeding.restored(), opened as start_from:
+    preflight.check(config, resume, REWARD_MODEL)
+    with seeding.restored(), open_run_dir(config, resume, REWARD_MODEL) as start_from:
         return _train(config, start_from)
 
 
 def _train(config: RewardModelConfig, start_from: Path | None) -> RewardModelResult:
     if config.threads:
         torch.set_num_threads(config.threads)
-    if not config.data.labels:
-        raise UserError("data.labels = '': give the file of labelled responses (tppo-fast label makes one)")
     rows, data_hash = read_labels(config.data.labels), sha256_of(Path(config.data.labels))
     parts = split(rows, config.data, config.seed)
     model = backbone.build(config, _texts(parts.train), resolve_device(config.device))

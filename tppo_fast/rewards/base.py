@@ -95,8 +95,6 @@ def build_reward(
         raise UserError(f'reward.source = {config.source!r}: write "lexical", "model", or module:function for your own')
     else:
         source = load_object(config.source, "reward.source")
-    if isinstance(source, type):
-        raise UserError(f"reward.source = {config.source!r} is a class: name a function, or an instance made from it")
     return TokenRewards(source=source, config=config, tokenizer=tokenizer, expected_length=length, separator=separator)
 
 

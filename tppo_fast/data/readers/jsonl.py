@@ -18,7 +18,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, list[Event]]]:
         UserError: a line that is no such object.
     """
     users: dict[str, list[Event]] = {}
-    for user, event in read_rows(path, _parse, "event"):
+    for user, event in read_rows(path, _parse, "query", any_suffix=True):
         users.setdefault(user, []).append(event)
     yield from users.items()
 
