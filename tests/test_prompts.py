@@ -215,3 +215,18 @@ def test_a_batch_gives_the_same_prompts_as_one_by_one() -> None:
     build = builder(max_prompt_tokens=20)
     rows = [session(["tea"] * count) for count in range(1, 9)]
     assert build.prompts(rows) == [prompt_of(build, row) for row in rows]
+
+
+def test_a_long_history_is_cut_without_looking_at_every_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = builder(max_prompt_tokens=30)
+    encode, sizes = build._encode, list[int]()
+
+    def counted(texts: list[str]) -> list[list[int]]:
+        sizes.extend(map(len, texts))
+        return encode(texts)
+
+    monkeypatch.setattr(build, "_encode", counted)
+    entries = [f"{number:06}" for number in range(20_000)]
+    assert text(build, prompt_of(build, session(entries)).token_ids) == "H:019997, 019998, 019999\nN:"
+    assert len(sizes) <= 20
+    assert sum(sizes) < 4 * len(", ".join(entries))  # halves, not one text for every cut

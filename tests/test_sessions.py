@@ -113,6 +113,11 @@ def test_parquet_name_is_taken_literally(tmp_path: Path) -> None:
         ),
         pytest.param(changed(next_queries=[["a"]]), ["next_queries[0] = ['a'] is not text"], id="nested list"),
         pytest.param(changed(next_queries=["a\0b"]), ["NUL"], id="NUL"),
+        pytest.param(
+            changed(history={"search": ["a", "q" * 10_000_000]}),
+            ["history.search[1] = 'qqq", "has 10000000 characters, and at most 100000", "shorten or remove it"],
+            id="ten million letters",
+        ),
         pytest.param(changed(user_id="\ud800"), ["unpaired surrogate", r"\ud800"], id="surrogate"),
         pytest.param(changed(user_id=float("nan")), ["NaN and Infinity", "found NaN"], id="NaN"),
         pytest.param(changed(user_id=-float("inf")), ["found -Infinity"], id="Infinity"),

@@ -146,12 +146,14 @@ class PromptBuilder:
         """Ids of the prompt with as few of the oldest entries dropped as make it fit."""
         limit = self.config.max_prompt_tokens - len(self._start)
 
-        def encoded(left: History) -> list[int]:
-            return self._encode([self._render(left)])[0]
+        def encoded(left: dict[str, int]) -> list[int]:
+            return self._encode([self._render({kind: history[kind][-n:] for kind, n in left.items() if n})])[0]
 
-        candidates = list(_drops(history)) or [history]  # dropping an entry makes the prompt shorter
-        first = bisect.bisect_left(candidates, True, key=lambda left: len(encoded(left)) <= limit)
-        ids = encoded(candidates[min(first, len(candidates) - 1)])
+        candidates = list(_drops(history))  # dropping an entry makes the prompt shorter
+        first = bisect.bisect_left(
+            candidates, True, hi=len(candidates) - 1, key=lambda left: len(encoded(left)) <= limit
+        )
+        ids = encoded(candidates[first])
         if len(ids) > limit:
             raise UserError(
                 f"user {show(session.user_id)}: the prompt with only the newest history entry has "
@@ -186,10 +188,11 @@ class PromptBuilder:
         return whole[: next(starts, 0)]
 
 
-def _drops(history: History) -> Iterator[History]:
-    """The history with 1, 2, ... of its entries dropped, until one is left."""
+def _drops(history: History) -> Iterator[dict[str, int]]:
+    """How many entries of each kind are left when 0, 1, 2, ... are dropped, until one is left."""
     left = {kind: len(entries) for kind, entries in history.items()}
+    yield dict(left)
     for _ in range(sum(left.values()) - 1):
         longest = max(left, key=lambda kind: (left[kind], kind != "search"))
         left[longest] -= 1
-        yield {kind: history[kind][-count:] for kind, count in left.items() if count}
+        yield dict(left)

@@ -12,6 +12,8 @@ from tppo_fast.errors import UserError
 
 REQUIRED = ("user_id", "history", "next_queries")
 FIELDS = (*REQUIRED, "relevant_queries")
+LONGEST = 100_000
+"""Characters of one text. Nobody types more, and a tokenizer may need minutes for one word of millions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,11 @@ def _text(value: object, name: str, where: str) -> str:
         raise UserError(f"{where}: {name} = {show(value)} is not text: write it as a string in quotes")
     if not value.strip():
         raise UserError(f"{where}: {_short(name)} = {show(value)} is blank: remove it or fill it in")
+    if len(value) > LONGEST:
+        raise UserError(
+            f"{where}: {_short(name)} = {show(value)} has {len(value)} characters, and at most {LONGEST} are taken: shorten or "
+            "remove it"
+        )
     if "\0" in value:
         raise UserError(f"{where}: {_short(name)} = {show(value)} holds a NUL character: remove it")
     if any("\ud800" <= character <= "\udfff" for character in value):
