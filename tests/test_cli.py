@@ -127,5 +127,16 @@ def test_metrics_stand_in_columns() -> None:
     assert [line.split("  ")[0] for line in lines] == list(GLOSSARY)
 
 
+@pytest.mark.parametrize("words", [["metrics"], ["train", "--help"]], ids=" ".join)
+def test_a_reader_that_has_seen_enough_is_no_failure(words: list[str]) -> None:
+    command = [sys.executable, "-m", "tppo_fast", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_version() -> None:
     assert "tppo-fast" in tppo("--version").stdout

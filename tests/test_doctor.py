@@ -135,7 +135,7 @@ def test_an_optional_part_never_stops_training(monkeypatch: pytest.MonkeyPatch, 
     code, text = rendered(list(checks.values()))
     assert code == 0
     assert "[bold]boom[/bold]" in text  # shown, not read as markup
-    assert f"{broken[0].name} is broken: {broken[0].cost}. To get it: {broken[0].remedy}." in text
+    assert f"{broken[0].name} is broken: {broken[0].cost}. To get it: {broken[0].remedy}\n" in text
 
 
 def test_an_old_transformers_stops_training(monkeypatch: pytest.MonkeyPatch):

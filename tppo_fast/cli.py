@@ -1,4 +1,7 @@
-"""The shell: ``tppo-fast demo | sft | label | ...``. Exit codes: 0 done, 1 failure, 2 usage or input, 130 interrupted."""
+"""The shell: ``tppo-fast demo | sft | label | ...``.
+
+Exit codes: 0 done, 1 failure, 2 usage or input, 130 interrupted, 141 whoever read the output has closed it.
+"""
 
 from __future__ import annotations
 
@@ -271,10 +274,15 @@ def quiet_libraries() -> None:
 
 def run(command: Callable[[], Any]) -> int:
     """Run a command and turn how it ended into an exit code and at most one sentence on stderr."""
+    out = sys.stdout
     try:
         command()
     except click.exceptions.Abort as error:  # click's word for a KeyboardInterrupt of the command
         return _say(str(error.__cause__ or "") or INTERRUPTED, 130)
+    except SystemExit as exit_:
+        if sys.stdout is not out or isinstance(exit_.__context__, BrokenPipeError):
+            return 141  # click, which wraps such an output, or rich has found that nobody reads it any more
+        raise
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -82,7 +82,7 @@ def render(checks: list[Check], console: Console | None = None) -> int:
         table.add_row(check.name, Text(check.status, style=colour), Text(check.detail))
     console.print(table)
     for check in (c for c in checks if c.status != "ok"):
-        console.print(Text(f"{check.name} is {check.status}: {check.cost}. To get it: {check.remedy}."))
+        console.print(Text(f"{check.name} is {check.status}: {check.cost}. To get it: {check.remedy}"))
     stopping = [c.name for c in checks if c.required and c.status != "ok"]
     device = "the GPU" if any(c.name == GPU and c.status == "ok" for c in checks) else "the CPU"
     last = f"Training cannot run here until this is mended: {', '.join(stopping)}." if stopping else ""
