@@ -184,6 +184,16 @@ def test_the_baseline_against_each_on_the_seeds_both_have_p_values_corrected(tmp
     ("change", "said"),
     [
         ({"methods": []}, r"methods = \[\]: give at least one"),
+        (
+            {"methods": [{"name": "A"}]},
+            r"^methods\['A'\]\.algorithm is missing: .*, give one of tppo, control, ppo, grpo,",
+        ),
+        ({"methods": [{"algorithm": "dpo"}]}, r"^methods\[0\]\.name is missing: it has no default$"),
+        (
+            {"methods": [{"name": "A", "algoritm": "dpo"}]},
+            r"unknown setting .*'A'\]\.algoritm.*mean 'methods\.algorithm'",
+        ),
+        ({"methods": [{"name": "A", "algorithm": "tpo"}]}, r"^methods\['A'\]\.algorithm = 'tpo': input should be"),
         ({"methods": {"A": {}}}, r"methods = .*\[\[table\]\] for each"),
         ({"methods": [{"name": "A", "algorithm": "tppo"}] * 2}, "two methods are called 'A'"),
         ({"methods": [{"name": "A", "algorithm": "tppo", "settings": {"ppo": {"gama": 1}}}]}, r"method 'A'.*ppo\.gam"),

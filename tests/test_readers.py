@@ -131,9 +131,10 @@ def test_sim4ia(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "text", "said"),
     [
-        ("aol", "7 garden", "line 1: 1 tab-separated columns"),
+        ("aol", "7 garden", "line 1: 1 tab-separated columns: give an AOL log, with a tab between AnonID, Query"),
         ("aol", "7\tgarden\tnoon", "'noon' is not a date"),
-        ("aol", "", "no session is left"),
+        ("aol", "", r"log\.jsonl' holds no query: give a log with at least one$"),
+        ("aol", "7\tgarden\t2006-03-01", r"no session is left \(1 sessions that are too short\); loosen the rules"),
         ("trec", "<session>", "not well-formed"),
         ("sim4ia", "a,b\n1,2", "no column 'date'"),
         (
@@ -207,3 +208,18 @@ def test_sessions_that_are_there_are_replaced_by_fresh_alone(tmp_path: Path) -> 
     assert out.read_text() == "mine"
     assert CliRunner().invoke(cli.cli, [*words, "--fresh"], catch_exceptions=False).exit_code == 0
     assert len(read_sessions(out)) == 1
+
+
+def test_a_log_in_another_encoding_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_bytes(WALK[0].encode("utf-16"))
+    with pytest.raises(UserError, match=r"byte b'\\xff' at position 0 is not UTF-8: save the file as UTF-8"):
+        convert(tmp_path / "log.txt", "aol", Rules(), min_users=None, key=KEY)
+
+
+def test_a_log_of_json_lines_may_have_any_suffix_but_be_no_folder(tmp_path: Path) -> None:
+    for minute, query in enumerate(("a", "b")):
+        with (tmp_path / "log.txt").open("a") as file:
+            file.write(json.dumps({"user_id": "7", "query": query, "time": f"2006-03-01 10:0{minute}"}) + "\n")
+    assert len(convert(tmp_path / "log.txt", "jsonl", ONE, min_users=None, key=KEY)[0]) == 1
+    with pytest.raises(UserError, match="Is a directory"):
+        convert(tmp_path, "jsonl", ONE, min_users=None, key=KEY)

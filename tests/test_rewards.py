@@ -332,9 +332,10 @@ def test_a_person_can_check_the_alignment() -> None:
     reward = rewards(**PLAIN)
     rollouts = [ROLLOUT, response(" lisbon [bold]\u001b\U0001f355", end=False)]
     values, classes = reward.explain(rollouts)
-    console = Console(width=100)
+    console = Console(width=120)
     with console.capture() as captured:
-        console.print(examples_table(rollouts, classes, values, TOKENIZER))
+        console.print(examples_table(rollouts, classes, values, TOKENIZER, "centred"))
+    assert 'reward.scale = "centred" pays -1 if irrelevant, 1 if relevant' in " ".join(captured.get().split())
     lines = captured.get().splitlines()
     row = {key: next(line for line in lines if key in line) for key in ("' lisbon'", "','", "' pasta'", "</s>")}
     assert "relevant" in row["' lisbon'"]
@@ -350,7 +351,7 @@ def test_a_person_can_check_the_alignment() -> None:
 def test_the_table_without_labels() -> None:
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(examples_table([ROLLOUT], None, rewards(lambda _: [1.5])([ROLLOUT]), TOKENIZER))
+        console.print(examples_table([ROLLOUT], None, rewards(lambda _: [1.5])([ROLLOUT]), TOKENIZER, "paper"))
     assert "+1.500" in captured.get()
     assert "irrelevant" not in captured.get()
 

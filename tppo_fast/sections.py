@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -91,7 +91,7 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise UserError(_sentence(error, type(self))) from None
+            raise UserError(_sentence(error, type(self), values)) from None
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # so that pydantic itself goes on without calling it
 
@@ -131,7 +131,7 @@ def build_section(values: dict[str, Any], section: type[S]) -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise UserError(_sentence(error, section)) from None
+        raise UserError(_sentence(error, section, values)) from None
 
 
 def read_toml(path: str | os.PathLike[str], what: str = "config") -> dict[str, Any]:
@@ -180,10 +180,10 @@ def _is_text(section: type[Section], names: list[str]) -> bool:
     return _kinds(field.annotation) <= {str, Path, type(None)}
 
 
-def _sentence(error: ValidationError, section: type[Section]) -> str:
-    """The first validation error in words."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+def _sentence(error: ValidationError, section: type[Section], values: Mapping[str, Any]) -> str:
+    """The first validation error in words; an unknown setting comes before others: it is what is missing, misspelt."""
+    first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+    where = _place(first["loc"], values)
     if first["type"] == "extra_forbidden":
         names = [*section.model_fields, *_names(section)]
         near = difflib.get_close_matches(where, names, n=1, cutoff=0.5) or difflib.get_close_matches(
@@ -195,9 +195,35 @@ def _sentence(error: ValidationError, section: type[Section]) -> str:
     if first["type"] == "value_error" and not isinstance(first["input"], str | int | float):
         return message  # a rule over several fields: its message already names them
     if first["type"] == "missing":
-        return f"{where} is missing: it has no default"
+        choices = (
+            f", give one of {', '.join(map(str, allowed))}" if (allowed := _choices(section, first["loc"])) else ""
+        )
+        return f"{where} is missing: it has no default{choices}"
     message = WORDS.get(first["type"], message)
     return f"{where} = {first['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _place(loc: Sequence[int | str], values: Any) -> str:
+    """The dotted name of a setting; one of several tables is called by its name."""
+    where = ""
+    for part in loc:
+        if isinstance(part, int):
+            values = values[part] if isinstance(values, Sequence) else None
+            where += f"[{values.get('name', part)!r}]" if isinstance(values, Mapping) else f".{part}"
+        else:
+            values = values.get(part) if isinstance(values, Mapping) else None
+            where += f".{part}"
+    return where.removeprefix(".")
+
+
+def _choices(section: type[Section], loc: Sequence[int | str]) -> tuple[Any, ...]:
+    """The values that a setting may have, where they are few words."""
+    kind: Any = section
+    for part in loc:
+        if isinstance(part, str):
+            field = kind.model_fields[part].annotation
+            kind = next((k for k in (field, *get_args(field)) if isinstance(k, type) and issubclass(k, Section)), field)
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 WORDS = {

@@ -192,7 +192,7 @@ def _loop(
             stop = on_step is not None and bool(on_step(ppo.step, dict(metrics)))
             if stop or due(ppo.step, config.train.save_every, steps):
                 _save(run)
-            shown = {"reward": metrics["rollout/reward_per_token"]}
+            shown = {"reward_per_token": metrics["rollout/reward_per_token"]}
             if "ppo/kl" in metrics:
                 shown["kl"] = metrics["ppo/kl"]
             if evaluation:
@@ -389,5 +389,5 @@ def show_examples(
     """Print the first responses with each token's label and reward, so that a person can check the alignment."""
     chosen = list(range(0, len(rollouts), run.config.rollout.samples_per_prompt))[: run.config.train.show_examples]
     labels = None if classes is None else [classes[i] for i in chosen]
-    table = examples_table([rollouts[i] for i in chosen], labels, [rewards[i] for i in chosen], run.tokenizer)
-    Console(stderr=True).print(table)
+    shown, paid, scale = [rollouts[i] for i in chosen], [rewards[i] for i in chosen], run.config.reward.scale
+    Console(stderr=True).print(examples_table(shown, labels, paid, run.tokenizer, scale))

@@ -11,6 +11,7 @@ from rich.text import Text
 from tppo_fast.data_types import Rollout
 from tppo_fast.rewards.alignment import token_spans
 from tppo_fast.rewards.labels import CLASS_NAMES
+from tppo_fast.rewards.values import SCALES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,7 @@ def examples_table(
     classes: Sequence[Sequence[int]] | None,
     rewards: Sequence[Tensor],
     tokenizer: PreTrainedTokenizerBase,
+    scale: str,
 ) -> Table:
     """Per response: the history and the true next queries, then one row per token with its class and reward.
 
@@ -32,8 +34,11 @@ def examples_table(
         classes: from ``TokenRewards.explain``; None where the source has no labels.
         rewards: from ``TokenRewards``, one [length] tensor per rollout.
         tokenizer: the policy's.
+        scale: ``reward.scale``, by which labels were paid.
     """
-    table = Table(title="Reward of each token")
+    _, poor, good = SCALES[scale]
+    paid = f': reward.scale = "{scale}" pays {poor:g} if irrelevant, {good:g} if relevant'
+    table = Table(title="Reward of each token" + ("" if classes is None else paid))
     table.add_column("response", justify="right")
     table.add_column("position", justify="right")
     table.add_column("token")

@@ -9,7 +9,7 @@ trained on it without thought: it can repeat rare queries. ``scrub`` lowers the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from tppo_fast.data.readers.aol import read_aol
@@ -43,6 +43,8 @@ def convert(
         UserError: an unreadable file, a bad row, or nothing left.
     """
     users = list(READERS[kind](path))
+    if not any(events for _, events in users):
+        raise UserError(f"{str(path)!r} holds no query: give a log with at least one")
     dropped: Counter[str] = Counter()
     scrubber: Scrubber | None = None if min_users is None else fit(users, min_users)
     name = pseudonyms(key)
@@ -51,10 +53,6 @@ def convert(
         kept = events if scrubber is None else scrubber.clean(events, dropped)
         sessions += sessions_of(name(user), kept, rules, dropped)
     if not sessions:
-        raise UserError(f"{str(path)!r}: no session is left ({_said(dropped)}); loosen the rules")
+        said = ", ".join(f"{count} {why}" for why, count in dropped.items())
+        raise UserError(f"{str(path)!r}: no session is left ({said}); loosen the rules")
     return sessions, dropped
-
-
-def _said(dropped: Counter[str]) -> str:
-    counts: Sequence[str] = [f"{count} {why}" for why, count in dropped.items()]
-    return ", ".join(counts) or "the file holds no query"

@@ -25,7 +25,9 @@ def read_aol(path: Path) -> Iterator[tuple[str, list[Event]]]:
             continue
         where = f"{str(path)!r} line {number}"
         if not 3 <= len(columns) <= 5 or not columns[0].strip():
-            raise UserError(f"{where}: {len(columns)} tab-separated columns; expected {', '.join(HEADER)}")
+            raise UserError(
+                f"{where}: {len(columns)} tab-separated columns: give an AOL log, with a tab between {', '.join(HEADER)}"
+            )
         user, query, time, *rest = columns
         click = rest[1].strip() if len(rest) > 1 else ""
         query = "" if query.strip() == "-" else query

@@ -110,7 +110,10 @@ def open_text(path: Path) -> str:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r}: byte {error.start} is not UTF-8; convert the file") from None
+        bad = error.object[error.start : error.start + 1]
+        raise UserError(
+            f"{str(path)!r}: byte {bad!r} at position {error.start} is not UTF-8: save the file as UTF-8"
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or "not a whole gzip file"
         raise UserError(f"{str(path)!r} cannot be read ({reason}): give a readable file") from None
