@@ -251,7 +251,13 @@ def test_a_run_that_goes_on_is_named_before_what_it_has_saved(tmp_path: Path) ->
         sft.sft(given)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"config": 3}', '{"config'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}", "[]", '{"config": 3}', '{"config', '{"config": {}, "mine": 1}', '{"config": {}, "step": true}',
+        '{"config": {}, "step": 1.5}', '{"config": {}, "ppo": {"kl_coef": "0.1"}}', '{"config": {}, "best": {"steps": 1}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_state_is_one_sentence(tmp_path: Path, content: str) -> None:
     given = build_section({"run_dir": str(tmp_path)}, SFTConfig)
     (empty_checkpoint(given, 1) / run_dir.COMPLETE).write_text(content)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,16 @@ FREE = {
 }  # fmt: skip
 """Settings and sections that may differ when a run is resumed; all others would change what the run computes."""
 COMPLETE = "state.json"
-"""A folder without it is no """
+"""A folder without it is no checkpoint."""
+
+
+NUMBER = int | float
+STATE = {
+    "config": dict, "param_groups": list, "rng": {"python": list, "numpy": dict, "torch": list, "cuda": list},
+    "ppo": {"step": int, "kl_coef": NUMBER, "scheduler": dict}, "pending": dict | None, "step": int, "scheduler": dict,
+    "best": {"step": int, "evaluation": dict, "loss": NUMBER, "looks_without_gain": int},
+}  # fmt: skip
+"""What ``COMPLETE`` may hold, of any kind of run, and of which type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,10 +257,23 @@ def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's ``state.json``."""
     try:
         state = json.loads((folder / COMPLETE).read_text())
-        if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
+        if not isinstance(state, dict) or "config" not in state:
             raise ValueError(f"{COMPLETE} holds no settings")
+        _check_state(state, STATE, COMPLETE)
     except (OSError, ValueError) as error:
         raise UserError(
             f"checkpoint {str(folder)!r} is damaged ({error}): remove it to resume the one before"
         ) from None
     return state
+
+
+def _check_state(state: dict[str, Any], known: Mapping[str, Any], where: str) -> None:
+    """ValueError for a key that no run writes, or a value of another type than it writes."""
+    for name, value in state.items():
+        if name not in known:
+            raise ValueError(f"{where} has {name!r}, which no run writes")
+        kind = known[name]
+        if isinstance(value, bool) or not isinstance(value, dict if isinstance(kind, Mapping) else kind):
+            raise ValueError(f"{where} has a {type(value).__name__} as {name}")
+        if isinstance(kind, Mapping):
+            _check_state(value, kind, name)
