@@ -290,6 +290,25 @@ def test_work_of_no_items_and_work_that_fails_still_end_with_a_line(clock: Clock
     assert capsys.readouterr().err.splitlines()[-1] == "eval 3/4 1.5 prompt/s in 2s"
 
 
+def test_plain_lines_name_a_phase_when_it_is_new_and_when_it_is_long(clock: Clock, capsys: pytest.CaptureFixture[str]):
+    with Progress("train", 3, "step") as progress:
+        for seconds in (1.0, 1.0, 6.0):
+            progress.phase("rollout")
+            clock.now += seconds
+            for part in ("1/3", "2/3", "3/3"):
+                progress.phase("update", part)
+                clock.now += seconds
+            progress.update()
+    assert capsys.readouterr().err.splitlines() == [
+        "train 0/3 step",
+        "train 0/3 rollout",
+        "train 0/3 update 1/3",
+        "train 2/3 update 1/3",
+        "train 2/3 update 3/3",
+        "train 3/3 10.7 s/step in 32s",
+    ]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.2, "0s"), (59.6, "1m00s"), (106, "1m46s"), (3599.7, "1h00m"), (7380, "2h03m")]
 )
@@ -303,6 +322,8 @@ def test_nested_work_shares_one_terminal_display(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TERM", "xterm")
     with Progress("train", 2, "step") as outer:
         outer.update(reward=0.31)
+        outer.phase("update", "2/8")
+        assert outer._status().startswith("update 2/8 ")
         with Progress("eval", 8, "prompt") as inner:
             inner.update(8)
         outer.update(reward=0.42)

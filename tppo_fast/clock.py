@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -16,14 +16,19 @@ WORKING = ("prepare", "update")
 
 
 class Clock:
-    """Seconds per phase of one step: ``with clock("rollout"): ...``. The phases are named in a profiler's trace, too."""
+    """Seconds per phase of one step: ``with clock("rollout"): ...``. The phases are named in a profiler's trace, too.
 
-    def __init__(self) -> None:
+    ``begins`` is told of each as it begins.
+    """
+
+    def __init__(self, begins: Callable[[str], None] = lambda _: None) -> None:
+        self._begins = begins
         self._began = time.perf_counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self._begins(phase)
         began = time.perf_counter()
         with torch.profiler.record_function(f"tppo_fast/{phase}"):
             yield

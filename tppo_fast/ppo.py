@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -150,12 +150,12 @@ class PPO:
 
     # ---------------------------------------------------------------- update
 
-    def update(self, batch: TrainBatch) -> Metrics:
+    def update(self, batch: TrainBatch, begins: Callable[[str], None] = lambda _: None) -> Metrics:
         """Epochs x minibatches of optimizer steps; returns the step's metrics, averaged over its actions.
 
         Each minibatch's gradient is that of ONE big batch: microbatch losses are sums, divided by the minibatch's action
         count. The host never waits for the device until all steps are queued (with ``target_kl``, once before each). From the
-        first loss or gradient that is not finite on, the device itself skips every step.
+        first loss or gradient that is not finite on, the device itself skips every step. ``begins`` is told "1/8" first, ...
 
         Raises:
             TrainingDiverged: a loss or gradient was not finite; no weight was changed by that optimizer step or a later one.
@@ -170,7 +170,8 @@ class PPO:
         self._bad.zero_()
         self._counter.reset()
         lr = 0.0
-        for sequences in planned:
+        for number, sequences in enumerate(planned, 1):
+            begins(f"{number}/{len(planned)}")
             sums, count = self._accumulate_gradient(batch, sequences, train_policy)
             found.append(sums)
             microbatches += count

@@ -43,6 +43,7 @@ class Progress:
         self.description, self.total, self.unit, self.start = description, total, unit, start
         self.done = start
         self._metrics: dict[str, float] = {}
+        self._phase, self._named = "", set[str]()
         self._began = self._printed = time.monotonic()
         self._bars: RichProgress | None = None
         self._task: TaskID | None = None
@@ -58,13 +59,27 @@ class Progress:
     def update(self, n: int = 1, **metrics: float) -> None:
         """``n`` more units are done; ``metrics`` replace those shown under the same names."""
         self.done += n
+        self._phase = ""
         self._metrics.update(metrics)
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=self.done, status=self._status())
         elif self.done < self.total and time.monotonic() - self._printed >= PLAIN_INTERVAL:
             self._print(f"{self.description} {self.done}/{self.total} {self._status()}")
 
+    def phase(self, name: str, part: str = "") -> None:
+        """What the unit under way is at now, ``part`` of it.
+
+        A bar shows it at once. Plain lines name each phase when it first comes, and then after ``PLAIN_INTERVAL`` without a line.
+        """
+        self._phase = f"{name} {part}".rstrip()
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, status=self._status())
+        elif name not in self._named or time.monotonic() - self._printed >= PLAIN_INTERVAL:
+            self._named.add(name)
+            self._print(f"{self.description} {self.done}/{self.total} {self._phase}")
+
     def __exit__(self, *_: object) -> None:
+        self._phase = ""
         if self._bars is not None and self._task is not None:
             self._close_bar(self._bars, self._task)
         else:
@@ -73,7 +88,9 @@ class Progress:
     def _status(self, *, finished: bool = False) -> str:
         elapsed = time.monotonic() - self._began
         rate = (self.done - self.start) / elapsed if elapsed > 0 else 0.0
-        words = [_rate(rate, self.unit)] if rate > 0 else []
+        words = [self._phase] if self._phase else []
+        if rate > 0:
+            words.append(_rate(rate, self.unit))
         if finished:
             words.append(f"in {_duration(elapsed)}")
         elif rate > 0:

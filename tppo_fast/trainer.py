@@ -176,13 +176,14 @@ def _loop(
             guard.check()
             before = seeding.global_state()
             try:
-                metrics = _step(run, guard, peak_rate)
+                metrics = _step(run, guard, peak_rate, progress)
             except (Interrupted, UserError, EngineError):
                 # The step will be taken again, and a user's reward may have drawn numbers.
                 seeding.set_global_state(before)
                 raise
             try:
                 if due(ppo.step, config.train.eval_every, steps):
+                    progress.phase("evaluate")
                     evaluation = evaluate(run)
                     metrics |= evaluation
             finally:
@@ -202,9 +203,9 @@ def _loop(
     return evaluation or evaluate(run)
 
 
-def _step(run: Run, guard: InterruptGuard, peak_rate: float) -> Metrics:
+def _step(run: Run, guard: InterruptGuard, peak_rate: float, progress: Progress) -> Metrics:
     """One step of the loop, from rollouts to an updated policy."""
-    config, ppo, step, clock = run.config, run.ppo, run.ppo.step, Clock()
+    config, ppo, step, clock = run.config, run.ppo, run.ppo.step, Clock(progress.phase)
     if config.ppo.offload or config.vllm.sleep != "off":
         with clock("offload"):
             _make_room(run)
@@ -225,7 +226,7 @@ def _step(run: Run, guard: InterruptGuard, peak_rate: float) -> Metrics:
         parity.check(prepared, config)
     guard.check()
     with clock("update"):
-        learned = ppo.update(train_batch)
+        learned = ppo.update(train_batch, lambda part: progress.phase("update", part))
 
     metrics = {**rollout_metrics(rollouts, rewards, classes), **prepared, **learned}
     metrics |= clock.metrics(batch.num_actions, metrics, peak_rate)
