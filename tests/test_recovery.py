@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.rollout import bucket_file
 from tppo_fast.rollout.base import SamplingParams
 from tppo_fast.rollout.publish import Policy
-from tppo_fast.rollout.remote import RecoveringEngine
+from tppo_fast.rollout.remote import RecoveringEngine, RemoteLive
+from tppo_fast.rollout.worker import send
 
 CRASH = """
 import os, pathlib, sys, torch
@@ -153,3 +155,17 @@ def test_what_a_killed_process_left_in_shared_memory_goes(tmp_path: Path, monkey
         assert torch.equal(load_file(file)["w"], torch.ones(3))
         assert file.parent.stat().st_mode & 0o077 == 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("operation", "error"), [("finish_update", EngineLost), ("sleep", EngineError)])
+def test_a_worker_in_which_an_update_failed_is_lost(operation: str, error: type[EngineError]) -> None:
+    """It may hold part of two policies; what fails elsewhere would fail again in another worker."""
+    ours, theirs = Pipe()
+    send(theirs, {"id": 1, "error": "OutOfMemoryError: none left"})  # type: ignore[arg-type]
+    live = object.__new__(RemoteLive)
+    live._connection, live._timeout, live._count = ours, 5.0, 0  # type: ignore[assignment]
+    live._process = subprocess.Popen([sys.executable, "-c", ""])
+    with pytest.raises(error, match=r"failed in the rollout worker: OutOfMemoryError: none left") as caught:
+        live._ask(operation)
+    assert type(caught.value) is error
+    live._process.wait()
