@@ -164,7 +164,11 @@ def broken(folder: Path, how: str) -> str:
         (folder / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 8}))
         return "the model has 8"
     (folder / how).unlink()
-    return "no tokenizer could be loaded" if how == "tokenizer.json" else "no causal language model could be loaded"
+    return {
+        "config.json": "no causal language model could be loaded",
+        "tokenizer.json": "no tokenizer could be loaded",
+        "model.safetensors": "there are no weights: *.safetensors",
+    }[how]
 
 
 @pytest.mark.parametrize("how", ["config.json", "tokenizer.json", "model.safetensors", "vocabulary", "positions"])
@@ -183,7 +187,8 @@ def test_every_folder_is_looked_at_before_one_is_sampled(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--judge", "json:dumps"], "--judge = 'json:dumps' failed with TypeError"),
+        (["--judge", "json:dumps"], "--judge = 'json:dumps' takes (obj"),
+        (["--judge", "test_panel:failing"], "--judge = 'test_panel:failing' failed with ZeroDivisionError"),
         (["--judge", "test_panel:mute"], "--judge = 'test_panel:mute' returned a NoneType"),
         (["--embedding", "nosuch"], "--embedding 'nosuch': give a folder"),
     ],
@@ -197,7 +202,7 @@ def test_judges_that_do_not_keep_their_side(tiny_model: Path, tmp_path: Path, op
 @pytest.mark.parametrize(
     ("judge", "said"),
     [
-        ("json:dumps", "--pair-judge = 'json:dumps' failed with TypeError"),
+        ("test_panel:failing", "--pair-judge = 'test_panel:failing' failed with ZeroDivisionError"),
         ("test_panel:several", "the pair judge answered"),
     ],
 )
@@ -211,6 +216,10 @@ def test_a_pair_judge_that_fails_costs_only_the_duels(tiny_model: Path, tmp_path
 
 
 def mute(*_: object) -> None: ...
+
+
+def failing(*_: object) -> None:
+    raise ZeroDivisionError
 
 
 def several(*_: object) -> list[str]:

@@ -82,7 +82,7 @@ def weights(wide_model: Path) -> dict[str, torch.Tensor]:
 def test_no_engine_is_started_once_the_run_was_asked_to_stop(starts: Starts, weights: dict[str, torch.Tensor]) -> None:
     engine = starts.engine()
     engine.load_weights(weights.items(), 0)
-    with InterruptGuard():
+    with InterruptGuard("soon"):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):
             engine.generate(*ASKED)

@@ -2,8 +2,8 @@
 
 It reads one JSON line from stdin (key, engine settings), prints the port it listens on, and then answers one request after
 another on an authenticated TCP connection: JSON and, where an answer has tensors, their safetensors bytes. Weights come as the
-name of a ``bucket_file``. No pickle. It
-ends when the connection does, so that no engine outlives its trainer, and neither by Ctrl-C nor by SIGTERM.
+name of a ``bucket_file``. No pickle. It ends when the connection does, or when nobody connects, so that no engine outlives its
+trainer; and neither by Ctrl-C nor by SIGTERM.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def main() -> None:
     with Listener(("127.0.0.1", 0), authkey=bytes.fromhex(told["key"])) as listener:
         print(json.dumps({"port": listener.address[1]}), file=answer, flush=True)
         answer.close()
+        signal.alarm(60)  # seconds: a trainer that died meanwhile never connects
         with listener.accept() as connection:
+            signal.alarm(0)
             serve(connection, live)
     os._exit(0)  # the interpreter's own end could hang in a library's threads
 
