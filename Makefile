@@ -107,14 +107,14 @@ $(VENV)/.bench: $(VENV)/.test
 	done
 	@touch $@
 
-bench: smollm2 native peers $(VENV)/.bench ## measure ops, rollout, steps and learning on this CPU against the peers, then tables and plots (about 55 minutes)
+bench: smollm2 native peers $(VENV)/.bench ## measure ops, rollout, steps and learning on this CPU against the peers, then tables and plots (about 65 minutes)
 	@$(MAKE) --no-print-directory $(VENV)/.vllm || echo "vLLM's CPU build does not fit here (see above): its rows will say so"
 	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks
 
 peers: $(VENV)/.test ## make an environment for each peer of the step benchmark that needs one, with pinned versions, in .peers (1 GB each)
 	PYTHONPATH=. $(BIN)/python -m benchmarks.peer_envs || echo "going on without them: their rows will say so"
 
-bench-step: smollm2 native peers ## whole PPO iterations on this CPU against TRL, and each of our levers off in turn: about 30 minutes
+bench-step: smollm2 native peers ## whole PPO iterations on this CPU against TRL, and each of our levers off in turn: about 40 minutes
 	PYTHONPATH=. $(BIN)/python -W ignore -m benchmarks --suite step --threads 2
 
 # On a GPU machine, which may be offline: uses its own python, torch and triton; missing peers come as wheels from .whl/.
