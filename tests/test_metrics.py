@@ -298,14 +298,14 @@ def test_plain_lines_name_a_phase_when_it_is_new_and_when_it_is_long(clock: Cloc
             for part in ("1/3", "2/3", "3/3"):
                 progress.phase("update", part)
                 clock.now += seconds
-            progress.update()
+            progress.update(reward=0.31)
     assert capsys.readouterr().err.splitlines() == [
         "train 0/3 step",
         "train 0/3 rollout",
         "train 0/3 update 1/3",
-        "train 2/3 update 1/3",
-        "train 2/3 update 3/3",
-        "train 3/3 10.7 s/step in 32s",
+        "train 2/3 update 1/3 0.143 step/s ETA 7s reward=0.31",
+        "train 2/3 update 3/3 13 s/step ETA 13s reward=0.31",
+        "train 3/3 10.7 s/step in 32s reward=0.31",
     ]
 
 

@@ -76,7 +76,7 @@ class Progress:
             self._bars.update(self._task, status=self._status())
         elif name not in self._named or time.monotonic() - self._printed >= PLAIN_INTERVAL:
             self._named.add(name)
-            self._print(f"{self.description} {self.done}/{self.total} {self._phase}")
+            self._print(f"{self.description} {self.done}/{self.total} {self._status()}")
 
     def __exit__(self, *_: object) -> None:
         self._phase = ""
