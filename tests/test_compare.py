@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tppo_fast import compare, jobs, panel, trainer
+from tppo_fast.data.sessions import read_sessions
 from tppo_fast.errors import JobsFailed, TrainingDiverged, UserError
 from tppo_fast.estimates import holm
 from tppo_fast.evaluate import paired_difference
@@ -76,7 +77,12 @@ def test_an_experiment_survives_a_failure_continues_and_reports(
     for name in ("relevance", "relevance-seconds", "reward", "reward-spread", "length", "kl"):
         for kind in ("png", "svg"):
             assert (run_dir / f"report-{name}.{kind}").stat().st_size > 1000
+    users = [{s.user_id for s in read_sessions(run_dir / f"{name}.jsonl")} for name in ("train", "eval", "test")]
+    assert all(users)
+    assert not users[0] & users[1] | users[0] & users[2] | users[1] & users[2]  # checkpoints are chosen by the second
+    tested = {s.user_id for s in read_sessions(run_dir / "test.jsonl")[:6]}
     whole = json.loads((run_dir / "evaluation.json").read_text())
+    assert whole["table"]["TPPO"]["relevance"]["users"] == len(tested)
     assert list(whole["table"]) == ["copy the last query", compare.START, "TPPO", "GRPO", "DPO [/]"]
     assert whole["record"]["samples_to_target"]["TPPO"]["samples"] is not None
     against = whole["record"]["against"]

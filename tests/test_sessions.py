@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tppo_fast.config import RunConfig
 from tppo_fast.data.rows import searched
-from tppo_fast.data.sessions import Session, read_sessions, split_by_user, write_sessions
+from tppo_fast.data.sessions import Session, of_many_users, read_sessions, split_by_user, write_sessions
 from tppo_fast.errors import UserError
+from tppo_fast.runs import load_sessions
+from tppo_fast.sections import build_section
 
 ROW: dict[str, Any] = {
     "user_id": "u1",
@@ -262,6 +266,36 @@ def test_split_is_the_same_on_every_machine_and_stable_when_users_are_added() ->
     assert {user for user in later if int(user[1:]) < 20} == held_out
     assert abs(len(later) / 2000 - 0.25) < 0.04
     assert {s.user_id for s in split_by_user(users(20), 0.25, 1)[1]} != held_out
+
+
+@given(st.lists(st.integers(0, 8), max_size=40), st.integers(0, 40))
+def test_the_first_sessions_are_of_as_many_users_as_can_be(owners: list[int], first: int) -> None:
+    given_ = [Session(user_id=f"u{u}", history={"search": [f"{i}"]}, next_queries=["x"]) for i, u in enumerate(owners)]
+    ordered = of_many_users(given_)
+    assert sorted(ordered, key=repr) == sorted(given_, key=repr)
+    assert len({s.user_id for s in ordered[:first]}) == min(first, len(owners), len(set(owners)))
+    for user in {s.user_id for s in given_}:
+        assert [s for s in ordered if s.user_id == user] == [s for s in given_ if s.user_id == user]
+
+
+def test_a_run_s_seed_does_not_move_its_held_out_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sessions.jsonl"
+    write_sessions(path, users(20))
+
+    def split(**values: Any) -> tuple[list[Session], list[Session]]:
+        data = {"train": str(path), "eval_fraction": 0.25, **values.pop("data", {})}
+        return load_sessions(build_section({"data": data, **values}, RunConfig))
+
+    train, held_out = split(seed=0)
+    assert split(seed=5) == (train, held_out)
+    assert {s.user_id for s in held_out} == HELD_OUT_OF_20
+    assert len({s.user_id for s in held_out[:7]}) == 7
+    assert {s.user_id for s in split(data={"split_seed": 1})[1]} != HELD_OUT_OF_20
+    assert not capsys.readouterr().err
+    other = tmp_path / "eval.jsonl"
+    write_sessions(other, [*users(2), replace(users(1)[0], user_id="somebody else")])
+    assert len(split(data={"eval": str(other)})[0]) == 60
+    assert "warning: 2 of the 3 users of data.eval" in " ".join(capsys.readouterr().err.split())
 
 
 HELD_OUT_OF_20 = {"u1", "u4", "u5", "u8", "u14", "u16", "u18"}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tppo_fast import jobs, panel, report, sft
+from tppo_fast import jobs, panel, report, seeding, sft
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.config import RunConfig
-from tppo_fast.data.sessions import read_sessions, write_sessions
+from tppo_fast.data.sessions import of_many_users, read_sessions, split_by_user, write_sessions
 from tppo_fast.demo import small_model
 from tppo_fast.errors import JobsFailed, UserError
 from tppo_fast.estimates import Difference
@@ -103,8 +103,13 @@ def compare(experiment: Experiment) -> list[str]:
 
 
 def _data(experiment: Experiment) -> dict[str, str]:
-    """The files of the experiment's own copy of its sessions, the same for every job."""
+    """The sessions that every job learns from, and those that it looks at while it trains."""
     return {name: str(experiment.run_dir / f"{name}.jsonl") for name in ("train", "eval")}
+
+
+def _test(experiment: Experiment) -> Path:
+    """The sessions of the final table, which no job sees."""
+    return experiment.run_dir / "test.jsonl"
 
 
 def _sessions_config(experiment: Experiment) -> RunConfig:
@@ -115,12 +120,14 @@ def _sessions_config(experiment: Experiment) -> RunConfig:
 
 
 def _write_sessions(experiment: Experiment, config: RunConfig) -> None:
-    files = [Path(path) for path in _data(experiment).values()]
+    files = [*map(Path, _data(experiment).values()), _test(experiment)]
     if not all(path.exists() for path in files):
-        sessions = load_sessions(config)
+        rest, test = load_sessions(config)
+        seed = seeding.derive(config.data.split_seed, "validation")
+        train, validation = split_by_user(rest, config.data.eval_fraction, seed)
         make_run_dir(experiment.run_dir)
         jobs.keep_record(experiment.run_dir / "sessions.json", config)
-        for path, part in zip(files, sessions, strict=True):
+        for path, part in zip(files, (train, of_many_users(validation), test), strict=True):
             write_sessions(path, part)
 
 
@@ -153,7 +160,7 @@ def _final(
     experiment: Experiment, config: RunConfig, start: Path, done: Sequence[Job]
 ) -> tuple[panel.Panel, panel.Judges]:
     """Every finished policy on the same held-out sessions."""
-    sessions = read_sessions(experiment.run_dir / "eval.jsonl")[: experiment.sessions]
+    sessions = read_sessions(_test(experiment))[: experiment.sessions]
     most = max(len([j for j in done if j.method.name == m.name]) for m in experiment.methods)
     policies = {START: [start] * most}
     for method in experiment.methods:

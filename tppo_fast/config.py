@@ -94,6 +94,8 @@ class DataConfig(Section):
     """Held-out sessions. None: ``eval_fraction`` of the training file's users are held out."""
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of USERS held out when ``eval`` is None; no user stands on both sides."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Which users those are: the same in every run on the same file, whatever its ``seed``."""
     synthetic_sessions: Annotated[int, Field(ge=20, le=1_000_000)] = 4000
     """How many sessions the embedded generator makes."""
     template: Template = TEMPLATE

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from tppo_fast import seeding
 from tppo_fast.atomic import write_atomic
-from tppo_fast.config import RunConfig
-from tppo_fast.data.sessions import Session, read_sessions, split_by_user
+from tppo_fast.config import DataConfig, RunConfig
+from tppo_fast.data.sessions import Session, of_many_users, read_sessions, split_by_user
 from tppo_fast.data.synthetic import generate_sessions
 from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.interrupt import Interrupted, InterruptGuard
@@ -81,13 +83,26 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_sessions(config: RunConfig) -> tuple[list[Session], list[Session]]:
-    """(training, held-out) sessions as configured."""
+    """(training, held-out) sessions as configured; the first n held-out ones are of as many users as n can be."""
     data = config.data
     synthetic = data.train == "synthetic"
     sessions = generate_sessions(data.synthetic_sessions, config.seed) if synthetic else read_sessions(data.train)
-    if data.eval is not None:
-        return sessions, read_sessions(data.eval)
-    return split_by_user(sessions, data.eval_fraction, config.seed)
+    if data.eval is None:
+        sessions, held_out = split_by_user(sessions, data.eval_fraction, data.split_seed)
+    else:
+        held_out = read_sessions(data.eval)
+        _tell_of_shared_users(data, sessions, held_out)
+    return sessions, of_many_users(held_out)
+
+
+def _tell_of_shared_users(data: DataConfig, sessions: Sequence[Session], held_out: Sequence[Session]) -> None:
+    users = {session.user_id for session in held_out}
+    both = len(users.intersection(session.user_id for session in sessions))
+    if both and data.train != "synthetic":  # generated users have the same names in all files
+        Console(stderr=True).print(
+            f"[yellow]warning[/]: {both} of the {len(users)} users of data.eval = {escape(repr(data.eval))} are in data.train, "
+            "too: what is measured there is not held out; give them to one side alone"
+        )
 
 
 def eval_sampling(config: RunConfig, n: int = 1) -> SamplingParams:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -29,7 +30,7 @@ from tppo_fast.data.files import read_rows, write_rows
 from tppo_fast.data.rows import Session, parse_row, to_row
 from tppo_fast.errors import UserError
 
-__all__ = ["Session", "read_sessions", "split_by_user", "write_sessions"]
+__all__ = ["Session", "of_many_users", "read_sessions", "split_by_user", "write_sessions"]
 
 
 class _OfUser(Protocol):
@@ -85,6 +86,19 @@ def split_by_user(sessions: Sequence[T], fraction: float, seed: int) -> tuple[li
     chosen = set(ranked[: min(max(held_out, 1), len(ranked) - 1)])
     train = [session for session in sessions if session.user_id not in chosen]
     return train, [session for session in sessions if session.user_id in chosen]
+
+
+def of_many_users(sessions: Sequence[T]) -> list[T]:
+    """The same sessions in an order whose first n are of as many users as n can be: one of each user, a second one of each, ...
+
+    Users come in the order of a hash of their names, which is the same on every machine.
+    """
+    seen = Counter[str]()
+    places = []
+    for place, session in enumerate(sessions):
+        places.append((seen[session.user_id], _unit_hash(session.user_id, 0), place))
+        seen[session.user_id] += 1
+    return [sessions[place] for *_, place in sorted(places)]
 
 
 def _unit_hash(user_id: str, seed: int) -> float:
