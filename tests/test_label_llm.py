@@ -86,6 +86,11 @@ def test_a_good_answer_is_used_and_the_request_holds_the_schema() -> None:
     assert len(labels.classes) == 5
 
 
+def is_example(request: dict[str, Any]) -> bool:
+    """Whether it is what ``check`` asks."""
+    return 'Response: "lisbon map"' in request["messages"][1]["content"]
+
+
 GARBAGE = {
     "prose": Reply(content="I think it is fine"),
     "truncated": Reply(content='{"words": {"1": 1', finish="length"),
@@ -108,11 +113,11 @@ def test_garbage_is_asked_again_and_then_set_aside_with_the_reason(reply: Reply)
         assert again[-2]["role"] == "assistant"
     assert again[: len(first)] == first
     assert all(message["content"] for message in again)
-    with serve(lambda *_: reply) as endpoint:
+    with serve(lambda request, _: good(request) if is_example(request) else reply) as endpoint:
         (outcome,) = judge(endpoint.url).judge([ITEM])
     assert isinstance(outcome, Rejected)
     assert outcome.reason
-    assert len(endpoint.requests) == 3
+    assert len(endpoint.requests) == 3 + (reply.status == 400)  # is it the response that is refused, or everything?
 
 
 NO_COMPLETION = {
@@ -260,6 +265,36 @@ def test_a_response_that_always_fails_costs_only_itself_and_is_tried_again(
         assert run(capsys, *label(tmp_path, endpoint.url))[0] == 0
     assert len(read_labels(tmp_path / "labels.jsonl")) == 10
     assert not (tmp_path / "labels.jsonl.rejects.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("reply", "said", "kept", "most"),
+    [
+        (
+            Reply(content="```json {} ```"),
+            "20 responses in a row had to be set aside, the last because the answer",
+            19,
+            100,
+        ),
+        (Reply(status=400, body=b'{"error": "no template"}'), "failed (BadRequest: Error code: 400", 0, 60),
+    ],
+    ids=["useless", "refuses everything"],
+)
+def test_a_judge_that_is_good_for_nothing_is_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reply: Reply, said: str, kept: int, most: int
+) -> None:
+    """Only who answers the example sets responses aside for good."""
+    with serve(lambda request, n: reply if n else good(request)) as endpoint:
+        words = [*label(tmp_path, endpoint.url, "--concurrency", "2"), "--attempts", "2"]
+        inputs(tmp_path, 100)
+        code, printed = run(capsys, *words)
+        assert code == 1
+        assert said in printed
+        assert f"{kept} of 101 are done and saved, the same command goes on" in printed
+        assert len(endpoint.requests) < most
+        endpoint.script = good
+        assert run(capsys, *words, "--retry-rejects")[0] == 0
+    assert len(read_labels(tmp_path / "labels.jsonl")) == 102
 
 
 def test_a_typo_beside_fresh_destroys_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,8 @@
 The client retries connections, timeouts, 408, 409, 429 and 5xx with exponential backoff and honours Retry-After; every HTTP
 request, retries included, passes the shared ``RateLimiter``. An answer that is not what the schema asks for is asked again, with
 what was wrong, and then set aside. One that is no chat completion at all is the endpoint's failure, not the response's: asked
-again after a pause, and in the next run. Not causal: the judge sees the whole response at once.
+again after a pause, and in the next run; so is a request refused as bad while the tiny example of the start is refused, too. A
+judge that sets aside one response after another is stopped. Not causal: the judge sees the whole response at once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from tppo_fast.labelling.judges import Item, Rejected
 from tppo_fast.labelling.prompting import MalformedAnswer, Message, PromptTemplate
 from tppo_fast.rewards.labels import Labels
 from tppo_fast.rewards.segment import check_separator, segment
+
+USELESS = 20
+"""Responses set aside in a row after which the judge is taken to be of no use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +57,10 @@ class LLMSettings:
 
 class NoCompletion(MalformedAnswer):
     """What came back is no chat completion."""
+
+
+class BadRequest(MalformedAnswer):
+    """The request was refused for what it says: the response may be too long, or the endpoint refuse whatever it is asked."""
 
 
 class RateLimiter:
@@ -116,6 +124,7 @@ class LLMJudge:
         self._key = _key(settings)
         self._limiter = RateLimiter(settings.requests_per_minute)
         self._client = self._connect()
+        self._aside, self._lock = 0, threading.Lock()  # responses set aside in a row
         self.identity: Mapping[str, Any] = {
             "labeller": "llm",
             "model": settings.model,
@@ -150,7 +159,7 @@ class LLMJudge:
             if 0.0 < seconds < float("inf"):
                 self._limiter.pause(seconds)
 
-    def check(self) -> None:
+    def check(self, *, final: bool = True) -> None:
         """Ask one tiny example, so that a wrong address, key, model or setting stops the run before it begins.
 
         Raises:
@@ -159,9 +168,9 @@ class LLMJudge:
         item = Item(history=("lisbon",), next_queries=("lisbon tram map",), response="lisbon map")
         parts = segment(item.response, self.settings.separator)
         try:
-            self._ask(self.template.messages(item, parts), len(parts.flat), first=True)
-        except NoCompletion as error:
-            raise LabellingFailed(self._said(error), final=True) from None
+            self._ask(self.template.messages(item, parts), len(parts.flat))
+        except (NoCompletion, BadRequest) as error:
+            raise LabellingFailed(self._said(error), final=final) from None
         except MalformedAnswer:
             pass  # the endpoint works; what the model is worth shows later
 
@@ -190,7 +199,9 @@ class LLMJudge:
         for attempt in range(self.settings.attempts):
             try:
                 answer = self._ask(messages, count)
-                return self.template.parse(answer, parts)
+                labels = self.template.parse(answer, parts)
+                self._aside = 0
+                return labels
             except NoCompletion as error:
                 last = error
                 self._limiter.pause(0.5 * 2**attempt)
@@ -202,9 +213,27 @@ class LLMJudge:
             messages = [*asked, *turns] if answer else asked  # some endpoints refuse an empty turn
         if isinstance(last, NoCompletion):
             raise LabellingFailed(self._said(last))
-        return Rejected(reason=self._scrub(reason), answer=self._scrub(answer))
+        if isinstance(last, BadRequest):
+            self.check(final=False)  # who refuses the example refuses everything
+        return self._set_aside(Rejected(reason=self._scrub(reason), answer=self._scrub(answer)))
 
-    def _ask(self, messages: list[Message], count: int, *, first: bool = False) -> str:
+    def _set_aside(self, rejected: Rejected) -> Rejected:
+        """The same, unless there were too many in a row.
+
+        Raises:
+            LabellingFailed: there were.
+        """
+        with self._lock:
+            self._aside += 1
+            if self._aside < USELESS:
+                return rejected
+        raise LabellingFailed(
+            f"{USELESS} responses in a row had to be set aside, the last because {rejected.reason}: look at --model, "
+            "--response-format and --answer-tokens, and add --retry-rejects to judge those again",
+            final=True,
+        )
+
+    def _ask(self, messages: list[Message], count: int) -> str:
         import openai
 
         try:
@@ -212,9 +241,7 @@ class LLMJudge:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise LabellingFailed(self._said(error), final=True) from None
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if first:
-                raise LabellingFailed(self._said(error), final=True) from None
-            raise MalformedAnswer(self._said(error)) from None
+            raise BadRequest(str(error)) from None
         except openai.OpenAIError as error:
             raise LabellingFailed(self._said(error)) from None
         except UnicodeEncodeError as error:
