@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.labelling.judges import Item, Rejected
-from tppo_fast.labelling.prompting import MalformedAnswer, Message, PromptTemplate
+from tppo_fast.labelling.prompting import QUOTING, MalformedAnswer, Message, PromptTemplate
 from tppo_fast.rewards.labels import Labels
 from tppo_fast.rewards.segment import check_separator, segment
 
@@ -129,6 +129,7 @@ class LLMJudge:
             "labeller": "llm",
             "model": settings.model,
             "template": {"name": template.name, "version": template.version, "sha256": template.sha256},
+            "quoting": QUOTING,
             "temperature": settings.temperature,
             "response_format": settings.response_format,
             "separator": settings.separator,

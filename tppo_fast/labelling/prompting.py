@@ -2,14 +2,16 @@
 
 A template is a TOML file with ``name``, ``version``, ``answer`` ("words": a 0/1 for every numbered word and one for the whole
 response; "sentence": the latter alone), and ``system`` and ``user``, Jinja texts that see ``history``, ``next_queries``,
-``response`` and ``words``; the filter ``quoted`` puts untrusted text in JSON quotes. Words are answered BY INDEX, so that a
-repeated word is judged in each of its places.
+``response`` and ``words``; the filter ``quoted`` puts untrusted text in JSON quotes, and no marker of a chat format and nothing
+invisible in it reaches the judge as such. Words are answered BY INDEX, so that a repeated word is judged in each of its places.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tomllib
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from tppo_fast.rewards.segment import Segments
 
 BUILT_IN = Path(__file__).with_name("templates")
 ANSWERS = ("words", "sentence")
+QUOTING = 2
+"""Which way ``quoted`` writes a text; part of the labeller's identity, since it changes what the judge reads."""
 Message = dict[str, str]
 
 
@@ -72,13 +76,18 @@ class PromptTemplate:
         return _object(fields)
 
     def parse(self, text: str, segments: Segments) -> Labels:
-        """The labels an answer stands for.
+        """The labels an answer stands for; what the model thought before it, and one code fence around it, do not count.
 
         Raises:
             MalformedAnswer: it is not JSON, or does not have exactly one 0 or 1 for everything asked.
         """
+        text = text.partition("</think>")[2] or text  # some endpoints leave the opening tag out
+        if fenced := re.fullmatch(r"\s*```(?:json)?(.*)```\s*", text, re.DOTALL):
+            text = fenced[1]
         try:
-            answer = json.loads(text)
+            answer = json.loads(text, object_pairs_hook=_unambiguous)
+        except MalformedAnswer:
+            raise
         except (ValueError, RecursionError) as error:
             raise MalformedAnswer(f"the answer is not JSON ({error})") from None
         expected = {"words", "sentence"} if self.answer == "words" else {"sentence"}
@@ -88,6 +97,15 @@ class PromptTemplate:
         if self.answer == "sentence":
             return segments.labels([[sentence + 1] * len(words) for words in segments.words], sentence)
         return segments.labels(_word_classes(answer["words"], segments), sentence)
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise MalformedAnswer(f"the answer gives {show(key)} twice")
+        found[key] = value
+    return found
 
 
 def _word_classes(words: Any, segments: Segments) -> list[list[int]]:
@@ -115,6 +133,21 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _quoted(value: object) -> str:
+    """JSON in which no text can start a control token ("<|im_end|>", "[INST]") or hide: such characters are escapes."""
+    return re.sub(
+        r'"(?:[^"\\]|\\.)*"', lambda text: "".join(map(_plain, text[0])), json.dumps(value, ensure_ascii=False)
+    )
+
+
+def _plain(character: str) -> str:
+    """The character, or its JSON escape."""
+    if character not in "<>[]" and unicodedata.category(character) not in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"):
+        return character
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
+
+
 def load_template(name: str) -> PromptTemplate:
     """A built-in template by name ("token", "sentence"), or one's own by the path of its ``.toml`` file.
 
@@ -136,7 +169,7 @@ def load_template(name: str) -> PromptTemplate:
     if fields["answer"] not in ANSWERS:
         raise UserError(f'--template {name}: answer = {show(fields["answer"])}: use "words" or "sentence"')
     sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
-    sandbox.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
+    sandbox.filters["quoted"] = _quoted
     try:
         system, user = (sandbox.from_string(fields[role]) for role in ("system", "user"))
     except TemplateError as error:
