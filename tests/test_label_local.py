@@ -167,6 +167,30 @@ def test_a_policy_is_sampled_once_and_its_responses_kept(tmp_path: Path, tiny_mo
     assert (tmp_path / "labels.responses.jsonl").read_bytes() != responses
 
 
+def test_a_policy_is_sampled_as_it_was_supervised(tmp_path: Path, tiny_model: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(
+        '[sft]\nlr = 1e-4\n[data]\ntemplate = "H {history} N"\nseparator = " ; "\nnum_queries = 2\nmax_prompt_tokens = 9\n'
+    )
+    done = CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model, "--config", str(config), "--max-new-tokens", "4"))
+    assert done.exit_code == 0, done.output
+    responses, labels = (read_record(tmp_path / f"labels{name}.jsonl") or {} for name in (".responses", ""))
+    assert (responses["template"], responses["separator"], responses["max_prompt_tokens"]) == (
+        "H {history} N",
+        " ; ",
+        9,
+    )
+    assert (labels["labeller"]["separator"], labels["labeller"]["num_queries"]) == (" ; ", 2)
+    given = sampled(tmp_path, tiny_model, "--config", str(config), "--fresh", "--separator", "|", "--num-queries", "3")
+    assert CliRunner().invoke(cli.cli, given).exit_code == 0
+    labels = read_record(tmp_path / "labels.jsonl") or {}
+    assert (labels["labeller"]["separator"], labels["labeller"]["num_queries"]) == ("|", 3)
+    config.write_text("[data]\ntemplat = 1\n")
+    assert "unknown setting 'data.templat'" in str(CliRunner().invoke(cli.cli, given).exception)
+    config.write_text("[data]\nmax_prompt_tokens = 8\n")
+    assert "tokens, data.max_prompt_tokens = 8: raise the limit" in str(CliRunner().invoke(cli.cli, given).exception)
+
+
 def test_prompts_are_no_longer_than_the_policy_can_read(tmp_path: Path) -> None:
     settings = SampleSettings(policy=tmp_path, max_new_tokens=48)
     assert [sampling._config(settings, n).data.max_prompt_tokens for n in (None, 4096, 256)] == [512, 512, 208]

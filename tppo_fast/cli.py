@@ -20,11 +20,11 @@ from tppo_fast.cli_convert import convert
 from tppo_fast.cli_label import label, refuse_endless
 from tppo_fast.errors import EngineError, JobsFailed, LabellingFailed, TrainingDiverged, UserError
 from tppo_fast.experiment_config import Experiment
-from tppo_fast.finetune_config import DPOConfig, SFTConfig
+from tppo_fast.finetune_config import DPOConfig, SFTConfig, read_run
 from tppo_fast.interrupt import INTERRUPTED
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.run_dir import REWARD_MODEL
-from tppo_fast.sections import Section, build_section, load_section, read_toml
+from tppo_fast.sections import Section, build_section, load_section
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -204,9 +204,7 @@ def compare(experiment: str, overrides: tuple[str, ...]) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=None, help="Of sampling and resampling.")
 def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **options: Any) -> None:
     """Compare policies on held-out sessions, each against each, with intervals. A NAME given twice is two seeds of one."""
-    values = {} if config is None else read_toml(config)
-    kind = SFTConfig if "sft" in values else DPOConfig if "dpo" in values else settings.Config
-    whole = build_section(values, kind).model_dump()
+    whole = {} if config is None else read_run(config)
     kept = {name: value for name, value in whole.items() if name in settings.RunConfig.model_fields}
     if seed is not None:
         kept["seed"] = seed

@@ -35,7 +35,12 @@ POSITIVE = click.FloatRange(0, min_open=True)
     "--agreement", type=FILE, nargs=2, help="Compare two labels files instead; --out FILE.json keeps the figures."
 )
 @click.option("--model", default="", help="embedding: folder of a sentence encoder. llm: the model's name.")
-@click.option("--separator", default=", ", show_default=True, help="Text between the queries of a response.")
+@click.option(
+    "--config",
+    type=FILE,
+    help="A train, sft or dpo run's TOML file: how its [data] writes prompts for a policy, its separator and num_queries.",
+)
+@click.option("--separator", help="Text between the queries of a response. [, ]")
 @click.option("--num-queries", type=COUNT, help="lexical, embedding: words of later queries are irrelevant.")
 @click.option(
     "--mode",
@@ -110,6 +115,7 @@ def _label(sessions_file: Path, options: dict[str, Any]) -> None:
     check_output(out, sessions_file, options["responses"])
     from tppo_fast.cli import quiet_libraries
 
+    options = _as_supervised(options)
     sessions = read_sessions(sessions_file)
     if options["labeller"] == "embedding" or options["responses"].is_dir():
         quiet_libraries()
@@ -132,6 +138,22 @@ def _label(sessions_file: Path, options: dict[str, Any]) -> None:
         concurrency = options["concurrency"] if llm else 0
         how = {name: options[name] for name in ("retry_rejects", "fresh")}
         _say(runs.run(sources, judge, out, work, concurrency=concurrency, **how), judge, out)
+
+
+def _as_supervised(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, and what ``--config`` says where they do not."""
+    from tppo_fast.config import DataConfig
+    from tppo_fast.finetune_config import read_run
+
+    given = {} if options["config"] is None else read_run(options["config"])["data"]
+    data = DataConfig(**given)
+    asked = {
+        "separator": data.separator,
+        "num_queries": data.num_queries if given else None,
+        "prompt_template": data.template,
+        "max_prompt_tokens": data.max_prompt_tokens,
+    }
+    return options | {name: value for name, value in asked.items() if options.get(name) is None}
 
 
 def _say(result: Result, judge: Judge, out: Path) -> None:
@@ -194,7 +216,8 @@ def _responses(
             f"--out {str(options['out'])!r} holds labels and {str(out)!r}, what would be sampled for them, is not there: choose "
             "another name, or use --fresh"
         )
-    own = {name: options[name] for name in ("samples", "max_new_tokens", "seed", "engine", "separator")}
+    names = ("samples", "max_new_tokens", "seed", "engine", "separator", "max_prompt_tokens")
+    own = {name: options[name] for name in names}
     if options["dry_run"] and (options["fresh"] or not out.exists()):
         policy_sha256(given)
         click.echo("nothing is sampled in a dry run: the estimate takes the true next queries for responses")
@@ -203,7 +226,7 @@ def _responses(
         return [
             Response(session=n, user_id=s.user_id, text=f"{text}{' ' * i}") for n, s, text in texts for i in samples
         ], out
-    settings = SampleSettings(policy=given, **own)
+    settings = SampleSettings(policy=given, template=options["prompt_template"], **own)
     return sampled_responses(settings, sessions, sessions_file, out, fresh=options["fresh"]), out
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tppo_fast.config import RunConfig
-from tppo_fast.sections import Count, NonNegative, OfStep, Positive, Section
+from tppo_fast.config import Config, RunConfig
+from tppo_fast.sections import Count, NonNegative, OfStep, Positive, Section, build_section, read_toml
 
 
 class LearnConfig(Section):
@@ -61,3 +61,14 @@ class DPOConfig(RunConfig):
     run_dir: Path = Path("runs/dpo")
     """Where metrics, checkpoints and the final model go."""
     dpo: DPOSection = DPOSection()
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The settings of a train, sft or dpo run's TOML file, by section and name.
+
+    Raises:
+        UserError: no such file, or a setting that is unknown or wrong.
+    """
+    values = read_toml(path)
+    kind = SFTConfig if "sft" in values else DPOConfig if "dpo" in values else Config
+    return build_section(values, kind).model_dump()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tppo_fast.config import LEAST_PROMPT, Config, DataConfig, build
+from tppo_fast.config import LEAST_PROMPT, Config, build
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.rows import Session, show
 from tppo_fast.data_types import Rollout
@@ -44,6 +44,8 @@ class SampleSettings:
     """Prompt text, as the policy was supervised with."""
     separator: str = ", "
     """Text between queries."""
+    max_prompt_tokens: int = 512
+    """Longest prompt, where the policy has room for it."""
 
 
 def sampled_responses(
@@ -109,7 +111,9 @@ class _Sampler:
         self._settings = settings
         lm, tokenizer = load_policy(str(settings.policy))
         config = _config(settings, max_positions(lm.config))
-        left = f"and {config.data.max_prompt_tokens} are left beside --max-new-tokens {settings.max_new_tokens}"
+        longest, left = config.data.max_prompt_tokens, None
+        if longest < settings.max_prompt_tokens:
+            left = f"and {longest} are left beside --max-new-tokens {settings.max_new_tokens}"
         self._prompts = PromptBuilder(tokenizer, config.data, left).prompts(sessions)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._engine = build_engine(config, tokenizer, device)
@@ -129,8 +133,8 @@ class _Sampler:
 
 
 def _config(settings: SampleSettings, positions: int | None) -> Config:
-    """Prompts as long as training has them by default, or as the model's ``positions`` leave room for."""
-    longest = DataConfig().max_prompt_tokens
+    """Prompts as long as ``settings`` has them, or as the model's ``positions`` leave room for."""
+    longest = settings.max_prompt_tokens
     if positions is not None and positions - settings.max_new_tokens < longest:
         longest = positions - settings.max_new_tokens
         if longest < LEAST_PROMPT:
