@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tppo_fast.data_types import Rollout
 from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.estimates import Difference
 from tppo_fast.evaluate_command import parse_policies
-from tppo_fast.rewards import LexicalLabeller
+from tppo_fast.rewards import Labels, LexicalLabeller
 
 
 def answer(text: str) -> Rollout:
@@ -32,6 +33,22 @@ def test_duels_by_labels() -> None:
     judge = judging.by_labels(LexicalLabeller())
     a, b = [answer("b"), answer("c"), answer("b, c")], [answer("c"), answer("b"), answer("b, d")]
     assert judging.duels(judge, a, b).tolist() == [1.0, -1.0, 0.0]
+
+
+def test_a_response_is_judged_once_in_all_duels() -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def labeller(history: Sequence[str], next_queries: Sequence[str], text: str, /) -> Labels:
+        asked.append((*history, *next_queries, text))
+        return LexicalLabeller()(history, next_queries, text)
+
+    judges = panel.Judges(labeller=labeller)
+    answers = {name: [[answer(text), answer("b")]] for name, text in (("A", "c"), ("B", "d"), ("C", "e"))}
+    scores = {name: {"judged": np.array([[panel._judged(judges.labeller, r, r.text) for r in rows[0]]])}
+              for name, rows in answers.items()}  # fmt: skip
+    found = panel.Panel(users=["u", "v"], scores=scores, rollouts=answers)
+    assert len(found.duels(judges)) == 3
+    assert sorted(asked) == [("a", "b", text) for text in "bcde"]
 
 
 def test_a_judge_that_prefers_a_place_sees_ties() -> None:

@@ -20,6 +20,19 @@ class PairJudge(Protocol):
     def __call__(self, history: Sequence[str], next_queries: Sequence[str], first: str, second: str, /) -> Winner: ...
 
 
+def once(labeller: Labeller) -> Labeller:
+    """The same labeller, asked once for each distinct (history, next queries, response)."""
+    known: dict[tuple[tuple[str, ...], tuple[str, ...], str], Labels] = {}
+
+    def label(history: Sequence[str], next_queries: Sequence[str], response_text: str, /) -> Labels:
+        key = (tuple(history), tuple(next_queries), response_text)
+        if key not in known:
+            known[key] = labeller(history, next_queries, response_text)
+        return known[key]
+
+    return label
+
+
 def by_labels(labeller: Labeller) -> PairJudge:
     """The judge that labels each response alone: the better sentence label wins, then the larger share of relevant words."""
 

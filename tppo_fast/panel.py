@@ -47,11 +47,14 @@ class Judges:
     """Who judges responses."""
 
     labeller: Labeller
-    """Judges a response alone: the relevance rate, and duels where there is no pair judge."""
+    """Judges a response alone: the relevance rate, and duels where there is no pair judge. No response is judged twice."""
     pair: judging.PairJudge | None = None
     """Compares two responses; asked in both orders."""
     encode: Encode | None = None
     """Sentence vectors for the similarity; None leaves it out."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labeller", judging.once(self.labeller))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
