@@ -260,7 +260,8 @@ def test_p_values_by_hand() -> None:
     runs = np.array([[1.0], [2.0], [4.0]]).repeat(50, 1)
     gap = paired_difference(runs, np.zeros_like(runs), users(50))
     assert gap.p == pytest.approx(stats.ttest_1samp([1.0, 2.0, 4.0], 0.0)[1])
-    assert paired_difference([1.0, 1.0], [0.0, 0.0], users(2)).p == 1 / evaluate.RESAMPLES  # no smaller than a resample
+    ones = {count: paired_difference([1.0] * count, [0.0] * count, users(count)).p for count in (2, 5, 6, 20)}
+    assert ones == {2: 0.5, 5: 0.0625, 6: 0.03125, 20: 1 / evaluate.RESAMPLES}  # coins, and no smaller than a resample
     assert paired_difference([1.0, 1.0], [1.0, 1.0], users(2)).p == 1.0
     assert np.isnan(paired_difference([1.0], [0.0], users(1)).p)
 

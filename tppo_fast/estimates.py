@@ -82,11 +82,15 @@ class Spread:
         return low, high
 
     def p(self) -> float:
-        """The largest p-value of the same: of the resamples' percentiles (no smaller than one of them) and of each error."""
+        """The largest p-value of the same: of the resamples' percentiles (no smaller than one of them) and of each error.
+
+        Never below 2 * 0.5**users, the chance that as many fair coins agree: differences that are all equal show no spread to
+        take an error from.
+        """
         if not len(self.drawn):
             return math.nan
         beyond = 2 * min((self.drawn <= 0.0).sum(), (self.drawn >= 0.0).sum())
-        found = [min(max(beyond, 1) / len(self.drawn), 1.0)]
+        found = [min(max(beyond, 1) / len(self.drawn), 1.0), min(2 * 0.5**self.users, 1.0)]
         found += [2 * stats.t.sf(abs(self.mean) / e, units - 1) for e, units in self.errors if e > 0.0]
         return float(max(found))
 
