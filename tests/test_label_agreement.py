@@ -78,7 +78,8 @@ def test_intervals_resample_users_whole() -> None:
     assert again == sentence  # neither order nor chance changes the figures
 
 
-def test_a_labeller_that_never_varies_has_no_kappa() -> None:
+def test_a_labeller_that_never_varies_has_a_kappa_of_0_and_two_alike_have_none() -> None:
+    assert compare([labelled("22", 1)], [labelled("21", 0, who="y")]).levels[0].kappa.mean == 0.0
     a, b = [labelled("22", 1), labelled("22", 1, "v")], [labelled("22", 1), labelled("22", 1, "v")]
     found = compare(a, b)
     assert math.isnan(found.levels[0].kappa.mean)

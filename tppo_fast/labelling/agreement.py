@@ -2,7 +2,7 @@
 
 Words are compared where both labelled the same responses; B's classes are projected onto A's words by characters, so that a
 person may cut words differently. Kappa (Cohen 1960) is ``(p_o - p_e) / (1 - p_e)``: agreement beyond what the two labellers'
-own rates would give by chance. It is NaN where one of them never varies.
+own rates would give by chance. It is 0 where one of them never varies, and NaN where both always give one and the same label.
 """
 
 from __future__ import annotations
