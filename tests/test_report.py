@@ -237,6 +237,15 @@ def test_seeds_of_one_method_are_one_line_with_a_band():
     assert "3 seeds" in axes.get_xlabel()
 
 
+def test_the_legend_shows_every_name_as_it_is_written(tmp_path: Path):
+    names = [r"a $\foo{ b$", "_hidden", "$x^2$"]
+    runs = [Run(name=name, rows=[{"step": 1, "ppo/kl": 0.1}], samples_per_step=8) for name in names]
+    legend = draw(Curve("kl", "ppo/kl"), runs).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert not any(text.get_parse_math() for text in legend.get_texts())
+    write_report(tmp_path / "r.html", replace(full(), runs=runs))
+
+
 def test_many_methods_have_their_legend_beside_the_curves():
     figure = draw(
         Curve("kl", "ppo/kl"), [Run(name=n, rows=[{"step": 0, "ppo/kl": 1.0}], samples_per_step=1) for n in "abcde"]

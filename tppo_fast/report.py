@@ -24,6 +24,7 @@ from tppo_fast.metrics import GLOSSARY, recorded
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 LABELS = {
     "rollout/reward_per_token": "reward per token",
@@ -313,16 +314,22 @@ def draw(curve: Curve, runs: Sequence[Run], axis: Axis = "samples") -> Figure:
     figure = Figure(figsize=(6.4, 3.9 + 0.2 * rows_of_legend), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    lines: dict[str, Line2D] = {}
     for order, (name, group) in enumerate(seeds.items()):
         colour, style = COLOURS[order % len(COLOURS)], STYLES[order % len(STYLES)]
         points = _band(curve, group[0], axis) if len(group) == 1 else _spread(curve.metric, group, axis)
         if points:
-            _draw_points(axes, points, name, colour, style)
+            lines[name] = _draw_points(axes, points, name, colour, style)
     most = max(map(len, seeds.values()), default=1)
     note = f"\nline: mean of up to {most} seeds, band: lowest to highest" if most > 1 else ""
     _decorate(axes, label(curve.metric), AXIS_LABELS[axis] + note)
-    if axes.lines:
-        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+    if lines:
+        blank = [" "] * len(lines)
+        legend = figure.legend([*lines.values()], blank, frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+        for text, name in zip(legend.get_texts(), lines, strict=True):
+            text.set(
+                text=name, parse_math=False
+            )  # matplotlib reads formulas into labels, and hides those that begin with _
     return figure
 
 
@@ -350,15 +357,16 @@ def _spread(metric: str, runs: Sequence[Run], axis: Axis) -> list[Point]:
     return found
 
 
-def _draw_points(axes: Axes, points: Sequence[Point], name: str, colour: str, style: str) -> None:
+def _draw_points(axes: Axes, points: Sequence[Point], name: str, colour: str, style: str) -> Line2D:
     x, y, low, high = zip(*points, strict=True)
     smooth = _moving_mean(y)
     if len(smooth) != len(y) or smooth != list(y):  # the raw curve stays visible behind its moving mean
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
     marker = "o" if len(points) <= 25 else ""
-    axes.plot(x, smooth, style, color=colour, linewidth=2.0, marker=marker, markersize=4, label=name)
+    (line,) = axes.plot(x, smooth, style, color=colour, linewidth=2.0, marker=marker, markersize=4, label=name)
     if any(map(math.isfinite, low)):
         axes.fill_between(x, _moving_mean(low), _moving_mean(high), color=colour, alpha=0.16, linewidth=0)
+    return line
 
 
 def _moving_mean(values: Sequence[float], points: int = 25) -> list[float]:
