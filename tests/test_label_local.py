@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,42 @@ def test_the_prefix_mode_is_causal_and_the_other_is_not(encoder: SentenceEncoder
             changed[mode] += labels[0] != labels[1]
     assert changed["prefix"] == 0
     assert changed["leave-one-out"] > 0
+
+
+@pytest.mark.parametrize("mode", ["leave-one-out", "prefix"])
+def test_a_query_is_compared_as_it_is_written(encoder: SentenceEncoder, mode: str) -> None:
+    """Cut into bare words, "wi-fi 3.5 c++" would not be the true query any more."""
+    asked: set[str] = set()
+
+    class Seen(SentenceEncoder):
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+            asked.update(texts)
+            return encoder(texts)
+
+        def fingerprint(self) -> str:
+            return ""
+
+    judge = EmbeddingJudge(Seen(), EmbeddingSettings(mode=mode, sentence_threshold=0.999))
+    assert judge(["x"], ["wi-fi 3.5 c++"], " wi-fi  3.5 c++, lisbon tram").sentence == 0
+    parts = {
+        "leave-one-out": {
+            "-fi 3.5 c++",
+            "wi- 3.5 c++",
+            "wi-fi .5 c++",
+            "wi-fi 3. c++",
+            "wi-fi 3.5 ++",
+            "lisbon",
+            "tram",
+        },
+        "prefix": {"wi", "wi-fi", "wi-fi 3", "wi-fi 3.5", "wi-fi 3.5 c", "lisbon"},
+    }
+    assert asked == {"wi-fi 3.5 c++", "lisbon tram", *parts[mode]}
+    assert judge(["x"], ["wi-fi 3.5 c++"], " wi-fi  3.5 c++").sentence == 1
+    assert judge(["x"], ["c++"], "c++, ++").sentence == 1  # what holds no word is no query
+    assert "++" not in asked
 
 
 def test_settings_and_models_that_cannot_work(tmp_path: Path, encoder: SentenceEncoder) -> None:

@@ -1,10 +1,11 @@
 """The embedding judge: a small sentence encoder on this machine, and what each word adds to a query's similarity.
 
-A query's similarity is the largest cosine between it and a true next query. A word is relevant when the query is close enough to
-the truth (``query_threshold``) and taking the word away does not bring it closer: similarity with the word minus without it
-is at least ``word_threshold``. Queries that repeat the history or an earlier query, and those after ``num_queries``, are
-irrelevant word by word: similarity alone pays for copying. The sentence is relevant when the mean
-similarity of its queries, such ones counted as 0, reaches ``sentence_threshold``.
+A query's similarity is the largest cosine between it and a true next query. A word is relevant when the query is close enough
+to the truth (``query_threshold``) and taking the word away does not bring it closer: similarity with the word minus without it
+is at least ``word_threshold``; what stands between words ("wi-fi", "3.5") is encoded as written, like the truth. Queries that
+repeat the history or an earlier query, and those after ``num_queries``, are irrelevant word by word: similarity alone pays for
+copying. The sentence is relevant when the mean similarity of its queries, such ones counted as 0, reaches
+``sentence_threshold``.
 
 ``mode="leave-one-out"`` compares the whole query with and without the word, so a later word can change an earlier label: not
 causal. ``mode="prefix"`` compares what stands up to the word with what stood before it, and asks the prefix to be close to the
@@ -113,6 +114,10 @@ class _Query:
     novel: bool
 
 
+def _tidy(text: str) -> str:
+    return " ".join(text.split())
+
+
 class EmbeddingJudge:
     """A ``Judge`` and a ``Labeller``."""
 
@@ -127,7 +132,7 @@ class EmbeddingJudge:
         self._encode, self.settings = encoder, settings
         self.identity: Mapping[str, Any] = {
             "labeller": "embedding",
-            "rules": 2,
+            "rules": 3,
             "model": encoder.fingerprint(),
             **{name: getattr(settings, name) for name in EmbeddingSettings.__slots__},
             "causal": settings.mode == "prefix",
@@ -154,17 +159,17 @@ class EmbeddingJudge:
 
     def _queries(self, item: Item, parts: Segments) -> list[_Query]:
         found = []
-        for spans, novel in zip(
-            parts.words, admitted(item.history, parts.texts, self.settings.num_queries), strict=True
-        ):
-            words = [parts.text[start:end] for start, end in spans]
+        novelty = admitted(item.history, parts.texts, self.settings.num_queries)
+        for (begin, close), query, spans, novel in zip(parts.queries, parts.texts, parts.words, novelty, strict=True):
+            text = _tidy(query) if spans else ""
+            prefixes = ["", *(_tidy(parts.text[begin:end]) for _, end in spans)]
             if self.settings.mode == "prefix":
-                with_word = [" ".join(words[: n + 1]) for n in range(len(words))]
-                without = [" ".join(words[:n]) for n in range(len(words))]
+                with_word, without = prefixes[1:], prefixes[:-1]
             else:
-                with_word = [" ".join(words)] * len(words)
-                without = [" ".join(words[:n] + words[n + 1 :]) for n in range(len(words))]
-            found.append(_Query(text=" ".join(words), with_word=with_word, without=without, novel=novel))
+                with_word = [text] * len(spans)
+                cut = [_tidy(parts.text[begin:start] + parts.text[end:close]) for start, end in spans]
+                without = cut if len(spans) > 1 else [""] * len(spans)
+            found.append(_Query(text=text, with_word=with_word, without=without, novel=novel))
         return found
 
     def _labels(
