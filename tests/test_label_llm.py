@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,12 +16,10 @@ from endpoint import Reply, good, serve
 from tppo_fast import cli
 from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.labelling import read_labels
-from tppo_fast.labelling.cost import by_characters, estimate
 from tppo_fast.labelling.judges import Item, Rejected
-from tppo_fast.labelling.llm import LLMJudge, LLMSettings, RateLimiter
+from tppo_fast.labelling.llm import KEY, LLMJudge, LLMSettings
 from tppo_fast.labelling.prompting import load_template
 from tppo_fast.rewards.labels import Labels
-from tppo_fast.rewards.segment import segment
 
 pytest.importorskip("openai", reason="the official client is not installed (make test installs it)")
 ITEM = Item(history=("lisbon",), next_queries=("lisbon tram map",), response=" lisbon map, lisbon rome")
@@ -35,7 +31,7 @@ class judge(LLMJudge):
 
     opened: ClassVar[list[LLMJudge]] = []
 
-    def __init__(self, url: str, **changes: Any) -> None:
+    def __init__(self, url: str | None, **changes: Any) -> None:
         own = {"model": "m", "base_url": url, "timeout": 5.0, "retries": 3, **changes}
         super().__init__(LLMSettings(**own), TOKEN)
         self.opened.append(self)
@@ -67,13 +63,6 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 def label(folder: Path, url: str, *more: str) -> list[str]:
     own = ["--labeller", "llm", "--model", "m", "--base-url", url, "--out", str(folder / "labels.jsonl")]
     return [*inputs(folder), *own, *more]
-
-
-def test_an_endpoint_is_asked_without_torch() -> None:
-    """Seconds before every command that needs none of it."""
-    modules = "cli_label, labelling.run, labelling.llm, labelling.agreement, rewards.lexical"
-    imports = ", ".join(f"tppo_fast.{name}" for name in modules.split(", "))
-    subprocess.run([sys.executable, "-c", f"import sys, {imports}; sys.exit('torch' in sys.modules)"], check=True)
 
 
 def test_a_good_answer_is_used_and_the_request_holds_the_schema() -> None:
@@ -163,6 +152,20 @@ def test_failures_on_the_way_are_repeated(reply: Reply) -> None:
     assert len(endpoint.requests) == 2
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_wait_that_nobody_would_sit_through_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    later = Reply(status=status, body=b"{}", headers={"Retry-After": "10800"})
+    with serve(lambda request, n: later if n else good(request)) as endpoint:
+        began = time.monotonic()
+        code, said = run(capsys, *label(tmp_path, endpoint.url, "--concurrency", "1"))
+        assert time.monotonic() - began < 30.0
+        assert len(endpoint.requests) == 2
+    assert code == 1
+    assert "asks to wait 180 minutes (Retry-After): start again then; 0 of 9 are done and saved" in said
+
+
 def test_who_is_told_to_wait_waits_for_all() -> None:
     first = threading.Event()
 
@@ -183,38 +186,6 @@ def test_who_is_told_to_wait_waits_for_all() -> None:
     assert endpoint.times[1] - endpoint.times[0] > 0.7
 
 
-def test_a_pause_holds_back_who_waits_already() -> None:
-    limiter = RateLimiter(300)  # one in 200 ms
-    limiter.wait()
-    gone: list[float] = []
-    thread = threading.Thread(target=lambda: (limiter.wait(), gone.append(time.monotonic())))
-    thread.start()
-    time.sleep(0.05)  # it waits for its turn
-    paused = time.monotonic()
-    limiter.pause(0.5)
-    thread.join()
-    assert gone[0] - paused >= 0.5
-
-
-def test_the_rate_limit_spaces_requests() -> None:
-    limiter = RateLimiter(1200)  # one in 50 ms
-    began = time.monotonic()
-    threads = [threading.Thread(target=limiter.wait) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert 0.19 < time.monotonic() - began < 1.0
-
-
-def test_the_estimate_counts_what_is_sent() -> None:
-    parts = segment(ITEM.response, ", ")
-    found = estimate([ITEM, Item(history=("a",), next_queries=("b",), response=" ,")], TOKEN, ", ", by_characters)
-    sent = sum(by_characters(message["content"]) + 4 for message in TOKEN.messages(ITEM, parts))
-    assert (found.requests, found.prompt_tokens) == (1, sent)
-    assert found.price(1e6, 0.0) == sent
-
-
 def test_one_stubborn_response_costs_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def script(request: dict[str, Any], _: int) -> Reply:
         return Reply(content="?") if "map 3" in request["messages"][1]["content"] else good(request)
@@ -226,6 +197,8 @@ def test_one_stubborn_response_costs_only_itself(tmp_path: Path, capsys: pytest.
         assert len(endpoint.requests) == 1 + 7 + 3  # the check, the distinct responses, three attempts at one
         assert endpoint.most_at_once <= 3
         assert len(read_labels(tmp_path / "labels.jsonl")) == 9
+        record = json.loads((tmp_path / "labels.jsonl.record.json").read_text())
+        assert record["endpoint"] == endpoint.url.removeprefix("http://")
         (reject,) = [json.loads(line) for line in (tmp_path / "labels.jsonl.rejects.jsonl").read_text().splitlines()]
         assert (reject["session"], reject["answer"]) == (1, "?")
         assert "not JSON" in reject["reason"]
@@ -372,6 +345,12 @@ def test_settings_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
         LLMJudge(LLMSettings(model="m"), TOKEN)
     with pytest.raises(UserError, match="user name or password"):
         judge("http://me:secret@localhost/v1")
+    for variable, url in ((None, "http://h/v1?api-key=secret-1"), ("OPENAI_BASE_URL", "http://me:secret-1@h")):
+        with monkeypatch.context() as other:
+            other.setenv(variable or "UNUSED", url)
+            with pytest.raises(UserError, match=rf"{'.OPENAI_BASE_URL' if variable else '--base-url'} holds a") as e:
+                judge(None if variable else url)
+            assert "secret-1" not in str(e.value)
     with pytest.raises(UserError, match="start it with http"):
         judge("localhost:8000")
     with pytest.raises(UserError, match="separator = ' '"):
@@ -379,13 +358,31 @@ def test_settings_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\N{RIGHT DOUBLE QUOTATION MARK}")
     with pytest.raises(UserError, match=r"\$OPENAI_API_KEY holds a character"):
         judge("http://localhost:8000")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    with pytest.raises(UserError, match=r"\$OPENAI_API_KEY would go to gpu-7 unencrypted: use https://"):
+        judge("http://gpu-7:8000/v1")
+    monkeypatch.setenv("MY_KEY", "sk-2")
+    for url, variable in (("https://gpu-7/v1", KEY), ("http://[::1]:8000/v1", KEY), ("http://gpu-7/v1", "MY_KEY")):
+        judge(url, key_variable=variable)
     monkeypatch.delenv("OPENAI_API_KEY")
+    judge("http://gpu-7:8000/v1")
     with (
         serve(lambda *_: Reply(status=404, body=b"{}")) as endpoint,
         pytest.raises(LabellingFailed, match="NotFound") as e,
     ):
         judge(endpoint.url).check()
     assert e.value.final
+
+
+def test_where_and_with_which_key_the_official_client_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve() as endpoint:
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-1\n")
+        judge(None).check()
+        assert endpoint.requests[0]["authorization"] == "Bearer sk-1"
+        endpoint.script = lambda *_: Reply(status=401, body=b"{}")
+        with pytest.raises(LabellingFailed, match=f"the endpoint {endpoint.url} failed"):
+            judge(None).check()
 
 
 def test_a_dry_run_asks_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tppo_fast.errors import UserError
+from tppo_fast.labelling.cost import by_characters, estimate
 from tppo_fast.labelling.judges import Item
 from tppo_fast.labelling.prompting import MalformedAnswer, load_template
 from tppo_fast.rewards.labels import Labels
@@ -123,3 +124,11 @@ def test_a_list_can_be_quoted(tmp_path: Path) -> None:
     item = Item(history=("a, b", "東京 café"), next_queries=("[",), response="")
     (message,) = load_template(str(tmp_path / "x.toml")).messages(item, segment("", ", "))
     assert message["content"] == '["a, b", "東京 café"]'
+
+
+def test_the_estimate_counts_what_is_sent() -> None:
+    parts = segment(ITEM.response, ", ")
+    found = estimate([ITEM, Item(history=("a",), next_queries=("b",), response=" ,")], TOKEN, ", ", by_characters)
+    sent = sum(by_characters(message["content"]) + 4 for message in TOKEN.messages(ITEM, parts))
+    assert (found.requests, found.prompt_tokens) == (1, sent)
+    assert found.price(1e6, 0.0) == sent

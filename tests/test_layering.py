@@ -183,3 +183,10 @@ def test_no_pickles_are_loaded() -> None:
         assert "torch.load" not in text, path
         assert "import pickle" not in text, path
         assert "trust_remote_code=True" not in text, path
+
+
+def test_an_endpoint_is_asked_without_torch() -> None:
+    """Seconds before every command that needs none of it."""
+    modules = "cli_label, labelling.run, labelling.llm, labelling.agreement, rewards.lexical"
+    imports = ", ".join(f"tppo_fast.{name}" for name in modules.split(", "))
+    subprocess.run([sys.executable, "-c", f"import sys, {imports}; sys.exit('torch' in sys.modules)"], check=True)

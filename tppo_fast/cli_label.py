@@ -52,7 +52,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--query-threshold", type=float, help="embedding: least similarity of a query with relevant words.")
 @click.option("--word-threshold", type=float, help="embedding: least similarity that a word must add.")
 @click.option("--sentence-threshold", type=float, default=0.5, show_default=True, help="embedding: relevant responses.")
-@click.option("--base-url", help="llm: any OpenAI-compatible endpoint.")
+@click.option("--base-url", help="llm: any OpenAI-compatible endpoint. [$OPENAI_BASE_URL, or OpenAI]")
 @click.option("--key-variable", default="OPENAI_API_KEY", show_default=True, help="llm: where the key is.")
 @click.option("--template", default="token", show_default=True, help="llm: token, sentence, or your own .toml file.")
 @click.option(

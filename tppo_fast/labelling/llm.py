@@ -1,19 +1,22 @@
 """The LLM judge: any OpenAI-compatible chat endpoint, asked through the official client.
 
-The client retries connections, timeouts, 408, 409, 429 and 5xx with exponential backoff and honours Retry-After; every HTTP
-request, retries included, passes the shared ``RateLimiter``. An answer that is not what the schema asks for is asked again, with
-what was wrong, and then set aside. One that is no chat completion at all is the endpoint's failure, not the response's: asked
-again after a pause, and in the next run; so is a request refused as bad while the tiny example of the start is refused, too. A
-judge that sets aside one response after another is stopped. Not causal: the judge sees the whole response at once.
+The client retries connections, timeouts, 408, 409, 429 and 5xx with exponential backoff and honours Retry-After up to two
+minutes, a longer one ends the run; every HTTP request, retries included, passes the shared ``RateLimiter``. An answer that is
+not what the schema asks for is asked again, with what was wrong, and then set aside. One that is no chat completion at all is
+the endpoint's failure, not the response's: asked again after a pause, and in the next run; so is a request refused as bad while
+the tiny example of the start is refused, too. A judge that sets aside one response after another is stopped. Not causal: the
+judge sees the whole response at once.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +26,10 @@ from tppo_fast.labelling.prompting import QUOTING, MalformedAnswer, Message, Pro
 from tppo_fast.rewards.labels import Labels
 from tppo_fast.rewards.segment import check_separator, segment
 
+OPENAI, KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
+"""Where the official client asks, and with which key, unless told otherwise."""
+PATIENCE = 120.0
+"""Longest Retry-After, in seconds, that a run waits for."""
 USELESS = 20
 """Responses set aside in a row after which the judge is taken to be of no use."""
 
@@ -34,9 +41,10 @@ class LLMSettings:
     model: str
     """The model's name at the endpoint."""
     base_url: str | None = None
-    """Where the endpoint is; None is the official client's default."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key. An endpoint given by ``base_url`` may need none."""
+    """Where the endpoint is; None: $OPENAI_BASE_URL or, without it, OpenAI."""
+    key_variable: str = KEY
+    """Environment variable that holds the key. Other endpoints than OpenAI may need none; the default one's is not sent
+    unencrypted to another machine."""
     response_format: str = "json_schema"
     """"json_schema" (answers are made to fit), "json_object" or "text", for endpoints that know less."""
     temperature: float = 0.0
@@ -113,7 +121,7 @@ class LLMJudge:
     """A ``Judge`` and a ``Labeller``. Safe to call from several threads.
 
     Raises:
-        UserError: the official client is not installed, no key, or a base URL that holds a password.
+        UserError: the official client is not installed, no key, one that would travel unencrypted, or a base URL that holds one.
     """
 
     chunk = 1
@@ -121,7 +129,11 @@ class LLMJudge:
     def __init__(self, settings: LLMSettings, template: PromptTemplate) -> None:
         check_separator(settings.separator)
         self.settings, self.template, self.usage = settings, template, Usage()
-        self._key = _key(settings)
+        self._url = _url(settings)
+        self._key = _key(settings, self._url)
+        self.endpoint = self._url.partition("://")[
+            2
+        ]  # for the record: the labels' identity is the model, not its address
         self._limiter = RateLimiter(settings.requests_per_minute)
         self._client = self._connect()
         self._aside, self._lock = 0, threading.Lock()  # responses set aside in a row
@@ -144,7 +156,7 @@ class LLMJudge:
         hooks = {"request": [lambda _: self._limiter.wait()], "response": [self._slow_down]}
         return openai.OpenAI(
             api_key=self._key or "none",  # the client insists on one
-            base_url=self.settings.base_url,
+            base_url=self._url,
             timeout=self.settings.timeout,
             max_retries=self.settings.retries,
             http_client=openai.DefaultHttpxClient(event_hooks=hooks, timeout=self.settings.timeout),
@@ -152,13 +164,11 @@ class LLMJudge:
 
     def _slow_down(self, response: Any) -> None:
         """One thread that is told to wait waits for all."""
-        if response.status_code in (429, 503):
-            try:
-                seconds = float(response.headers.get("retry-after", "0"))
-            except ValueError:  # a date, which the client itself understands
-                return
-            if 0.0 < seconds < float("inf"):
-                self._limiter.pause(seconds)
+        seconds = _retry_after(response)
+        if seconds > PATIENCE:
+            response.headers["x-should-retry"] = "false"  # what the client obeys
+        elif seconds > 0.0:
+            self._limiter.pause(seconds)
 
     def check(self, *, final: bool = True) -> None:
         """Ask one tiny example, so that a wrong address, key, model or setting stops the run before it begins.
@@ -244,6 +254,10 @@ class LLMJudge:
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             raise BadRequest(str(error)) from None
         except openai.OpenAIError as error:
+            seconds = _retry_after(error.response) if isinstance(error, openai.APIStatusError) else 0.0
+            if seconds > PATIENCE:
+                wait = f"asks to wait {seconds / 60:.0f} minutes (Retry-After)"
+                raise LabellingFailed(f"the endpoint {self._url} {wait}: start again then", final=True) from None
             raise LabellingFailed(self._said(error)) from None
         except UnicodeEncodeError as error:
             raise MalformedAnswer(f"what is to be judged is no text that can be sent: {error}") from None
@@ -271,7 +285,7 @@ class LLMJudge:
     def _said(self, error: Exception) -> str:
         """An error of the client in one line."""
         kind = type(error).__name__
-        return self._scrub(f"the endpoint {self.settings.base_url or 'api.openai.com'} failed ({kind}: {error})")
+        return self._scrub(f"the endpoint {self._url} failed ({kind}: {error})")
 
     def _scrub(self, text: str) -> str:
         """Short enough to keep, and never with the key in it."""
@@ -307,15 +321,48 @@ def _malformed(reason: str, answer: str) -> MalformedAnswer:
     return error
 
 
-def _key(settings: LLMSettings) -> str | None:
-    url = urlsplit(settings.base_url or "")
-    if url.username or url.password:
-        raise UserError(f"--base-url holds a user name or password: put the key into ${settings.key_variable} instead")
-    if settings.base_url and url.scheme not in ("http", "https"):
-        raise UserError(f"--base-url {settings.base_url!r}: start it with http:// or https://")
-    key = os.environ.get(settings.key_variable)
-    if key and not key.isascii():
-        raise UserError(f"${settings.key_variable} holds a character that no header can carry: copy the key again")
-    if not key and not settings.base_url:
-        raise UserError(f"${settings.key_variable} is not set: put the endpoint's key there, or give --base-url")
+def _retry_after(response: Any) -> float:
+    """Seconds that a busy endpoint asks to wait, otherwise 0; a date is left to the client itself."""
+    try:
+        seconds = float(response.headers.get("retry-after", "0")) if response.status_code in (429, 503) else 0.0
+    except ValueError:
+        return 0.0
+    return seconds if 0.0 < seconds < math.inf else 0.0
+
+
+def _url(settings: LLMSettings) -> str:
+    """The endpoint's address, with nothing secret in it."""
+    name = "--base-url" if settings.base_url else "$OPENAI_BASE_URL"
+    address = settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+    url = urlsplit(address)
+    for part, found in (("user name or password", url.username or url.password), ("query (?...)", url.query)):
+        if found:
+            raise UserError(
+                f"{name} holds a {part}: take it out, and put the key into ${settings.key_variable} instead"
+            )
+    if url.scheme not in ("http", "https"):
+        raise UserError(f"{name} {address!r}: start it with http:// or https://")
+    return address
+
+
+def _key(settings: LLMSettings, address: str) -> str:
+    """The key, empty without one."""
+    name = settings.key_variable
+    key, url = os.environ.get(name, "").strip(), urlsplit(address)
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"${name} holds a character that no header can carry: copy the key again")
+    if not key and address == OPENAI:
+        raise UserError(f"${name} is not set: put the endpoint's key there, or give --base-url")
+    if key and name == KEY and url.scheme == "http" and not _is_this_machine(url.hostname):
+        raise UserError(
+            f"${name} would go to {url.hostname} unencrypted: use https://, or name another variable by --key-variable (with the "
+            "key of that endpoint, or unset if it needs none)"
+        )
     return key
+
+
+def _is_this_machine(host: str | None) -> bool:
+    try:
+        return ip_address(host or "").is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -8,7 +8,7 @@ Labels, one JSON object per line of a ``.jsonl`` file, or the same columns in a 
 
 ``spans`` are (start, end) characters of ``response``, end exclusive; ``classes`` 0 separator, 1 irrelevant, 2 relevant, one
 per span; ``sentence`` 0 or 1 for the whole response. Beside a file F that ``tppo-fast label`` wrote stands F.record.json: the
-hashes of its sessions, responses and labels, and who labelled, with the template's version and hash.
+hashes of its sessions, responses and labels, and who labelled, with the template's version and hash, and at which endpoint.
 
 Responses to label, in the same two formats; ``session`` is the row of the sessions file, counted from 1, and ``user_id`` must be
 that row's, so that a reordered sessions file is noticed:

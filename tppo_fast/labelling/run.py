@@ -206,18 +206,17 @@ def _write(
         rejects_path(out).unlink(missing_ok=True)
     if labels:
         write_labels(out, labels)
-        write_record(out, _record(sources, judge.identity, out, len(labels), len(rejects), len(work.items)))
+        write_record(out, _record(sources, judge, out, len(labels), len(rejects), len(work.items)))
     return Result(labelled=len(labels), rejected=len(rejects), rejects=rejects_path(out), failed=failed)
 
 
-def _record(
-    sources: Sources, identity: Mapping[str, Any], out: Path, labelled: int, rejected: int, distinct: int
-) -> dict[str, Any]:
+def _record(sources: Sources, judge: Judge, out: Path, labelled: int, rejected: int, distinct: int) -> dict[str, Any]:
     return {
         "tppo_fast": tppo_fast.__version__,
         "labels": {"file": out.name, "sha256": sha256_of(out)},
         **{name: {"file": path.name, "sha256": sha256_of(path)} for name, path in sources.files.items()},
-        "labeller": {"id": labeller_id(identity), **identity},
+        "labeller": {"id": labeller_id(judge.identity), **judge.identity},
+        "endpoint": getattr(judge, "endpoint", None),  # of the last start
         "labelled": labelled,
         "distinct": distinct,
         "rejected": rejected,
