@@ -194,6 +194,11 @@ def test_a_policy_is_sampled_once_and_its_responses_kept(tmp_path: Path, tiny_mo
     assert record["labeller"]["labeller"] == "lexical"
     assert record["responses"]["file"] == "labels.responses.jsonl"
     (tmp_path / "labels.jsonl").unlink()
+    file = [*sampled(tmp_path, tmp_path / "labels.responses.jsonl"), "--dry-run"]
+    assert CliRunner().invoke(cli.cli, file).exit_code == 0
+    moved = [SESSIONS[0] | {"next_queries": ["rome"]}, *SESSIONS[1:]]  # the user is the same
+    (tmp_path / "sessions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in moved))
+    assert "was sampled for other sessions than" in str(CliRunner().invoke(cli.cli, file).exception)
     assert CliRunner().invoke(cli.cli, sampled(tmp_path, tiny_model)).exit_code == 0
     assert (tmp_path / "labels.responses.jsonl").read_bytes() == responses
     assert (tmp_path / "labels.jsonl").read_bytes() == labels

@@ -204,9 +204,11 @@ def _responses(
 ) -> tuple[Sequence[Response], Path]:
     """The responses and their file; a policy is sampled first, except in a dry run."""
     from tppo_fast.labelling.records import Response, read_responses
+    from tppo_fast.labelling.run import check_sampled_for
 
     given: Path = options["responses"]
     if not given.is_dir():
+        check_sampled_for(given, sessions_file)
         return read_responses(given, sessions), given
     from tppo_fast.labelling.sampling import SampleSettings, policy_sha256, sampled_responses
 

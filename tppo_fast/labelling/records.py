@@ -11,7 +11,7 @@ per span; ``sentence`` 0 or 1 for the whole response. Beside a file F that ``tpp
 hashes of its sessions, responses and labels, and who labelled, with the template's version and hash, and at which endpoint.
 
 Responses to label, in the same two formats; ``session`` is the row of the sessions file, counted from 1, and ``user_id`` must be
-that row's, so that a reordered sessions file is noticed:
+that row's, so that a reordered sessions file is noticed (one user's own rows: by the record of responses sampled here):
 
     {"session": 12, "user_id": "u17", "response": " lisbon map, rome"}
 """

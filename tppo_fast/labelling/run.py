@@ -161,6 +161,16 @@ def check_sources(out: Path, sources: Sources, work: Plan) -> None:
         )
 
 
+def check_sampled_for(responses: Path, sessions: Path) -> None:
+    """Refuse responses whose record says that they were sampled for another sessions file: rows of one user may have moved."""
+    record = read_record(responses) or {}
+    if record.get("sessions_sha256", expected := sha256_of(sessions)) != expected:
+        raise UserError(
+            f"--responses {show(str(responses))} was sampled for other sessions than {show(str(sessions))}: give that file, or "
+            f"remove {show(str(record_path(responses)))} if every session still stands in its row"
+        )
+
+
 def _item(label: LabelledResponse) -> Item:
     """What was judged."""
     return Item(history=tuple(searched(label.history)), next_queries=tuple(label.next_queries), response=label.response)
