@@ -72,6 +72,8 @@ def test_vectors_are_unit_means_of_the_tokens_whatever_the_batch(encoder: Senten
         ids = encoder._tokenizer(text, return_tensors="pt")
         mean = encoder._model(**ids).last_hidden_state[0].mean(0)
         np.testing.assert_allclose(alone, (mean / mean.norm()).numpy(), atol=1e-6)
+    spelt, apart = "lisbon[SEP] map", "lisbon [ sep ] map"  # the response's text is no control token
+    np.testing.assert_allclose(encoder([spelt])[spelt], encoder([apart])[apart], atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["leave-one-out", "prefix"])

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from scipy import stats
 from support import tokenizer
-from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig, BertForTokenClassification
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForTokenClassification,
+    PreTrainedTokenizerFast,
+)
 
 from tppo_fast import cli
 from tppo_fast.errors import TrainingDiverged, UserError
@@ -55,7 +63,7 @@ def trained(labels: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardMod
 
 def reader(**settings: Any) -> Reader:
     given = {"template": "History:\n{history}\nNext queries:", "separator": ", ", "max_tokens": 200, **settings}
-    return Reader(tokenizer=tokenizer(), **given)
+    return Reader(**{"tokenizer": tokenizer(), **given})
 
 
 def test_a_response_is_read_the_same_with_and_without_its_leading_space() -> None:
@@ -79,6 +87,38 @@ def test_a_long_history_loses_its_oldest_part_and_a_long_response_is_refused() -
 def test_a_query_of_the_history_holds_no_separator() -> None:
     one, two = reader()([["lisbon, tram"], ["lisbon  tram"]], ["map"] * 2)
     assert one.input_ids == two.input_ids
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """With special tokens in its vocabulary, as sentencepiece has them: they are found whatever is asked for."""
+    pieces = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = [*((p, 0.0) for p in pieces), *((c, -3.0) for c in "\u2581abcdefghijklmnopqrstuvwxyz<>/,:\nHN")]
+    model = Tokenizer(models.Unigram(vocabulary, unk_id=3))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
+    model.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=model, **special)
+
+
+@pytest.mark.parametrize("make", [tokenizer, unigram])
+def test_a_text_that_spells_a_special_token_is_text(make: Callable[[], Any]) -> None:
+    tok, text = make(), " paris</s> map <pad>x</s>"
+    plain, spelt = reader(tokenizer=tok)([["lisbon"], ["lisbon</s>tram"]], [" paris", text])
+    special = {*tok.all_special_ids} - {tok.unk_token_id}
+
+    def signs(encoded: Encoded) -> list[int]:
+        return [i for i in encoded.input_ids if i in special]
+
+    assert signs(spelt) == signs(plain)
+    assert not {spelt.input_ids[i] for i in spelt.response} & special
+    assert "".join(text[a:b] for a, b in dict.fromkeys(spelt.spans)).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_template_with_a_special_token_is_refused(labels: Path) -> None:
+    for field, text in (("template", "</s>{history}"), ("separator", "</s>")):
+        settings = build_section({"data": {"labels": str(labels), field: text}}, RewardModelConfig)
+        with pytest.raises(UserError, match=rf"data\.{field} = '.*' holds '</s>', a special token"):
+            backbone.build(settings, ["lisbon"], "cpu")
 
 
 def bert(vocabulary: int) -> BertForTokenClassification:

@@ -69,7 +69,12 @@ class SentenceEncoder:
         for start in range(0, len(distinct), self._batch_size):
             batch = distinct[start : start + self._batch_size]
             encoded = self._tokenizer(
-                batch, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
+                batch,
+                padding=True,
+                truncation=True,
+                max_length=self._max_tokens,
+                return_tensors="pt",
+                split_special_tokens=True,  # a response that spells one must not end its own text
             )
             hidden = self._model(**encoded).last_hidden_state  # [B, L, D]
             mask = encoded["attention_mask"].unsqueeze(-1)

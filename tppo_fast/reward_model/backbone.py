@@ -12,7 +12,7 @@ from tppo_fast import scratch
 from tppo_fast.errors import UserError
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.rewards.labels import CLASS_NAMES
-from tppo_fast.rewards.token_model import Reader, TokenModel
+from tppo_fast.rewards.token_model import Reader, TokenModel, special_tokens
 
 _HEAD = {
     "num_labels": 3,
@@ -25,7 +25,7 @@ def build(config: RewardModelConfig, texts: Iterable[str], device: torch.device 
     """An untrained token classifier on the configured backbone; ``texts`` make the tokenizer of a "scratch" one.
 
     Raises:
-        UserError: the folder holds no usable backbone, or its tokenizer has no offsets.
+        UserError: the folder holds no usable backbone, its tokenizer has no offsets, or ``data`` writes a special token of it.
     """
     make = _from_nothing if config.backbone.path == "scratch" else _pretrained
     classifier, tokenizer = make(config, texts)
@@ -33,6 +33,13 @@ def build(config: RewardModelConfig, texts: Iterable[str], device: torch.device 
         raise UserError(
             f"backbone.path = {config.backbone.path!r}: its tokenizer gives no character offsets; use a model with a fast one"
         )
+    for field in ("template", "separator"):
+        text = getattr(config.data, field)
+        if written := [token for token in special_tokens(tokenizer).values() if token and token in text]:
+            raise UserError(
+                f"data.{field} = {text!r} holds {written[0]!r}, a special token of the backbone, which a reward model would read "
+                "as plain text: leave it out"
+            )
     settings = classifier.config.get_text_config()
     positions = getattr(settings, "max_position_embeddings", None) or config.data.max_tokens
     limit = min(config.data.max_tokens, positions, tokenizer.model_max_length)

@@ -8,7 +8,7 @@ on nothing after it. An encoder reads the whole response, so its scores are hind
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,9 @@ class Reader:
     """Renders and tokenises histories and responses for a reward model.
 
     The response is read with one leading space and none at its end, whatever its text has: byte-level tokenizers would
-    otherwise see other tokens for a response that a policy sampled than for one that a file holds.
+    otherwise see other tokens for a response that a policy sampled than for one that a file holds. Texts are texts: one that
+    spells a special token, as a policy may from ordinary ones, is read as its characters, or as unknown by a tokenizer that
+    cannot do that. Only what the tokenizer itself puts around them is special.
     """
 
     tokenizer: Any
@@ -75,29 +77,41 @@ class Reader:
                 truncation="only_first",
                 max_length=self.max_tokens,
                 return_offsets_mapping=True,
+                split_special_tokens=True,
             )
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise UserError(
                 f"a response does not fit in the reward model's {self.max_tokens} tokens ({error}): train one with a "
                 "larger data.max_tokens, or lower rollout.max_new_tokens"
             ) from None
-        return [self._encoded(out, i, text) for i, text in enumerate(responses)]
+        special = special_tokens(self.tokenizer).keys() - {self.tokenizer.unk_token_id}
+        return [self._encoded(out, i, text, special) for i, text in enumerate(responses)]
 
     def _clean(self, query: str) -> str:
         """Single spaces, and no separator within a query, as in ``PromptBuilder``."""
         return " ".join(query.replace(self.separator.strip(), " ").split())
 
-    def _encoded(self, out: Any, index: int, text: str) -> Encoded:
+    def _encoded(self, out: Any, index: int, text: str, special: Set[int]) -> Encoded:
         lead = len(text) - len(text.lstrip()) - 1  # minus the space put in front
-        response = [i for i, part in enumerate(out.sequence_ids(index)) if part == 1]
+        parts = out.sequence_ids(index)  # None for what the tokenizer put in
+        response = [i for i, part in enumerate(parts) if part == 1]
         offsets = out["offset_mapping"][index]
         types = out.get("token_type_ids")
+        ids, unknown = out["input_ids"][index], self.tokenizer.unk_token_id
+        if unknown is not None:  # a unigram tokenizer finds its special tokens in any text, whatever it was told
+            ids = [unknown if part is not None and i in special else i for i, part in zip(ids, parts, strict=True)]
         return Encoded(
-            input_ids=out["input_ids"][index],
+            input_ids=ids,
             token_type_ids=None if types is None else types[index],
             response=response,
             spans=[(max(offsets[i][0] + lead, 0), max(offsets[i][1] + lead, 0)) for i in response],
         )
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id -> text of every token that is a sign to the model and no part of a text."""
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return named | {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 class TokenModel(nn.Module):
