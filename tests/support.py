@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,10 @@ def random_rollouts(lengths: Sequence[tuple[int, int]], n: int = 1, vocab: int =
 
     prompts = [prompt(ids(p)) for p, _ in lengths]
     return [rollout(p, ids(r)) for p, (_, r) in zip(prompts, lengths, strict=True) for _ in range(n)]
+
+
+def letter_by_letter(given: Rollout, tok: PreTrainedTokenizerFast) -> Rollout:
+    """The same text and end of sequence, sampled in tokens of one byte."""
+    letters = [letter for token in tok.convert_ids_to_tokens(given.token_ids[:-1]) for letter in token]
+    ids = [*tok.convert_tokens_to_ids(letters), given.token_ids[-1]]
+    return replace(given, token_ids=ids, logprobs=[0.0] * len(ids))

@@ -10,7 +10,7 @@ from typing import Any
 import planted
 import pytest
 import torch
-from support import prompt, rollout, tokenizer
+from support import letter_by_letter, prompt, rollout, tokenizer
 
 from tppo_fast import config as settings
 from tppo_fast import trainer
@@ -105,7 +105,8 @@ def test_the_sentence_is_the_mean_of_its_words() -> None:
         tokenizer=tokenizer(),
         expected_length=9.0,
     )
-    (found,) = made([rollout(prompt([1]), [1, 2, 3, 4])])
+    given = rollout(prompt([1]), [1, 2, 3, 4])
+    (found,) = made([replace(given, text=tokenizer().decode(given.token_ids))])
     assert found.tolist() == pytest.approx([0.0, 0.0, 0.0, 1.0 / 2.1])
 
 
@@ -148,7 +149,7 @@ def test_scores_reach_the_policys_tokens(reward_models: dict[str, Path], kind: s
 def test_each_content_is_scored_once_a_step(reward_models: dict[str, Path]) -> None:
     """And anew in the next one: what a score was computed with shows in its last bits, and a resumed run has no memory."""
     model, _ = load(str(reward_models["decoder"]), "cpu")
-    source = ModelReward(model, tokenizer(), token_budget=64)
+    source = ModelReward(model, token_budget=64)
     rollouts = sampled([" tent", " hotels", " tent"])
     first = source(rollouts)
     assert source.scored == 2
@@ -156,7 +157,7 @@ def test_each_content_is_scored_once_a_step(reward_models: dict[str, Path]) -> N
     later = sampled([" hotels", " tent", " book", " price, tent"])
     found = source(later)
     assert source.scored == 6
-    fresh = ModelReward(model, tokenizer(), token_budget=64)(later)
+    fresh = ModelReward(model, token_budget=64)(later)
     assert all(torch.equal(a.values, b.values) for a, b in zip(found, fresh, strict=True))
     source([*sampled([" tent"]), *sampled([" tent"], history=("chess",))])
     assert source.scored == 8
@@ -180,6 +181,24 @@ def test_repeated_queries_are_irrelevant_whatever_the_model_says(reward_models: 
     cut = [replace(rollouts[0], token_ids=rollouts[0].token_ids[:-1], logprobs=[0.0], finish_reason="length")]
     (found,) = reward(reward_models["decoder"], value="soft", scale="centred", reject_copies=True)(cut)
     assert torch.equal(found, strict[:-1])  # nobody ended it: no token pays for that
+
+
+@pytest.mark.parametrize("value", ["argmax", "soft", "tlcr", "red"])
+@pytest.mark.parametrize("placement", ["token", "sentence"])
+def test_paid_by_the_word_the_models_reward_does_not_depend_on_the_spelling(
+    reward_models: dict[str, Path], value: str, placement: str
+) -> None:
+    (short,) = sampled([" hotels price, lisbon, book"])
+    long = letter_by_letter(short, tokenizer())
+    assert len(long.token_ids) > len(short.token_ids) + 5
+    made = reward(
+        reward_models["decoder"], value=value, placement=placement, scale="binary", per="word", reject_copies=True
+    )
+    found = made([short, long, *sampled(["", " , ,"])])
+    assert float(found[0].sum()) == pytest.approx(float(found[1].sum()), abs=1e-5)
+    assert found[0].any()
+    assert not found[2].any()
+    assert not found[3].any()
 
 
 def test_a_causal_reward_is_never_taken_back(reward_models: dict[str, Path]) -> None:

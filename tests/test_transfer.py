@@ -18,7 +18,7 @@ from tppo_fast.rewards.alignment import project, token_spans
 from tppo_fast.rewards.labels import Labels, Span
 from tppo_fast.rewards.segment import query_words
 from tppo_fast.rewards.token_model import Reader
-from tppo_fast.rewards.transfer import overlap, transfer
+from tppo_fast.rewards.transfer import overlap, spread, transfer
 
 
 def bert() -> PreTrainedTokenizerBase:
@@ -145,6 +145,8 @@ def test_classes_reach_the_policy_through_the_reward_model(
     _, source = read(rm, text)
     decoded, target = token_spans(policy, encode_ids(policy, text))
     assert decoded == text
+    spoken = [any(not c.isspace() for c in text[s:e]) for s, e in labels.spans]
+    assert spread(np.array(spoken) * 2.0, labels.spans, target, text).sum() == pytest.approx(2.0 * sum(spoken))
     carried = transfer(np.array(project(labels, source)), source, target, text)
     for (start, end), got, want in zip(target, carried, project(labels, target), strict=True):
         touching = [s for s in source if s[0] < end and start < s[1]]

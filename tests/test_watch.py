@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support import prompt, rollout
+from support import letter_by_letter, prompt, rollout, tokenizer
 
 from tppo_fast.metrics import GLOSSARY
-from tppo_fast.rewards.watch import RunWatch, repetition_and_copies
+from tppo_fast.rewards.watch import RunWatch, canonical_share, repetition_and_copies
 
 HEALTHY = {
     "rollout/reward_mean": 1.0,
     "rollout/length_mean": 12.0,
     "rollout/repeated_share": 0.05,
     "rollout/copied_share": 0.1,
+    "rollout/canonical_share": 0.98,
     "ppo/kl": 0.05,
     "ppo/value_mean": 4.0,
     "ppo/return_mean": 5.0,
@@ -40,6 +41,7 @@ def test_a_healthy_run_is_left_in_peace() -> None:
         ({"rollout/length_mean": 25.0}, "grown from 12.0 to"),
         ({"rollout/repeated_share": 0.4}, "repeat an earlier one"),
         ({"rollout/copied_share": 0.4}, "stand in the history"),
+        ({"rollout/canonical_share": 0.8}, "of the tokens they were sampled in, 98% at first"),
         ({"ppo/kl": 0.9}, "nats per token from the reference"),
         ({"ppo/value_mean": 0.2}, "predicts 0.2 where returns are 5: raise ppo.critic_lr"),
     ],
@@ -65,6 +67,19 @@ def test_a_resumed_run_warns_as_if_it_had_never_stopped(stopped: int) -> None:
         if number >= stopped:
             assert resumed(row) == said
     assert straight(rows[-1]) == []
+
+
+def test_a_text_in_more_tokens_than_it_needs() -> None:
+    tok = tokenizer()
+    short = replace(rollout(prompt([1]), [*tok(" lisbon hotels").input_ids, tok.eos_token_id]), text=" lisbon hotels")
+    long = letter_by_letter(short, tok)
+    assert canonical_share([short], tok) == {"rollout/canonical_share": 1.0}
+    needed, sampled = (len(r.token_ids) - 1 for r in (short, long))
+    share = 2 * needed / (needed + sampled)
+    assert canonical_share([short, long], tok) == {"rollout/canonical_share": pytest.approx(share)}
+    silent = rollout(prompt([1]), [tok.eos_token_id])
+    assert canonical_share([silent], tok) == {"rollout/canonical_share": 1.0}
+    assert "rollout/canonical_share" in GLOSSARY
 
 
 def test_shares_of_a_step() -> None:

@@ -27,6 +27,8 @@ GLOSSARY: dict[str, str] = {
     "rollout/relevant_share": "Share of relevant tokens (class 2) among those of class 1 or 2, from 0 to 1.",
     "rollout/repeated_share": "Mean share of a response's queries that repeat an earlier one of it, from 0 to 1.",
     "rollout/copied_share": "Mean share of a response's queries that stand in the history, from 0 to 1.",
+    "rollout/canonical_share": "Tokens that the tokenizer itself needs for the sampled texts, divided by the tokens sampled for "
+    "them, special ones left out of both: about 1; less where a policy spells words in more pieces.",
     "rollout/tokens": "Sampled tokens in the step, a count.",
     "rollout/staleness": "Steps by which the policy that sampled is older than the one that learns, a count.",
     "ppo/policy_loss": "Clipped policy objective, negated, in advantage units per token.",

@@ -31,6 +31,13 @@ class RewardConfig(Section):
     placement: Literal["token", "last", "sentence"] = "token"
     """"token": each token gets its own reward. "last": the same rewards summed onto the last token. "sentence": one judgement
     of the whole response there. Every ``algorithm`` but "tppo" sets it."""
+    per: Literal["token", "word"] = "token"
+    """What a judgement is paid for. "token": each token of a word earns its word's full reward (TPPO), so that the same text pays
+    more when it is sampled in more, smaller tokens. "word": a word earns once, divided over its tokens by their share of its
+    visible characters (a token across two words gets a share of both), and the same text earns the same however it is spelled.
+    Separators, spaces and the end token earn nothing; the reward model's word is the mean over its characters ("red": words
+    take the place of tokens); ``placement`` "last" sums the shares, "sentence" judges by words; what ``reject_copies`` charges
+    stays one difference a query. The length penalty still counts sampled tokens. Labels and class probabilities only."""
     scale: Literal["paper", "binary", "centred"] = "paper"
     """Reward of an irrelevant / relevant token; separators always get 0. "paper": 1 / 2, so that any token pays.
     "binary": 0 / 1, so that only relevant ones do. "centred": -1 / +1, so that ending early beats a poor query."""

@@ -33,7 +33,7 @@ from tppo_fast.progress import Progress
 from tppo_fast.rewards import TokenRewards, build_reward
 from tppo_fast.rewards.display import examples_table
 from tppo_fast.rewards.token_model import RECORD
-from tppo_fast.rewards.watch import RunWatch, repetition_and_copies
+from tppo_fast.rewards.watch import RunWatch, canonical_share, repetition_and_copies
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.base import check_lengths
 from tppo_fast.run_dir import list_checkpoints, open_run_dir, step_of
@@ -230,7 +230,7 @@ def _step(run: Run, guard: InterruptGuard, peak_rate: float, progress: Progress)
 
     metrics = {**rollout_metrics(rollouts, rewards, classes), **prepared, **learned}
     metrics |= clock.metrics(batch.num_actions, metrics, peak_rate)
-    metrics |= repetition_and_copies(rollouts, config.data.separator)
+    metrics |= repetition_and_copies(rollouts, config.data.separator) | canonical_share(rollouts, run.tokenizer)
     metrics["rollout/staleness"] = step - rollouts[0].policy_version
     if step == 0 and config.train.show_examples:
         show_examples(run, rollouts, rewards, classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,14 +16,17 @@ from tppo_fast.errors import UserError
 from tppo_fast.plugins import load_object, raised
 from tppo_fast.rewards.alignment import project, rollout_spans
 from tppo_fast.rewards.copies import Copies, find_copies
-from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, SEPARATOR, Labeller, Labels
+from tppo_fast.rewards.labels import IRRELEVANT, RELEVANT, SEPARATOR, Labeller, Labels, Span
 from tppo_fast.rewards.length_penalty import lwp
 from tppo_fast.rewards.lexical import LexicalLabeller
 from tppo_fast.rewards.output import checked_items, checked_labels, checked_numbers, checked_probabilities
+from tppo_fast.rewards.segment import segment
+from tppo_fast.rewards.transfer import spread
 from tppo_fast.rewards.values import (
     SCALES,
     ClassProbabilities,
     gap,
+    on_spans,
     sentence_value,
     token_values,
     without_relevance,
@@ -43,7 +46,7 @@ class RewardFunction(Protocol):
 
     def __call__(self, rollouts: Sequence[Rollout], /) -> Rewards:
         """For every rollout a float (lands on the last token), or its [length] rewards, the Labels of its words, or the
-        ClassProbabilities of its tokens.
+        ClassProbabilities of its tokens, sampled or otherwise.
 
         One kind for the whole batch. Labels are aligned to tokens and scaled by ``reward.scale``; class probabilities are
         valued by ``reward.value``.
@@ -90,7 +93,7 @@ def build_reward(
     elif config.source == "model":
         from tppo_fast.rewards import model_source  # needs transformers
 
-        source = model_source.build(config, tokenizer, device, separator)
+        source = model_source.build(config, device, separator)
     elif ":" not in config.source:
         raise UserError(f'reward.source = {config.source!r}: write "lexical", "model", or module:function for your own')
     else:
@@ -100,7 +103,8 @@ def build_reward(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRewards:
-    """Rollouts -> per-token rewards, in this order: source, copies, scale, coefficient, length penalty, placement."""
+    """Rollouts -> per-token rewards, in this order: source, copies, scale, share of its word, coefficient, length penalty,
+    placement."""
 
     source: RewardFunction
     """Who scores."""
@@ -125,46 +129,62 @@ class TokenRewards:
         """The rewards, and class 0, 1 or 2 of every token, or None where the source gives numbers instead of labels."""
         name = self.config.source
         items = checked_items(self._ask(rollouts), rollouts, name)
-        scalar, classes, copies = False, None, [Copies([], []) for _ in rollouts]
-        sentence = self.config.placement == "sentence"
-        labels = checked_labels(items, rollouts, name)
-        reject = self.config.reject_copies
-        spans = [rollout_spans(self.tokenizer, r, i) for i, r in enumerate(rollouts)] if labels or reject else []
-        if reject:
-            copies = [find_copies(r, own, self.separator) for r, own in zip(rollouts, spans, strict=True)]
-        if labels:
-            classes = [project(*pair) for pair in zip(labels, spans, strict=True)]
-            classes = [_irrelevant(c, found.words) for c, found in zip(classes, copies, strict=True)]
-            table, scalar = np.array(SCALES[self.config.scale]), sentence
-            wholes = [_whole(*one) for one in zip(labels, classes, copies, strict=True)]
-            indices = wholes if sentence else classes
-            arrays = [table[np.array(c, dtype=np.int64)] for c in indices]
-        elif scores := checked_probabilities(items, rollouts, name):
-            if reject:
-                scores = [without_relevance(s, found.words) for s, found in zip(scores, copies, strict=True)]
-            classes, scalar = [s.classes for s in scores], sentence
-            value = sentence_value if sentence else token_values
-            arrays = [value(s, self.config).numpy() for s in scores]
-        elif reject and rollouts:
-            raise UserError(
-                f"reward.reject_copies needs labels or class probabilities, and reward {name!r} gives numbers: turn it off"
-            )
+        judged = checked_labels(items, rollouts, name) or checked_probabilities(items, rollouts, name)
+        if judged:
+            pairs = [self._judged(j, r, i) for i, (j, r) in enumerate(zip(judged, rollouts, strict=True))]
+            arrays, classes = [values for values, _ in pairs], [kinds for _, kinds in pairs]
+            scalar = self.config.placement == "sentence"
         else:
-            arrays, scalar = checked_numbers(items, rollouts, name)
-            if sentence and not scalar:
-                raise UserError(
-                    f"reward {name!r} gives numbers for tokens, and a sentence score is asked for: return one number per "
-                    'response or Labels, or use algorithm = "control", which sums the tokens'
-                )
-        if not scalar:
-            for array, found in zip(arrays, copies, strict=True):
-                array[found.ends] -= gap(self.config)
+            (arrays, scalar), classes = self._numbers(items, rollouts), None
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         wanted = self.config.length_penalty
         penalised = not scalar and (classes is not None if wanted is None else wanted)
         penalty = self._penalty(max(lengths, default=0), penalised)
         rewards = [self._placed(a, n, penalty) for a, n in zip(arrays, lengths, strict=True)]
         return rewards, classes
+
+    def _judged(self, given: Labels | ClassProbabilities, rollout: Rollout, index: int) -> tuple[np.ndarray, list[int]]:
+        """What each token of a response earns before any factor (0-d: what the whole response does), and its class."""
+        config, text = self.config, rollout.text
+        tokens = rollout_spans(self.tokenizer, rollout, index)
+        units = tokens if config.per == "token" else _words(given, text, self.separator)
+        copies = find_copies(rollout, tokens, units, self.separator) if config.reject_copies else Copies([], [])
+        whole = config.placement == "sentence"
+        if isinstance(given, Labels):
+            classes = _irrelevant(project(given, units), copies.words)
+            paid = _whole(given, classes, copies) if whole else np.array(classes, dtype=np.int64)
+            values = np.array(SCALES[config.scale])[paid]
+        else:
+            scores = given if given.spans is not None else replace(given, spans=tokens)
+            scores = scores if scores.spans is units else on_spans(scores, units, text)
+            scores = without_relevance(scores, copies.words)
+            classes, value = scores.classes, sentence_value if whole else token_values
+            values = value(scores, config).numpy()
+        if config.per == "word":
+            classes = project(Labels(spans=units, classes=classes, sentence=0), tokens)
+            values = values if whole else spread(values, units, tokens, text)
+        if not whole:
+            values[copies.ends] -= gap(config)
+        return values, classes
+
+    def _numbers(self, items: list[Any], rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], bool]:
+        """The numbers of a source that does not judge, and whether they are one per response."""
+        name, config = self.config.source, self.config
+        for wanted, setting, off in (
+            (config.reject_copies, "reward.reject_copies", "turn it off"),
+            (config.per == "word", 'reward.per = "word"', 'set it to "token"'),
+        ):
+            if wanted and rollouts:
+                raise UserError(
+                    f"{setting} needs labels or class probabilities, and reward {name!r} gives numbers: {off}"
+                )
+        arrays, scalar = checked_numbers(items, rollouts, name)
+        if config.placement == "sentence" and not scalar:
+            raise UserError(
+                f"reward {name!r} gives numbers for tokens, and a sentence score is asked for: return one number per "
+                'response or Labels, or use algorithm = "control", which sums the tokens'
+            )
+        return arrays, scalar
 
     def _ask(self, rollouts: Sequence[Rollout]) -> Any:
         try:
@@ -192,14 +212,21 @@ class TokenRewards:
         return rewards
 
 
+def _words(given: Labels | ClassProbabilities, text: str, separator: str) -> list[Span]:
+    """The words of a response: those that were labelled, or else those that a labeller would see."""
+    if isinstance(given, Labels):
+        return given.spans
+    return [span for spans in segment(text, separator).words for span in spans]
+
+
 def _whole(labels: Labels, classes: list[int], copies: Copies) -> int:
-    """The class of the whole response: irrelevant where most of its words' tokens stand in copies."""
+    """The class of the whole response: irrelevant where most of its words, or of their tokens, stand in copies."""
     words = sum(kind != SEPARATOR for kind in classes)
     copied = sum(classes[i] != SEPARATOR for i in copies.words)
     return IRRELEVANT if 2 * copied > words else IRRELEVANT + labels.sentence
 
 
-def _irrelevant(classes: list[int], tokens: Sequence[int]) -> list[int]:
-    """The classes with these tokens' relevant turned into irrelevant."""
-    rejected = {i for i in tokens if classes[i] == RELEVANT}
+def _irrelevant(classes: list[int], judged: Sequence[int]) -> list[int]:
+    """The classes with relevant turned into irrelevant at these places."""
+    rejected = {i for i in judged if classes[i] == RELEVANT}
     return [IRRELEVANT if i in rejected else kind for i, kind in enumerate(classes)]

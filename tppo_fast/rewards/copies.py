@@ -12,26 +12,26 @@ from tppo_fast.rewards.segment import repetitions, segment
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Token indices of one response."""
+    """Indices of what stands in the repeated queries of one response."""
 
     words: list[int]
-    """The tokens of repeated queries."""
+    """The judged spans of repeated queries."""
     ends: list[int]
     """The tokens that end one: the separator's, or the response's last where the policy stopped there."""
 
 
-def find_copies(rollout: Rollout, spans: Sequence[Span], separator: str) -> Copies:
-    """The copies in a response whose tokens stand for ``spans`` (of ``alignment.token_spans``).
+def find_copies(rollout: Rollout, tokens: Sequence[Span], judged: Sequence[Span], separator: str) -> Copies:
+    """The copies in a response whose ``tokens`` stand for these spans, and whose ``judged`` spans are those or its words.
 
     A response that was cut at its limit was not ended by anyone, so its last query has no ending token.
     """
     text, found = rollout.text, Copies([], [])
     for start, end in repeated_queries(text, rollout.prompt.history, separator):
-        found.words.extend(i for i, (a, b) in enumerate(spans) if a < end and b > start)
+        found.words.extend(i for i, (a, b) in enumerate(judged) if a < end and b > start)
         if end < len(text):
-            found.ends.append(next(i for i, (a, b) in enumerate(spans) if a <= end < b))
+            found.ends.append(next(i for i, (a, b) in enumerate(tokens) if a <= end < b))
         elif rollout.finish_reason == "stop":
-            found.ends.append(len(spans) - 1)
+            found.ends.append(len(tokens) - 1)
     return found
 
 

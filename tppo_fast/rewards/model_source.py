@@ -7,65 +7,42 @@ those that the run it continues would have.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from tppo_fast.config import RewardConfig
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.rewards.alignment import rollout_spans
-from tppo_fast.rewards.labels import Span
 from tppo_fast.rewards.token_model import TokenModel, load
-from tppo_fast.rewards.transfer import transfer
 from tppo_fast.rewards.values import ClassProbabilities
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
 Content = tuple[tuple[str, ...], str]
 """History and response."""
-Scored = tuple["Float[Tensor, 'k 3']", Sequence[Span]]
-"""Class probabilities of the reward model's own response tokens, and the characters they stand for."""
 
 
 class ModelReward:
-    """A ``RewardFunction`` whose scores are ``ClassProbabilities``; the model's tokenizer may differ from the policy's."""
+    """A ``RewardFunction`` whose scores are ``ClassProbabilities`` of the model's own tokens, which may not be the policy's."""
 
-    def __init__(self, model: TokenModel, tokenizer: PreTrainedTokenizerBase, *, token_budget: int) -> None:
+    def __init__(self, model: TokenModel, *, token_budget: int) -> None:
         self._model = model
-        self._tokenizer = tokenizer
         self._budget = token_budget
         self.scored = 0  # responses that the model had to read
 
     def __call__(self, rollouts: Sequence[Rollout], /) -> list[ClassProbabilities]:
         contents = [(tuple(r.prompt.history), r.text) for r in rollouts]
         scores = self._scores(dict.fromkeys(contents))
-        return [
-            self._on_policy_tokens(i, r, *scores[c]) for i, (r, c) in enumerate(zip(rollouts, contents, strict=True))
-        ]
+        return [scores[content] for content in contents]
 
-    def _scores(self, contents: Iterable[Content]) -> dict[Content, Scored]:
+    def _scores(self, contents: Iterable[Content]) -> dict[Content, ClassProbabilities]:
         new = list(contents)
         inputs = self._model.reader([history for history, _ in new], [text for _, text in new])
         probabilities = self._model.probabilities(inputs, self._budget)
         self.scored += len(new)
-        return {c: (p, e.spans) for c, p, e in zip(new, probabilities, inputs, strict=True)}
-
-    def _on_policy_tokens(
-        self, index: int, rollout: Rollout, values: Tensor, spans: Sequence[Span]
-    ) -> ClassProbabilities:
-        own = rollout_spans(self._tokenizer, rollout, index)
-        carried = torch.from_numpy(transfer(values.numpy(), spans, own, rollout.text)).float()
-        carried[carried.sum(-1) == 0.0, 0] = 1.0  # a token without visible text is a separator for certain
-        return ClassProbabilities(values=carried)
+        scored = zip(new, probabilities, inputs, strict=True)
+        return {content: ClassProbabilities(values=p, spans=e.spans) for content, p, e in scored}
 
 
-def build(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str, separator: str
-) -> ModelReward:
+def build(config: RewardConfig, device: torch.device | str, separator: str) -> ModelReward:
     """The source of ``reward.model`` on ``reward.device`` (auto: the trainer's, ``device``).
 
     Raises:
@@ -87,4 +64,4 @@ def build(
             'reward.value = "red" scores prefixes, and this reward model sees later tokens: train one on a causal '
             'backbone, or use "soft"'
         )
-    return ModelReward(model, tokenizer, token_budget=config.batch_tokens)
+    return ModelReward(model, token_budget=config.batch_tokens)

@@ -59,7 +59,7 @@ def checked_probabilities(items: list[Any], rollouts: Sequence[Rollout], name: s
     if not _all_are(ClassProbabilities, items, name):
         return None
     for index, (item, rollout) in enumerate(zip(items, rollouts, strict=True)):
-        values, length = item.values, len(rollout.token_ids)
+        values, length = item.values, len(rollout.token_ids if item.spans is None else item.spans)
         if tuple(values.shape) != (length, 3) or not torch.isfinite(values).all():
             raise UserError(
                 f"reward {name!r}, rollout {index}: class probabilities of shape {list(values.shape)}, expected finite "

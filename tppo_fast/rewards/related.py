@@ -59,7 +59,7 @@ def red(prefix_scores: Float[Tensor, " length"], *, share: float = 1.0) -> Float
     Source: RED (arXiv 2411.08302).
     """
     differences = torch.diff(prefix_scores, prepend=prefix_scores.new_zeros(1))
-    return _with_last(share * differences, (1.0 - share) * float(prefix_scores[-1]))
+    return _with_last(share * differences, (1.0 - share) * float(prefix_scores[-1:].sum()))
 
 
 def abc(attention: Float[Tensor, " length"], reward: float, *, share: float = 0.5) -> Float[Tensor, " length"]:
@@ -78,5 +78,5 @@ def abc(attention: Float[Tensor, " length"], reward: float, *, share: float = 0.
 
 def _with_last(rewards: Tensor, bonus: float) -> Tensor:
     rewards = rewards.clone()
-    rewards[-1] += bonus
+    rewards[-1:] += bonus
     return rewards

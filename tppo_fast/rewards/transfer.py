@@ -51,6 +51,18 @@ def transfer(
     return np.where(covered.reshape(len(target), *[1] * (scores.ndim - 1)) > 0.0, carried, default)
 
 
+def spread(
+    amounts: Float[np.ndarray, " S"], source: Sequence[Span], target: Sequence[Span], text: str
+) -> Float[np.ndarray, " T"]:
+    """Each source span's amount, divided over the target tokens by how many of its visible characters each holds.
+
+    The sum is kept, however the text is cut into tokens; a span without a visible character has nobody to give to.
+    """
+    shared = overlap(source, target, text)
+    total = shared.sum(0)  # [S]
+    return shared @ (amounts / np.where(total > 0.0, total, 1.0))
+
+
 def overlap(source: Sequence[Span], target: Sequence[Span], text: str) -> Float[np.ndarray, "T S"]:
     """How many visible characters each target token shares with each source token, shared characters divided."""
     visible = np.cumsum([0, *(not character.isspace() for character in text)])  # visible characters before each place

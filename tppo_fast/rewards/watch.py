@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from tppo_fast.data_types import Rollout
 from tppo_fast.words import normalise_query, queries_of
@@ -14,6 +15,7 @@ RECENT_STEPS = 5
 """The newest steps, whose means are compared."""
 LENGTH_RATIO = 1.5
 SHARE_GAIN = 0.15
+SPELLING_LOSS = 0.1
 KL_LIMIT = 0.5
 RELEVANCE_LOSS = 0.03
 CRITIC_STEPS = 20
@@ -39,11 +41,21 @@ def repetition_and_copies(rollouts: Sequence[Rollout], separator: str) -> dict[s
     return {"rollout/repeated_share": fmean(repeated), "rollout/copied_share": fmean(copied)}
 
 
+def canonical_share(rollouts: Sequence[Rollout], tokenizer: Any) -> dict[str, float]:
+    """Tokens that the tokenizer needs for the step's texts, divided by those sampled for them; special tokens do not count."""
+    special = set(tokenizer.all_special_ids)
+    sampled = sum(i not in special for rollout in rollouts for i in rollout.token_ids)
+    texts = [rollout.text for rollout in rollouts]
+    needed = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return {"rollout/canonical_share": sum(map(len, needed)) / sampled if sampled else 1.0}
+
+
 class RunWatch:
     """Compares the newest steps with the run's first ones.
 
     It warns when responses have become ``LENGTH_RATIO`` times as long; repeat or copy ``SHARE_GAIN`` more of their queries;
-    are further than ``KL_LIMIT`` nats per token from the reference policy; or earn more while the held-out relevance
+    spell their texts in more tokens than the tokenizer needs, by ``SPELLING_LOSS`` of ``rollout/canonical_share``; are further
+    than ``KL_LIMIT`` nats per token from the reference policy; or earn more while the held-out relevance
     (``eval/relevance``) or the lexical judge's (``eval/word_relevance``) has fallen by ``RELEVANCE_LOSS``. And it warns when
     after ``CRITIC_STEPS`` the critic's values are still nearer to 0 than to the returns.
     """
@@ -82,6 +94,12 @@ class RunWatch:
             share, was = self._mean(name)
             if share > was + SHARE_GAIN:
                 found[kind] = f"{share:.0%} of the queries {remedy}, {was:.0%} at first: does the reward pay for that?"
+        needed, was = self._mean("rollout/canonical_share")
+        if needed < was - SPELLING_LOSS:
+            found["spelling"] = (
+                f"the responses' texts need {needed:.0%} of the tokens they were sampled in, {was:.0%} at first: if the reward "
+                'pays for each token, set reward.per = "word"'
+            )
         kl, _ = self._mean("ppo/kl")
         if kl > KL_LIMIT:
             found["kl"] = f"the policy is {kl:.2f} nats per token from the reference: raise ppo.kl_coef or lower ppo.lr"
