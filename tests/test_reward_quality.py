@@ -11,8 +11,10 @@ from scipy import stats
 
 from tppo_fast.estimates import Estimate
 from tppo_fast.metrics import GLOSSARY
+from tppo_fast.reward_config import RewardConfig
 from tppo_fast.reward_model import card, quality
 from tppo_fast.reward_model.losses import balanced, class_weights, global_loss, local_loss
+from tppo_fast.rewards.values import ClassProbabilities, sentence_value
 
 TRUE = torch.ones(4, dtype=torch.bool)
 
@@ -90,6 +92,9 @@ def test_metrics_equal_their_textbook_forms() -> None:
     u = stats.mannwhitneyu(up, down).statistic
     assert found["auc"].mean == pytest.approx(u / (len(up) * len(down)))
     sentence = data.sentence_scores()
+    each = [torch.tensor(data.probabilities[data.response == i]) for i in range(len(sentence))]
+    paid = [float(sentence_value(ClassProbabilities(values=p), RewardConfig(scale="paper"))) for p in each]
+    np.testing.assert_allclose(sentence, paid, atol=1e-8)
     u = stats.mannwhitneyu(sentence[data.sentence == 1], sentence[data.sentence == 0]).statistic
     pairs = (data.sentence == 1).sum() * (data.sentence == 0).sum()
     assert found["sentence_auc"].mean == pytest.approx(u / pairs)

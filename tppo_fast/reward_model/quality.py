@@ -47,12 +47,14 @@ class Scored:
         return self.labels > 0
 
     def sentence_scores(self) -> Float[np.ndarray, " B"]:
-        """Mean soft value ``sum_c c P(c)`` of each response's word tokens, or 0; to 9 digits, so that equal stays equal."""
-        words = self.words
-        soft = self.probabilities @ np.arange(3.0)
-        count = np.bincount(self.response[words], minlength=len(self.sentence))
-        total = np.bincount(self.response[words], weights=soft[words], minlength=len(self.sentence))
-        return np.round(total / np.maximum(count, 1), 9)
+        """What ``reward.placement = "sentence"`` pays by: ``sum_t sum_c c P_t(c) / sum_t (1 - P_t(0))`` of each response.
+
+        No label is used; 0 where nothing is like a word. To 9 digits, so that equal stays equal.
+        """
+        count = len(self.sentence)
+        soft = np.bincount(self.response, weights=self.probabilities @ np.arange(3.0), minlength=count)
+        words = np.bincount(self.response, weights=1.0 - self.probabilities[:, 0], minlength=count)
+        return np.round(np.where(words > 1e-6, soft / np.maximum(words, 1e-6), 0.0), 9)
 
 
 def majority(scored: Scored, class_counts: Int[np.ndarray, "3"]) -> Scored:
