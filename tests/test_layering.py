@@ -78,7 +78,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
         "preflight", "rollout", "run_dir", "runs", "seeding", "sft",
     },
     "data": {"atomic", "config", "data_types", "errors", "words"},
-    "rewards": {"attention", "config", "data_types", "errors", "loading", "packing", "plugins", "words"},
+    "rewards": {"attention", "config", "data_types", "errors", "hashing", "loading", "packing", "plugins", "words"},
     "labelling": {
         "atomic", "background", "config", "data", "data_types", "errors", "estimates", "hashing", "interrupt", "loading",
         "progress", "rewards", "rollout", "sections", "seeding", "words",

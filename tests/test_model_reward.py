@@ -18,14 +18,17 @@ from tppo_fast.config import RewardConfig
 from tppo_fast.data.sessions import Session, write_sessions
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
+from tppo_fast.hashing import user_hash
 from tppo_fast.metrics import read_metrics
+from tppo_fast.reward_model.data import split
 from tppo_fast.reward_model.run import train_reward_model
-from tppo_fast.reward_model.settings import RewardModelConfig
+from tppo_fast.reward_model.settings import LabelsConfig, RewardModelConfig
 from tppo_fast.rewards import ClassProbabilities, TokenRewards, build_reward, related, token_spans
 from tppo_fast.rewards.copies import repeated_queries
-from tppo_fast.rewards.model_source import ModelReward
+from tppo_fast.rewards.model_source import ModelReward, warn_of_known_users
 from tppo_fast.rewards.token_model import load
 from tppo_fast.rewards.values import gap, prefix_means, sentence_value, token_values
+from tppo_fast.runs import load_sessions
 from tppo_fast.sections import build_section
 
 P = torch.tensor([[0.1, 0.2, 0.7], [0.8, 0.15, 0.05], [0.0, 0.75, 0.25], [1.0, 0.0, 0.0]])
@@ -44,7 +47,7 @@ def reward_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "resamples": 20,
             "backbone": {"scratch": kind},
             "data": {"labels": str(labels)},
-            "train": {"lr": 1e-3, "epochs": 1, "batch_size": 32},
+            "train": {"epochs": 1, "batch_size": 32},
         }
         made[kind] = train_reward_model(build_section(values, RewardModelConfig)).folder
     return made
@@ -229,7 +232,9 @@ def test_what_cannot_work_is_said(reward_models: dict[str, Path], tmp_path: Path
         reward(reward_models["decoder"])([replace(wrong, text=" other")])
 
 
-def test_a_run_on_its_rewards(reward_models: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_on_its_rewards(
+    reward_models: dict[str, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sessions = [
         Session(user_id=f"u{i}", history={"search": ["lisbon"]}, next_queries=["hotels", "flights"]) for i in range(12)
     ]
@@ -251,6 +256,15 @@ def test_a_run_on_its_rewards(reward_models: dict[str, Path], tiny_model: Path, 
     assert 0.0 <= rows[-1]["rollout/copied_share"] <= 1.0
     record = json.loads((config.run_dir / "reward_model.json").read_text())
     assert record["labeller"] == ["planted"]
+    trained_on = {user_hash(row.user_id) for row in split(planted.rows(300), LabelsConfig(labels="x"), 0).train}
+    _, held_out = load_sessions(config)
+    users = {session.user_id for session in held_out}
+    known = sum(user_hash(user) in trained_on for user in users)
+    assert known > 0
+    assert f"was trained on {known} of the {len(users)} held-out users" in capsys.readouterr().err
+    for stranger in (config.reward, config.reward.model_copy(update={"source": "lexical"})):
+        warn_of_known_users(stranger, ["nobody"] if stranger is config.reward else list(users))
+    assert not capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- related work, each against its formula

@@ -25,6 +25,8 @@ from transformers import (
     BertConfig,
     BertForTokenClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForTokenClassification,
 )
 
 from tppo_fast import cli
@@ -43,7 +45,7 @@ def config(run_dir: Path, labels: Path, **train: Any) -> RewardModelConfig:
         "run_dir": str(run_dir),
         "resamples": 200,
         "data": {"labels": str(labels), "test_fraction": 0.2},
-        "train": {"lr": 1e-3, "epochs": 2, "batch_size": 16, **train},
+        "train": {"epochs": 2, "batch_size": 16, **train},
     }
     return build_section(values, RewardModelConfig)
 
@@ -215,7 +217,16 @@ def test_what_it_leaves_behind(trained: RewardModelResult, labels: Path) -> None
     assert trained.verdict in text
     assert "causal" in text
     assert "{{" not in text
-    page = (trained.folder / "report.html").read_text()
+    passed_on = {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "record.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert {file.name for file in trained.folder.iterdir()} == passed_on
+    page = (trained.folder.parent / "report.html").read_text()
     assert page.count("<figure>") == 2
     assert page.count('class="example"') == 12
 
@@ -304,6 +315,27 @@ def test_a_validation_loss_that_is_not_finite_is_divergence(
     with pytest.raises(TrainingDiverged, match=r"step 1.*train\.lr"):
         train_reward_model(config(tmp_path / "run", labels, eval_every=1))
     assert json.loads((tmp_path / "run" / "diverged_step_000001.json").read_text())["validation_loss"] == math.inf
+
+
+def test_the_learning_rate_suits_the_backbone() -> None:
+    pretrained = {"path": "some-encoder"}
+    for given, expected in (({}, 1e-3), ({"backbone": pretrained}, 1e-5), ({"train": {"lr": 0.1}}, 0.1)):
+        assert build_section(given, RewardModelConfig).peak_lr == expected
+
+
+def test_the_longest_input_of_a_roberta_has_a_position_for_each_token(labels: Path, tmp_path: Path) -> None:
+    """Its table holds two rows that no token of a text has; a tokenizer without a limit does not say so."""
+    tok = tokenizer()
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    settings = RobertaConfig(vocab_size=len(tok), max_position_embeddings=66, pad_token_id=1, **shape)
+    RobertaForTokenClassification(settings).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    given = {"data": {"labels": str(labels)}, "backbone": {"path": str(tmp_path)}}
+    model = backbone.build(build_section(given, RewardModelConfig), [], "cpu")
+    assert model.reader.max_tokens == 64
+    inputs = model.reader([["museum " * 40]], ["lisbon hotels"])
+    assert len(inputs[0].input_ids) == 64
+    assert model.probabilities(inputs, 1000)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -1,4 +1,4 @@
-"""Hashes of what a run or a labelling is made of: one for a file, one for a model folder."""
+"""Hashes of what a run or a labelling is made of: one for a file, one for a model folder, one for a user."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def user_hash(user_id: str) -> str:
+    """Hex digits by which a user is found again in a list of users. Ids that can be guessed can be looked up, too."""
+    return hashlib.sha256(user_id.encode()).hexdigest()[:16]

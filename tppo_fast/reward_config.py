@@ -14,6 +14,8 @@ class RewardConfig(Section):
     """Who scores: "lexical" (word labels against the true next queries), "model" or module:function."""
     model: PathText = ""
     """With source "model": the folder of a token reward model, from tppo-fast reward-model. It is frozen."""
+    trust_remote_code: bool = False
+    """Run Python code that ships inside the reward model's folder. Off unless you have read that code."""
     value: Literal["argmax", "soft", "tlcr", "red"] = "argmax"
     """What the reward model's class probabilities pay. "argmax": the likeliest class, by ``scale`` (TPPO). "soft": the
     expectation over classes. "tlcr": 2 P(relevant) - 1, without ``scale``. "red": what each token adds to the score of the

@@ -32,6 +32,7 @@ from tppo_fast.ppo import PPO, Metrics
 from tppo_fast.progress import Progress
 from tppo_fast.rewards import TokenRewards, build_reward
 from tppo_fast.rewards.display import examples_table
+from tppo_fast.rewards.model_source import warn_of_known_users
 from tppo_fast.rewards.token_model import RECORD
 from tppo_fast.rewards.watch import RunWatch, canonical_share, repetition_and_copies
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
@@ -249,6 +250,7 @@ def setup(config: Config, start_from: Path | None = None) -> Run:
     if config.ppo.offload and device.type != "cuda":
         raise UserError(f"ppo.offload = true moves memory off a GPU, and device is {device.type!r}: set it to false")
     train_sessions, eval_sessions = load_sessions(config)
+    warn_of_known_users(config.reward, [session.user_id for session in eval_sessions])
     actor_critic, tokenizer = model.build(config.model, device, critic=ALGORITHMS[config.algorithm].needs_critic)
     builder = PromptBuilder(tokenizer, config.data)
     reward = _reward(config, tokenizer, builder, train_sessions, device)

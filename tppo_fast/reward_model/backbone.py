@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,18 @@ def build(config: RewardModelConfig, texts: Iterable[str], device: torch.device 
                 f"data.{field} = {text!r} holds {written[0]!r}, a special token of the backbone, which a reward model would read "
                 "as plain text: leave it out"
             )
-    settings = classifier.config.get_text_config()
-    positions = getattr(settings, "max_position_embeddings", None) or config.data.max_tokens
-    limit = min(config.data.max_tokens, positions, tokenizer.model_max_length)
+    limit = min(config.data.max_tokens, _positions(classifier), tokenizer.model_max_length)
     data = config.data
     reader = Reader(tokenizer=tokenizer, template=data.template, separator=data.separator, max_tokens=limit)
     return TokenModel(classifier.to(device), reader)
+
+
+def _positions(classifier: Any) -> int:
+    """Longest input that the backbone has positions for. RoBERTa and its kin count from the row after the padding token's."""
+    rows = getattr(classifier.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    tables = [module for name, module in classifier.named_modules() if name.endswith("position_embeddings")]
+    padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return rows - max(padding, default=-1) - 1
 
 
 def _pretrained(config: RewardModelConfig, texts: Iterable[str]) -> tuple[Any, Any]:

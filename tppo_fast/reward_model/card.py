@@ -1,4 +1,7 @@
-"""What a finished reward model leaves beside its weights: record, model card, report with plots and example responses."""
+"""What a finished reward model leaves: record and model card beside its weights, and a report with plots and example responses.
+
+The report shows histories and next queries of users, so it never lies in the folder that is passed on.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class Result:
 
 
 def write(folder: Path, result: Result) -> None:
-    """Record, card, report and plots into ``folder``, in which the model lies already."""
+    """Record and card into ``folder``, in which the model lies already."""
     record = {
         "reader": {
             "template": result.model.reader.template,
@@ -57,7 +60,6 @@ def write(folder: Path, result: Result) -> None:
     }
     (folder / RECORD).write_text(json.dumps(_no_nan(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(result, record), encoding="utf-8")
-    _write_report(folder / "report.html", result, record)
 
 
 def verdict(table: Mapping[str, Mapping[str, Estimate]]) -> str:
@@ -97,16 +99,17 @@ def _card(result: Result, record: Mapping[str, Any]) -> str:
     )
 
 
-def _write_report(path: Path, result: Result, record: Mapping[str, Any]) -> None:
+def write_report(path: Path, result: Result) -> None:
+    """One page with loss curves, reliability diagram and responses of test users."""
     losses = {"reward_model/loss": "training", "reward_model/validation_loss": "validation"}
     rows = {name: {f"reward_model/{m}": e for m, e in row.items()} for name, row in result.table.items()}
     report.write_report(
         path,
         report.Report(
             title="Token reward model",
-            verdict=record["verdict"],
+            verdict=verdict(result.table),
             command="tppo-fast reward-model CONFIG.toml, with the settings below",
-            settings=record["config"],
+            settings=result.config.model_dump(mode="json"),
             table=rows,
             examples=[_example(result, i) for i in range(min(EXAMPLES, len(result.test)))],
             number_shown="P(relevant) by the reward model, its colour the label",

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 
 from tppo_fast import preflight, seeding
-from tppo_fast.atomic import atomic_folder
+from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.data.rows import searched
 from tppo_fast.errors import UserError
 from tppo_fast.estimates import Estimate
-from tppo_fast.hashing import sha256_of
+from tppo_fast.hashing import sha256_of, user_hash
 from tppo_fast.labelling.records import LabelledResponse, read_labels, read_record
 from tppo_fast.metrics import MetricsLogger
 from tppo_fast.reward_model import backbone, card, quality
 from tppo_fast.reward_model.data import Example, encode, split
 from tppo_fast.reward_model.settings import RewardModelConfig
 from tppo_fast.reward_model.training import Learner, fit
-from tppo_fast.rewards.token_model import TokenModel
+from tppo_fast.rewards.token_model import TRAINING_USERS, TokenModel
 from tppo_fast.run_dir import REWARD_MODEL, open_run_dir
 from tppo_fast.runs import resolve_device, stoppable
 
@@ -31,7 +31,7 @@ class RewardModelResult:
     """What a finished training leaves behind."""
 
     folder: Path
-    """The reward model: weights, tokenizer, record, card and report."""
+    """The reward model: weights, tokenizer, record and card, no text of any user."""
     verdict: str
     """Whether it beats the baselines, in one sentence."""
     table: dict[str, dict[str, Estimate]]
@@ -40,6 +40,9 @@ class RewardModelResult:
 
 def train_reward_model(config: RewardModelConfig, *, resume: bool = False) -> RewardModelResult:
     """Train a token reward model on labelled responses and leave it in ``config.run_dir / "model"``.
+
+    Beside that folder stand ``report.html``, with responses of test users, and ``TRAINING_USERS``, by which a policy's run finds
+    out whether the model knows its held-out users.
 
     Args:
         config: every setting; see ``tppo_fast.reward_model.settings``.
@@ -76,6 +79,8 @@ def _train(config: RewardModelConfig, start_from: Path | None) -> RewardModelRes
         "step": learner.step,
         "best_step": learner.best_step,
     }
+    users = sorted({user_hash(row.user_id) for row in parts.train})
+    write_atomic(config.run_dir / TRAINING_USERS, "".join(f"{user}\n" for user in users).encode())
     return _finish(config, model, test, learner, facts)
 
 
@@ -103,6 +108,7 @@ def _finish(
     table = {name: quality.measure(s, seed=config.seed, resamples=config.resamples) for name, s in rivals.items()}
     folder = config.run_dir / "model"
     result = card.Result(config=config, model=model, test=test, scored=scored, table=table, facts=facts)
+    card.write_report(config.run_dir / "report.html", result)
     with atomic_folder(folder) as temporary:
         model.save(temporary)
         card.write(temporary, result)

@@ -70,8 +70,8 @@ class LossConfig(Section):
 
 
 class LearnConfig(Section):
-    lr: Positive = 1e-5
-    """Peak learning rate (TPPO: 1e-5, for a pretrained backbone; 1e-3 suits "scratch")."""
+    lr: Positive | None = None
+    """Peak learning rate. None: 1e-5, as TPPO for its pretrained backbone, or 1e-3 with ``backbone.path`` "scratch"."""
     warmup_share: Unit = 0.05
     """Share of the optimizer steps in which the learning rate rises to its peak; then it falls linearly to 0."""
     weight_decay: NonNegative = 0.01
@@ -107,6 +107,11 @@ class RewardModelConfig(Section):
     data: LabelsConfig = LabelsConfig()
     loss: LossConfig = LossConfig()
     train: LearnConfig = LearnConfig()
+
+    @property
+    def peak_lr(self) -> float:
+        """``train.lr``, or what suits the backbone."""
+        return self.train.lr or (1e-3 if self.backbone.path == "scratch" else 1e-5)
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> RewardModelConfig:

@@ -45,7 +45,7 @@ class Learner:
         self.steps_per_epoch = -(-len(examples) // config.train.batch_size)
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.train.lr, betas=(0.9, 0.98), weight_decay=config.train.weight_decay
+            model.parameters(), lr=config.peak_lr, betas=(0.9, 0.98), weight_decay=config.train.weight_decay
         )
         warmup = round(config.train.warmup_share * self.total_steps)
         self.scheduler = get_scheduler("linear", self.optimizer, warmup, self.total_steps)

@@ -6,14 +6,18 @@ those that the run it continues would have.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from tppo_fast.config import RewardConfig
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
-from tppo_fast.rewards.token_model import TokenModel, load
+from tppo_fast.hashing import user_hash
+from tppo_fast.rewards.token_model import TRAINING_USERS, TokenModel, load
 from tppo_fast.rewards.values import ClassProbabilities
 
 Content = tuple[tuple[str, ...], str]
@@ -53,7 +57,8 @@ def build(config: RewardConfig, device: torch.device | str, separator: str) -> M
         raise UserError('reward.source = "model" needs reward.model: the folder that tppo-fast reward-model wrote')
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError('reward.device = "cuda", but torch sees no CUDA device: use "auto" or "cpu"')
-    model, _ = load(config.model, device if config.device == "auto" else config.device)
+    where = device if config.device == "auto" else config.device
+    model, _ = load(config.model, where, trust_remote_code=config.trust_remote_code)
     if model.reader.separator.strip() != separator.strip():
         raise UserError(
             f"data.separator = {separator!r}, but the reward model in {config.model!r} was trained with "
@@ -65,3 +70,17 @@ def build(config: RewardConfig, device: torch.device | str, separator: str) -> M
             'backbone, or use "soft"'
         )
     return ModelReward(model, token_budget=config.batch_tokens)
+
+
+def warn_of_known_users(config: RewardConfig, users: Collection[str]) -> None:
+    """Say how many of the held-out ``users`` the reward model was trained on; nothing where its run's list is not beside it."""
+    listed = Path(config.model).resolve().parent / TRAINING_USERS
+    if config.source != "model" or not listed.is_file():
+        return
+    trained_on, distinct = set(listed.read_text().split()), set(users)
+    if known := sum(user_hash(user) in trained_on for user in distinct):
+        Console(stderr=True, soft_wrap=True).print(
+            f"[yellow]reward.model = {escape(repr(config.model))} was trained on {known} of the {len(distinct)} held-out users, "
+            "so their evaluation is not independent of the reward: keep those who judge the policy in a file of their own "
+            "(data.eval), apart from what is labelled[/]"
+        )

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RECORD = "record.json"
 """Beside the weights: how to render the input, and what the model was trained on."""
+TRAINING_USERS = "training_users.txt"
+"""Beside the model's folder, not in it: ``hashing.user_hash`` of each user it was trained on, one a line."""
 LEAST_FILLED = 0.75
 """Least share of tokens in a padded row. Batches of 32 of the demo's responses then cost 1.14 times their tokens, else 1.41."""
 
@@ -179,7 +181,9 @@ def batches(inputs: Sequence[Encoded], token_budget: int, *, padded: bool) -> It
         yield group
 
 
-def load(path: str, device: torch.device | str, setting: str = "reward.model") -> tuple[TokenModel, dict[str, Any]]:
+def load(
+    path: str, device: torch.device | str, setting: str = "reward.model", *, trust_remote_code: bool = False
+) -> tuple[TokenModel, dict[str, Any]]:
     """A frozen reward model and its record, from a folder that ``tppo-fast reward-model`` wrote.
 
     Raises:
@@ -191,9 +195,10 @@ def load(path: str, device: torch.device | str, setting: str = "reward.model") -
 
     try:
         record = json.loads((Path(path) / RECORD).read_text())
-        reader = Reader(tokenizer=AutoTokenizer.from_pretrained(path), **record["reader"])
+        trust = {"trust_remote_code": trust_remote_code}
+        reader = Reader(tokenizer=AutoTokenizer.from_pretrained(path, **trust), **record["reader"])
         classifier = complete(
-            AutoModelForTokenClassification.from_pretrained(path, attn_implementation="sdpa", **STRICT)
+            AutoModelForTokenClassification.from_pretrained(path, attn_implementation="sdpa", **trust, **STRICT)
         )
     except Exception as error:  # transformers raises many kinds for a bad folder
         reason = in_short(error) if Path(path).is_dir() else "no such folder"
