@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tppo_fast import cli
-from tppo_fast.data.readers import Rules, convert
+from tppo_fast.data import files
+from tppo_fast.data.readers import READERS, Rules, convert
 from tppo_fast.data.readers.scrub import PATTERNS, Scrubber
 from tppo_fast.data.sessions import read_sessions
 from tppo_fast.errors import UserError
@@ -83,23 +85,43 @@ def test_users_keep_apart_and_pseudonyms_depend_on_the_key(tmp_path: Path) -> No
     ],
 )  # fmt: skip
 def test_what_is_scrubbed(query: str, why: str | None) -> None:
-    assert Scrubber(common=frozenset({"garden", "of", "2006"})).reason(query) == why
+    assert Scrubber(common=frozenset({"garden", "of", "2006"}), hosts=frozenset()).reason(query) == why
 
 
 @given(st.text(alphabet="0123456789 -", max_size=5), st.integers(10**5, 10**16))
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_no_long_number_gets_through(around: str, number: int) -> None:
-    assert Scrubber(common=frozenset()).reason(f"{around}{number}") in PATTERNS
+    assert Scrubber(common=frozenset(), hosts=frozenset()).reason(f"{around}{number}") in PATTERNS
 
 
 def test_what_one_user_alone_typed_is_dropped(tmp_path: Path) -> None:
     rows = [row.replace("7\t", f"{user}\t", 1) for row in WALK for user in range(5)]
     rows += [f"0\tzyxwv garden\t2006-03-01 10:0{i}:10\t\t" for i in range(9)]  # many times, by one user
+    rows += [f"0\tgarden shed\t2006-03-01 10:05:0{i}\t1\thttp://www.zyxwv-diary.example/p" for i in range(9)]
     sessions, dropped = convert(aol(tmp_path, rows), "aol", Rules(), min_users=5, key=KEY)
     assert len(sessions) == 5
     assert "zyxwv" not in json.dumps([[list(s.history["search"]), list(s.next_queries)] for s in sessions])
-    assert dropped["queries with a word of few users"] == 9
+    assert "zyxwv" not in json.dumps([list(s.history["click"]) for s in sessions])
+    assert dropped["queries with a word of few users"] == dropped["clicks on a site of few users"] == 9
     assert sessions[0].history["click"] == ("www.sheds.example", "other.example")  # hosts alone
+
+
+def test_the_sessions_of_a_user_are_one_user(tmp_path: Path) -> None:
+    path = tmp_path / "s.xml"
+    query = "<interaction><query>{}</query></interaction>"
+    common = "".join(f'<session userid="u{n}">{query.format("bees") * 2}</session>' for n in range(5))
+    rare = f'<session userid="a">{query.format("bees")}{query.format("zyxwv bees")}</session>' * 5
+    path.write_text(f"<sessiontrack2014>{common}{rare}</sessiontrack2014>")
+    with pytest.raises(UserError, match="5 queries with a word of few users"):
+        convert(path, "trec", ONE, min_users=5, key=KEY)
+
+
+def test_times_with_zones_are_put_in_order_as_utc(tmp_path: Path) -> None:
+    """What a clock on the wall says is not the order of events."""
+    times = {"a": "10:00+02:00", "b": "08:05Z", "c": "10:10+02:00", "d": "08:15Z"}
+    rows = [f"7\t{query}\t2006-03-01T{time}" for query, time in times.items()]
+    (session,), _ = convert(aol(tmp_path, rows), "aol", ONE, min_users=None, key=KEY)
+    assert (session.history["search"], session.next_queries) == (("a", "b", "c"), ("d",))
 
 
 def test_trec_session_track(tmp_path: Path) -> None:
@@ -133,9 +155,22 @@ def test_sim4ia(tmp_path: Path) -> None:
     [
         ("aol", "7 garden", "line 1: 1 tab-separated columns: give an AOL log, with a tab between AnonID, Query"),
         ("aol", "7\tgarden\tnoon", "'noon' is not a date"),
+        ("aol", "7\ta\t0001-01-01T00:00+01:00", r"time '0001-01-01T00:00\+01:00' is not a date"),
+        (
+            "aol",
+            "7\ta\t2006-03-01T10:00\n7\tb\t2006-03-01T10:00Z",
+            "line 2: time '2006-03-01T10:00Z' has a zone, and the times before it have none: give all or none a zone",
+        ),
+        (
+            "jsonl",
+            '{"user_id": "3", "query": "a", "time": "2006-03-01T10:00Z"}\n'
+            '{"user_id": "3", "query": "a", "time": "2006-03-01"}',
+            "line 2: time '2006-03-01' has no zone, and the times",
+        ),
         ("aol", "", r"log\.jsonl' holds no query: give a log with at least one$"),
         ("aol", "7\tgarden\t2006-03-01", r"no session is left \(1 sessions that are too short\); loosen the rules"),
         ("trec", "<session>", "not well-formed"),
+        ("trec", "<a/>", "holds no <session>"),
         ("sim4ia", "a,b\n1,2", "no column 'date'"),
         (
             "sim4ia",
@@ -214,6 +249,27 @@ def test_a_log_in_another_encoding_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_bytes(WALK[0].encode("utf-16"))
     with pytest.raises(UserError, match=r"byte b'\\xff' at position 0 is not UTF-8: save the file as UTF-8"):
         convert(tmp_path / "log.txt", "aol", Rules(), min_users=None, key=KEY)
+    (tmp_path / "log.txt").write_bytes("7\ttea\t2006-03-01\n7\tcaf\xe9\t2006-03-01".encode("latin-1"))
+    with pytest.raises(UserError, match=r"log.txt' line 2: byte b'\\xe9' at position 5 is not UTF-8"):
+        convert(tmp_path / "log.txt", "aol", Rules(), min_users=None, key=KEY)
+
+
+def test_a_log_is_read_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small archive may unpack to any size: what is held is one line, and of the log only what it says."""
+    path = tmp_path / "log.txt.gz"
+    row = "7\tgarden shed\t2006-03-01 10:00:00\t1\thttp://www.sheds.example\n"
+    path.write_bytes(gzip.compress((row * 20_000).encode()))
+    tracemalloc.start()
+    try:
+        users = list(READERS["aol"](path))
+        held = tracemalloc.get_traced_memory()[1] / 20_000
+    finally:
+        tracemalloc.stop()
+    assert len(users[0][1]) == 20_000
+    assert held < 150  # bytes for a line, at most; the whole text and a tuple for each line were 430
+    monkeypatch.setattr(files, "LONGEST_LINE", 50)
+    with pytest.raises(UserError, match="line 1 has more than 50 bytes: break it into lines"):
+        convert(path, "aol", Rules(), min_users=None, key=KEY)
 
 
 def test_a_log_of_json_lines_may_have_any_suffix_but_be_no_folder(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ CENTURY = 36_525 * 24 * 60
 @click.option("--keep-addresses", is_flag=True, help="Keep queries that are a web address.")
 @click.option(
     "--min-users", type=click.IntRange(1), default=5, show_default=True,
-    help="Scrub, and drop queries with a word that fewer users typed.",
+    help="Scrub, and drop queries with a word that fewer users typed, and clicks on sites that fewer users clicked.",
 )  # fmt: skip
 @click.option("--no-scrub", is_flag=True, help="Keep every text; user ids become pseudonyms all the same.")
 @click.option("--fresh", is_flag=True, help="Replace an earlier --out.")
@@ -49,7 +49,7 @@ def convert(
     scrubbing lowers the risk that it names people and does not end it.
 
     The format jsonl is any log, a line for each query: {"user_id": "u17", "query": "lisbon", "time": "2006-03-01 07:17:12"},
-    and optionally "click".
+    and optionally "click". Times with a zone become UTC; a log's times have all a zone or none.
     """
     from tppo_fast.data.files import check_output
     from tppo_fast.data.readers import Rules

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +19,8 @@ from tppo_fast.errors import UserError
 
 T = TypeVar("T")
 Row = dict[str, Any]
+LONGEST_LINE = 1 << 26
+"""Bytes of one line, unpacked: a small archive must not fill the memory."""
 
 
 def check_rows(path: Path, noun: str, *, any_suffix: bool = False) -> None:
@@ -52,6 +56,29 @@ def read_rows(path: Path, parse: Callable[[object, str], T], noun: str, *, any_s
     if not rows:
         raise UserError(f"data file {show(str(path))} holds no {noun}: give a file with at least one")
     return rows
+
+
+def read_lines(path: Path) -> Generator[tuple[str, str], None, None]:
+    """(text, its place) of each line of a UTF-8 file, ``.gz`` unpacked; one line in memory at a time.
+
+    Only "\\n" ends a line, and stays on it: a query may hold what Unicode calls a line end.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not UTF-8 or longer than ``LONGEST_LINE``.
+    """
+    _size(path)  # it can be opened
+    name, number = show(str(path)), 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                where = f"{name} line {number}"
+                if len(line) > LONGEST_LINE:
+                    raise UserError(f"{where} has more than {LONGEST_LINE} bytes: break it into lines")
+                yield _decode(line, number, where), where
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or "not a whole gzip file"
+        raise UserError(f"data file {name} cannot be read ({reason}): give a readable file") from None
 
 
 def check_output(out: Path, *inputs: Path) -> None:
@@ -112,12 +139,9 @@ def _size(path: Path) -> int:
 
 
 def _read_jsonl(path: Path) -> Generator[tuple[object, str], None, None]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{show(str(path))} line {number}"
-            text = _decode(line, number, where)
-            if text.strip():
-                yield _json(text, where), where
+    for text, where in read_lines(path):
+        if text.strip():
+            yield _json(text, where), where
 
 
 def _decode(line: bytes, number: int, where: str) -> str:

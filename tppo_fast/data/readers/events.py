@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 
-from tppo_fast.data.rows import Session
+from tppo_fast.data.rows import Session, show
 from tppo_fast.errors import UserError
 from tppo_fast.words import normalise_query
 
@@ -18,7 +17,7 @@ class Event:
     """One line of a log."""
 
     time: datetime
-    """When."""
+    """When, without a zone: UTC where the log's times have one."""
     query: str
     """What was searched; "" where the log has none."""
     click: str = ""
@@ -85,35 +84,30 @@ def split(events: Sequence[Event], gap: timedelta) -> Iterator[list[Event]]:
         yield part
 
 
-def parse_time(text: str, where: str) -> datetime:
-    """An ISO date and time, without a zone.
+class Times:
+    """Reads the times of one log: ISO dates and times, all with a zone, which become UTC, or all without."""
 
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        return datetime.fromisoformat(text.strip()).replace(tzinfo=None)
-    except ValueError:
-        raise UserError(f"{where}: time {text!r} is not a date and time such as 2006-03-01 07:17:12") from None
+    def __init__(self) -> None:
+        self._zoned: bool | None = None
+        """Whether the first time has a zone."""
 
+    def __call__(self, text: str, where: str) -> datetime:
+        """The time that stands at ``where``, without its zone.
 
-def open_text(path: Path) -> str:
-    """The text of a file, ``.gz`` unpacked.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
-    """
-    import gzip
-    import zlib
-
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad = error.object[error.start : error.start + 1]
-        raise UserError(
-            f"{str(path)!r}: byte {bad!r} at position {error.start} is not UTF-8: save the file as UTF-8"
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or "not a whole gzip file"
-        raise UserError(f"{str(path)!r} cannot be read ({reason}): give a readable file") from None
+        Raises:
+            UserError: it is none, or has a zone where the first one has none, or the other way round.
+        """
+        try:
+            time = datetime.fromisoformat(text.strip())
+            zoned = time.tzinfo is not None
+            time = time.astimezone(UTC).replace(tzinfo=None) if zoned else time
+        except (ValueError, OverflowError):  # OverflowError: its UTC lies outside the years 1 to 9999
+            raise UserError(f"{where}: time {show(text)} is not a date and time such as 2006-03-01 07:17:12") from None
+        if self._zoned is None:
+            self._zoned = zoned
+        if zoned != self._zoned:
+            has, had = ("a zone", "none") if zoned else ("no zone", "one")
+            raise UserError(
+                f"{where}: time {show(text)} has {has}, and the times before it have {had}: give all or none a zone"
+            )
+        return time

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from tppo_fast.data.files import read_rows
-from tppo_fast.data.readers.events import Event, parse_time
+from tppo_fast.data.readers.events import Event, Times
 from tppo_fast.data.rows import show
 from tppo_fast.errors import UserError
 
@@ -18,12 +20,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, list[Event]]]:
         UserError: a line that is no such object.
     """
     users: dict[str, list[Event]] = {}
-    for user, event in read_rows(path, _parse, "query", any_suffix=True):
+    for user, event in read_rows(path, partial(_parse, Times()), "query", any_suffix=True):
         users.setdefault(user, []).append(event)
     yield from users.items()
 
 
-def _parse(row: object, where: str) -> tuple[str, Event]:
+def _parse(time_of: Times, row: object, where: str) -> tuple[str, Event]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: {show(row)} is not an object: write user_id, query and time")
     for name in ("user_id", "query", "time"):
@@ -34,4 +36,5 @@ def _parse(row: object, where: str) -> tuple[str, Event]:
     click = row.get("click") or ""
     if not isinstance(click, str):
         raise UserError(f"{where}: click = {show(click)} is not text: write it as a string in quotes")
-    return row["user_id"], Event(time=parse_time(row["time"], where), query=row["query"], click=click)
+    event = Event(time=time_of(row["time"], where), query=sys.intern(row["query"]), click=sys.intern(click))
+    return sys.intern(row["user_id"]), event

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from urllib.parse import urlsplit
 
 from tppo_fast.data.readers.events import Event
@@ -29,10 +30,12 @@ PATTERNS: dict[str, re.Pattern[str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scrubber:
-    """Knows which words many users typed."""
+    """Knows what at least ``min_users`` users typed and clicked."""
 
     common: frozenset[str]
-    """Normal forms of the words of at least ``min_users`` users."""
+    """Normal forms of words."""
+    hosts: frozenset[str]
+    """Clicked hosts."""
 
     def reason(self, query: str) -> str | None:
         """Why the query must go, or None."""
@@ -43,22 +46,39 @@ class Scrubber:
         return "a word of few users" if rare else None
 
     def clean(self, events: Sequence[Event], dropped: Counter[str]) -> list[Event]:
-        """The events whose query may stay; of a click only the host is kept."""
+        """The events whose query may stay; of a click only the host is kept, and only one that many users clicked."""
         kept = []
         for event in events:
             if why := self.reason(event.query):
                 dropped[f"queries with {why}"] += 1
-            else:
-                kept.append(replace(event, click=_host(event.click)))
+                continue
+            host = _host(event.click)
+            if host and host not in self.hosts:
+                dropped["clicks on a site of few users"] += 1
+                host = ""
+            kept.append(replace(event, click=host))
         return kept
 
 
 def fit(users: Sequence[tuple[str, Sequence[Event]]], min_users: int) -> Scrubber:
-    """Count for each word how many USERS typed it: one person's name typed a hundred times is still one user's."""
-    counts: Counter[str] = Counter()
-    for _, events in users:
-        counts.update({word for event in events for word in normalise_query(event.query).split()})
-    return Scrubber(common=frozenset(word for word, count in counts.items() if count >= min_users))
+    """Count for each word and host how many USERS have it: what one person typed a hundred times is still one user's.
+
+    A user may stand in ``users`` several times, once for each session.
+    """
+    words: Counter[str] = Counter()
+    hosts: Counter[str] = Counter()
+    for _, parts in groupby(sorted(users, key=_user), key=_user):  # one user's words in memory at a time
+        events = [event for _, part in parts for event in part]
+        words.update({word for event in events for word in normalise_query(event.query).split()})
+        hosts.update({host for event in events if (host := _host(event.click))})
+    common, known = (
+        frozenset(name for name, count in counts.items() if count >= min_users) for counts in (words, hosts)
+    )
+    return Scrubber(common=common, hosts=known)
+
+
+def _user(pair: tuple[str, Sequence[Event]]) -> str:
+    return pair[0]
 
 
 def pseudonyms(key: bytes) -> Callable[[str], str]:

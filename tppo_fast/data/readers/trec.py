@@ -9,9 +9,11 @@ import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
-from tppo_fast.data.readers.events import Event, open_text
+from tppo_fast.data.files import read_lines
+from tppo_fast.data.readers.events import Event
 from tppo_fast.errors import UserError
 
 
@@ -23,17 +25,8 @@ def read_trec(path: Path) -> Iterator[tuple[str, list[Event]]]:
     Raises:
         UserError: not well-formed XML, entities of its own, or no sessions.
     """
-    text = open_text(path)
-    if re.search(r"<!\s*(ENTITY|DOCTYPE)", text, re.IGNORECASE):
-        raise UserError(f"{str(path)!r} declares a document type or entities: remove them, the track's files have none")
-    try:
-        root = ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
-        raise UserError(f"{str(path)!r} is not well-formed XML ({error}): give a Session track file") from None
-    sessions = [root] if root.tag == "session" else root.findall("session")
-    if not sessions:
-        raise UserError(f"{str(path)!r} holds no <session>: give a Session track file")
-    for number, session in enumerate(sessions, 1):
+    number = 0
+    for number, session in enumerate(_sessions(path), 1):
         user = session.get("userid") or f"session-{session.get('num', number)}"
         yield (
             user,
@@ -42,6 +35,28 @@ def read_trec(path: Path) -> Iterator[tuple[str, list[Event]]]:
                 for place, (query, click) in enumerate(_events(session))
             ],
         )
+    if not number:
+        raise UserError(f"{str(path)!r} holds no <session>: give a Session track file")
+
+
+def _sessions(path: Path) -> Iterator[ElementTree.Element]:
+    """Each session of the file; it is emptied when the next one is asked for."""
+    parser = ElementTree.XMLPullParser(["end"])
+    try:
+        for line, where in read_lines(path):
+            if re.search(r"<!\s*(ENTITY|DOCTYPE)", line, re.IGNORECASE):
+                raise UserError(
+                    f"{where} declares a document type or entities: remove them, the track's files have none"
+                )
+            parser.feed(line)
+            found: Iterator[Any] = parser.read_events()  # their type allows for other kinds than "end"
+            for _, element in found:
+                if element.tag == "session":
+                    yield element
+                    element.clear()
+        parser.close()
+    except ElementTree.ParseError as error:
+        raise UserError(f"{str(path)!r} is not well-formed XML ({error}): give a Session track file") from None
 
 
 def _events(session: ElementTree.Element) -> Iterator[tuple[str, str]]:
