@@ -94,8 +94,8 @@ def test_stems_that_are_one_word(left: str, right: str) -> None:
             ["\u05e9\u05dc\u05d5\u05dd", "\u0645\u0631\u062d\u0628\u0627"],
         ),
         ("pizza\U0001f355 \U0001f44d\U0001f3fd", ["pizza", "\U0001f355", "\U0001f44d\U0001f3fd"]),
-        ("a_b\u200bc\x00d", ["a", "b", "c", "d"]),
-        (" ,;!? \u0301", []),
+        ("a_b\u200bc\x00d", ["a", "b\u200bc", "d"]),
+        (" ,;!? \u0301 \u2800 \u3164 \ufe0f", []),
     ],
 )
 def test_word_spans(text: str, expected: list[str]) -> None:
@@ -109,6 +109,33 @@ def test_an_emoji_is_a_word_and_costs() -> None:
 def test_normal_form_of_a_query() -> None:
     assert normalise_query('  "Women\u2019s SHOES", size-8 ') == "womens shoes size 8"
     assert normalise_query("?!") == ""
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "rome\ufe0f hotels",  # variation selector
+        "rome\u034f hotels",  # combining grapheme joiner
+        "rome\u3164 hotels", "rome\uffa0 hotels", "\u115frome hotels\u1160",  # Hangul fillers
+        "ro\u200bme hotels", "rome\u2065 hotels", "rome hotels\U000e0101",
+        "rome hotels \u2800", "rome\u2800hotels",  # an empty Braille cell
+    ],
+)  # fmt: skip
+def test_what_shows_nothing_makes_no_new_query(query: str) -> None:
+    assert classify_queries(["rome hotels"], ["rome hotels"], [query]) == [[1, 1]]
+    assert normalise_query(query) == "rome hotels"
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("\u2764\ufe0f", "\u2764"),  # the same heart
+        ("e\u200d\u0301", "\xe9"),  # a joiner between letter and accent
+        ("5\u338f", "5kg"), ("\u337b", "\u5e73\u6210"),  # one character for several
+    ],
+)  # fmt: skip
+def test_queries_that_are_one(left: str, right: str) -> None:
+    assert normalise_query(left) == normalise_query(right)
 
 
 @pytest.mark.parametrize("separator", [" | ", ";", "\n* ", "||"])
