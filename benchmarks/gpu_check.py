@@ -9,13 +9,14 @@ temporary folder, and those that are not there are left out by name. Nothing is 
 is timed only if it computes the same numbers. Exits with 1 when one of our ops fails the gate, which for ``--only step`` checks
 what a step uses. It begins with the GEMM that everything else stands on. The cases are ``bench_ops.gpu_cases``, the peers in
 ``peers``, the step in ``gpu_step``; its result is written beside that of the ops. Both files are written anew after every case
-and row, so that a machine that is taken away leaves what was measured. TRL's row and those with a critic of its own need an
-H200's memory.
+and row, so that a machine that is taken away leaves what was measured. The step goes first: an op of a peer that puts the GPU in
+an error state then costs ops alone. TRL's row and the largest of ours need an H200's memory: left out where there is less.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 import time
@@ -33,8 +34,10 @@ from benchmarks.measure import Case, CpuMeter, GpuMeter, Meter, ceilings, gate, 
 from benchmarks.op_cases import Place
 from benchmarks.results import Options, Outcome, Result
 
-OPS_SHARE = 0.42
-"""Of the minutes: the ops start no case after it, so that the step has its time."""
+STEP_SHARE = 0.58
+"""Of the minutes: the step starts no row that would end after it, so that the ops have their time."""
+STEP_NEEDS = ("pydantic", "torchao")
+"""What the step's rows import that a machine with torch and transformers may lack."""
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -63,6 +66,9 @@ def main() -> None:
     started = time.monotonic()
     installed = peers.install(options.wheels)
     dry = options.dry
+    absent = [name for name in STEP_NEEDS if importlib.util.find_spec(name) is None]
+    if absent and options.only != "ops" and not dry:
+        parser.error(f"{' and '.join(absent)} cannot be imported: make gpu-wheels, and give --wheels .whl")
     device, meter = ("cpu", CpuMeter()) if dry else ("cuda", GpuMeter())
     backend = "triton" if not dry else "reference" if native.missing() else "native"
     step_alone = options.only == "step"
@@ -91,29 +97,26 @@ def main() -> None:
         return report
 
     rows: list[Result] = []
+    if options.only != "ops":
+        from benchmarks import gpu_step  # its imports may be among the wheels
+
+        until = deadline if step_alone else started + 60 * options.minutes * STEP_SHARE
+        with tempfile.TemporaryDirectory() as folder:
+            rows += gpu_step.run(
+                measured.gemm, Path(folder), part=part, parts=parts, deadline=until, extra_path=installed, dry=dry,
+                keep=lambda found: keep("step", found),
+            )  # fmt: skip
+        print(tables.full(keep("step", rows)))
     if not step_alone:
-        until = deadline if options.only else started + 60 * options.minutes * OPS_SHARE
-        builds = gpu_cases(place, dry=dry)[part - 1 :: parts]
+        step, builds = len(rows), gpu_cases(place, dry=dry)[part - 1 :: parts]
         for number, build in enumerate(builds):
-            if time.monotonic() > until or not _answers(device):
+            if time.monotonic() > deadline or not _answers(device):
                 settings["skipped_cases"] = len(builds) - number
                 print(f"{len(builds) - number} cases were left out: the time was over, or the GPU is in an error state")
                 break
             rows += _measured(build, meter, options.rounds, dry=dry)
-            keep("ops", rows)
-        print(tables.full(keep("ops", rows)))
-    if not _answers(device):
-        sys.exit("the GPU is in an error state: the step was not run")
-    if options.only != "ops":
-        from benchmarks import gpu_step  # its imports may be among the wheels
-
-        with tempfile.TemporaryDirectory() as folder:
-            step = gpu_step.run(
-                measured.gemm, Path(folder), part=part, parts=parts, deadline=deadline, extra_path=installed, dry=dry,
-                keep=lambda found: keep("step", found),
-            )  # fmt: skip
-        print(tables.full(keep("step", step)))
-        rows += step
+            keep("ops", rows[step:])
+        print(tables.full(keep("ops", rows[step:])))
     if any(r.problem not in (None, results.LEFT_OUT) for r in rows if r.provider.startswith("tppo_fast")):
         sys.exit("one of our rows has a problem instead of a time")
 

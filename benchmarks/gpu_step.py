@@ -44,8 +44,11 @@ COMPILED = {"model": {"shared_body": True, "compile": True}}
 HALF = COMPILED | {"ppo": {"optimizer": "adamw8bit", "weights": "bfloat16"}}
 OWN_COMPILED = {"model": {"shared_body": False, "compile": True, "gradient_checkpointing": True}}
 SDPA = {"model": {"shared_body": True, "attention": "sdpa"}}
-NEEDED = {"TRL PPO": 130.0, "compile": 110.0}
-"""Seconds that a row takes, by its name or for compiling; one that has fewer left does not start. 75 where nothing is said."""
+NEEDED = {"TRL PPO": 130.0, "8-bit": 160.0, "compile": 110.0}
+"""Seconds that a row takes, by its name, for torchao's kernels or for compiling; one that has fewer left does not start. 75 where
+nothing is said."""
+LARGE = ("TRL PPO", "tppo_fast: own critic", "tppo_fast: all levers off")
+"""What does not fit in the 80 GB of an A100 or H100."""
 LIKE: dict[str, Any] = {"like": "tppo_fast: shared body", "metrics": ("value_loss", "entropy")}
 LEAN = Row(provider="tppo_fast: shared body", changes={"settings": SHARED, "microbatch": 64})
 LARGER = Row(provider="tppo_fast: compiled, one microbatch", changes={"settings": COMPILED, "microbatch": 256})
@@ -135,7 +138,13 @@ def run(
 def rows_of(part: int, parts: int, *, dry: bool) -> list[Row]:
     """The lean loop and every ``parts``-th of the others."""
     others = [row for row in OTHERS if not (dry and _compiles(row))]  # a minute, on a CPU
-    return [LEAN, *others[part - 1 :: parts]]
+    chosen = [LEAN, *others[part - 1 :: parts]]
+    if dry or torch.cuda.get_device_properties(0).total_memory > 100 * 2**30:
+        return chosen
+    print(
+        f"left out, since this GPU has less than 100 GiB: {', '.join(r.provider for r in chosen if r.provider in LARGE)}"
+    )
+    return [row for row in chosen if row.provider not in LARGE]
 
 
 def _compiles(row: Row) -> bool:
@@ -143,7 +152,8 @@ def _compiles(row: Row) -> bool:
 
 
 def _seconds_needed(row: Row) -> float:
-    return NEEDED.get("compile" if _compiles(row) else row.provider, 75.0)
+    kind = "8-bit" if "8-bit" in row.provider else "compile" if _compiles(row) else row.provider
+    return NEEDED.get(kind, 75.0)
 
 
 def _model(folder: Path, shape: dict[str, Any]) -> Path:

@@ -47,7 +47,18 @@ def install(folder: Path | None) -> list[str]:
     if not wheels:
         return []
     target = tempfile.mkdtemp(prefix="peers")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        target,
+    ]
     subprocess.run([*command, *map(str, wheels)], check=True)
     sys.path.append(target)  # after what is installed: torch and triton stay this machine's
     return [target]

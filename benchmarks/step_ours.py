@@ -22,12 +22,10 @@ from benchmarks.baseline_ppo import Baseline, pad
 from benchmarks.counters import counted
 from benchmarks.drivers import ruler
 from tppo_fast import config as settings
-from tppo_fast import loading, losses, model, packing
-from tppo_fast.compiling import compile_layers
+from tppo_fast import loading, losses, model, packing, trainer
 from tppo_fast.config import Config
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.model import ActorCritic
-from tppo_fast.ppo import PPO
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.hf_engine import HFEngine
 
@@ -56,6 +54,7 @@ def config_of(request: Mapping[str, Any], prompt_tokens: int, prompts: int) -> C
             "value_coef": request["value_coef"], "microbatch_tokens": max(request["microbatch"] // samples, 1) * group,
             "kl_placement": "reward" if request.get("reference", True) else "off",
         },
+        "train": {"steps": 10},
     }  # fmt: skip
     for section, changes in request.get("settings", {}).items():
         values[section] |= changes
@@ -64,11 +63,7 @@ def config_of(request: Mapping[str, Any], prompt_tokens: int, prompts: int) -> C
 
 def lean(request: Mapping[str, Any], config: Config, ac: ActorCritic) -> Phases:
     """tppo_fast; ``row_local`` off hides from it that the loss is row-local."""
-    loss = losses.ppo if request.get("row_local", True) else lambda *a: losses.ppo(*a)
-    reference = None if config.ppo.kl_placement == "off" else ac.actor.frozen_copy()
-    if config.model.compile:
-        compile_layers([ac.actor, ac.critic.body, reference])
-    ppo = PPO(config, ac, reference, loss, total_steps=10)
+    ppo = trainer.learner(config, ac, None if request.get("row_local", True) else lambda *a: losses.ppo(*a))
     found: dict[str, float] = {}
 
     def prepare(rollouts: list[Rollout], rewards: list[Tensor]) -> Any:

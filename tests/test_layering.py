@@ -74,8 +74,8 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
         "runs", "seeding",
     },
     "dpo": {
-        "algorithms", "data_types", "errors", "finetune", "finetune_config", "hashing", "labelling", "model", "packing",
-        "preflight", "rollout", "run_dir", "runs", "seeding", "sft",
+        "algorithms", "compiling", "data_types", "errors", "finetune", "finetune_config", "hashing", "labelling", "model",
+        "packing", "preflight", "rollout", "run_dir", "runs", "seeding", "sft",
     },
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"attention", "config", "data_types", "errors", "hashing", "loading", "packing", "plugins", "words"},

@@ -313,8 +313,18 @@ def test_segments_grow_unless_somebody_decided_or_vllm_sleeps(monkeypatch: pytes
     assert names[0] not in os.environ
     runs.growing_segments(settings.build(sleeping))
     assert names[0] not in os.environ
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1)
     runs.growing_segments(settings.build({}))
-    assert os.environ[names[0]] == "expandable_segments:True"
+    assert names[0] not in os.environ  # too late
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    runs.growing_segments(settings.build({}))
+    assert (os.environ[names[0]], told) == ("expandable_segments:True", [])
+    monkeypatch.delenv(names[0])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # nobody reads the variable any more
+    runs.growing_segments(settings.build({}))
+    assert (os.environ[names[0]], told) == ("expandable_segments:True", ["expandable_segments:True"])
     monkeypatch.setenv(names[0], "backend:cudaMallocAsync")
     runs.growing_segments(settings.build({}))
     assert os.environ[names[0]] == "backend:cudaMallocAsync"

@@ -31,7 +31,7 @@ def test_the_parity_metrics_by_hand() -> None:
     [
         ({}, 0.01, True),
         ({"model__dtype": "bfloat16"}, 0.01, False),
-        ({"model__dtype": "bfloat16"}, 0.1, True),
+        ({"model__dtype": "bfloat16"}, 0.2, True),
         ({"rollout__parity_mean_limit": 0.1}, 0.01, False),
         ({"rollout__parity_gate": False}, 0.01, False),
         ({"rollout__staleness": 1}, 0.01, False),

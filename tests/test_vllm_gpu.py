@@ -32,6 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(LiveVLLM, "_alive", False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(LiveVLLM, "_start", staticmethod(lambda _, memory: asked.append(memory)))
     return asked
 

@@ -8,7 +8,6 @@ only the attention itself ever sees padding.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tppo_fast import attention_varlen
-from tppo_fast.attention_varlen import Calls
+from tppo_fast.attention_varlen import Calls, has_flash_attn
 from tppo_fast.data_types import to_device
 from tppo_fast.errors import UserError
 
@@ -96,9 +95,9 @@ def can_use_flash(device: torch.device, half_precision: bool) -> str | None:
         return 'it needs model.dtype = "bfloat16"'
     if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return f"flash kernels need an Ampere GPU or newer, not {torch.cuda.get_device_name(device)}"
-    if torch.version.hip is not None and importlib.util.find_spec("flash_attn") is None:
+    if torch.version.hip is not None and not has_flash_attn():
         return "torch's flash kernels for AMD GPUs give log-sum-exps in another layout, and flash-attn is not installed"
-    if importlib.util.find_spec("flash_attn") is None and not torch.backends.cuda.is_flash_attention_available():
+    if not has_flash_attn() and not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no flash attention, and flash-attn is not installed"
     return None
 

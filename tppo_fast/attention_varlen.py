@@ -163,7 +163,13 @@ def _window(part: Part, window: int | None) -> dict[str, int]:
 @cache
 def best_kernel() -> Kernel:
     """flash-attn's where the package is installed (a broken one raises its ImportError), else torch's own."""
-    return TorchFlash() if importlib.util.find_spec("flash_attn") is None else FlashAttn()
+    return FlashAttn() if has_flash_attn() else TorchFlash()
+
+
+def has_flash_attn() -> bool:
+    """Whether flash-attn 2 or 3 is installed; of version 4 there is but a folder of that name, without a module."""
+    spec = importlib.util.find_spec("flash_attn")
+    return spec is not None and spec.origin is not None
 
 
 def calls(cu_seqlens: Sequence[int], prefix: Sequence[int], device: torch.device) -> Calls:

@@ -133,7 +133,7 @@ class RolloutConfig(Section):
     parity_gate: bool = True
     """Stop when engine and trainer disagree about the log-probabilities of fresh rollouts; turn off for logged rollouts."""
     parity_mean_limit: Positive | None = None
-    """Largest parity/mean, in nats. None: 0.001 in float32, 0.05 in bfloat16."""
+    """Largest parity/mean, in nats. None: 0.001 in float32, 0.1 in bfloat16."""
     parity_max_limit: Positive | None = None
     """Largest parity/max, in nats. None: 0.02 in float32, 5 in bfloat16."""
 

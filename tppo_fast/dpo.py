@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tppo_fast import finetune, packing, preflight, seeding
 from tppo_fast.algorithms.base import owners
+from tppo_fast.compiling import compile_layers
 from tppo_fast.data_types import Prompt, RolloutBatch
 from tppo_fast.errors import UserError
 from tppo_fast.finetune_config import DPOConfig, DPOSection
@@ -83,9 +84,12 @@ def _train(config: DPOConfig, start_from: Path | None) -> finetune.FinetuneResul
         engine.load_weights(actor.named_weights(), version=0)  # the sampled side comes from the policy before any step
         pairs = own_output(config, engine, train, "train")
         held_pairs = own_output(config, engine, held_out, "held-out")
+        reference = actor.frozen_copy()
+        if config.model.compile:  # a copy of compiled layers is not compiled
+            compile_layers([reference])
         objective = Preference(
             actor=actor,
-            reference=actor.frozen_copy(),
+            reference=reference,
             pairs=pairs,
             held_out=held_pairs,
             settings=config.dpo,

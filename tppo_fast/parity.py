@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-LIMITS = {"float32": (1e-3, 2e-2), "bfloat16": (5e-2, 5.0)}
-"""dtype -> the largest parity/mean and parity/max of an engine that has the trainer's weights, in nats."""
+LIMITS = {"float32": (1e-3, 2e-2), "bfloat16": (1e-1, 5.0)}
+"""dtype -> the largest parity/mean and parity/max of an engine that has the trainer's weights, in nats.
+
+SmolLM2-135M in bfloat16 is 0.045 off on average with the very same weights; another policy is off by nats."""
 
 
 def metrics(engine: Float[Tensor, "A"], trainer: Float[Tensor, "A"]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from tppo_fast.errors import UserError
 
 TRACE = "trace.json.gz"
 SNAPSHOT = "memory_snapshot.pickle"
-ENTRIES = 1_000_000
+ENTRIES = 100_000
 """Most allocations kept in a snapshot, the newest."""
 
 
@@ -73,7 +73,7 @@ def memory_snapshot(folder: Path, device: torch.device, wanted: bool) -> Iterato
             f"--memory-snapshot: torch records the allocations of a GPU, and this run is on device {device.type!r}; "
             "use --profile, whose trace holds the CPU's memory, or tppo-fast plan"
         )
-    torch.cuda.memory._record_memory_history(max_entries=ENTRIES)
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=ENTRIES)
     try:
         yield
     finally:

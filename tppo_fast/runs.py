@@ -58,17 +58,23 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
+GROWING = "expandable_segments:True"
+
+
 def growing_segments(config: RunConfig) -> None:
     """Let torch's GPU allocator grow its segments (``expandable_segments``), where nobody has configured it.
 
     Packed batches differ in size from step to step, and segments of fixed size would fragment until cached memory has to be
-    given back. It must be said before CUDA starts, and not where vLLM sleeps in this process: its pool wants fixed pages.
+    given back. It must be said before the first tensor is on the GPU, and not where vLLM sleeps in this process: its pool wants
+    fixed pages.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     sleeps = config.rollout.engine == "vllm" and config.vllm.process != "server" and config.vllm.sleep != "off"
-    late = resolve_device(config.device).type != "cuda" or torch.cuda.is_initialized()
+    late = resolve_device(config.device).type != "cuda" or torch.cuda.memory_reserved() > 0
     if not sleeps and not late and not any(name in os.environ for name in names):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ["PYTORCH_ALLOC_CONF"] = GROWING
+        if torch.cuda.is_initialized():  # as an import of torchao does, among others: the variable has been read
+            torch._C._accelerator_setAllocatorSettings(GROWING)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -258,7 +258,7 @@ def setup(config: Config, start_from: Path | None = None) -> Run:
     eval_prompts = builder.prompts(eval_sessions[: config.train.eval_prompts])
     longest = max(len(p.token_ids) for p in [*prompts, *eval_prompts]) + config.rollout.max_new_tokens
     check_lengths(longest, actor_critic.actor.lm.config, ("ppo.microbatch_tokens", config.ppo.microbatch_tokens))
-    ppo = _learner(config, actor_critic)
+    ppo = learner(config, actor_critic)
     pending = None if start_from is None else checkpoint.load(start_from, ppo)
     state = seeding.global_state()
     if config.ppo.offload:
@@ -303,16 +303,20 @@ def _reward(
     )
 
 
-def _learner(config: Config, actor_critic: model.ActorCritic) -> PPO:
-    """What learns, and the reference that it stays near; both as the settings store, compile and score them."""
+def learner(config: Config, actor_critic: model.ActorCritic, loss: losses.LossFunction | None = None) -> PPO:
+    """What learns, and the reference that it stays near; both as the settings store, compile and score them.
+
+    ``loss`` takes the place of ``ppo.loss``.
+    """
     if config.ppo.weights == "bfloat16":
         optimizers.store_in_half(m for m in (actor_critic.actor, actor_critic.critic.body) if m is not None)
     reference = None if config.ppo.kl_placement == "off" else actor_critic.actor.frozen_copy()
     if config.model.compile:
         compile_layers([actor_critic.actor, actor_critic.critic.body, reference])
-    loss = losses.BUILT_IN.get(config.ppo.loss) or guarded(
-        load_object(config.ppo.loss, "ppo.loss"), f"ppo.loss = {config.ppo.loss!r}"
-    )
+    if loss is None:
+        loss = losses.BUILT_IN.get(config.ppo.loss) or guarded(
+            load_object(config.ppo.loss, "ppo.loss"), f"ppo.loss = {config.ppo.loss!r}"
+        )
     return PPO(config, actor_critic, reference, loss, total_steps=config.train.steps)
 
 

@@ -215,6 +215,7 @@ class LiveVLLM:
             torch.set_num_threads(threads)
             seeding.set_global_state(states)
         LiveVLLM._alive = True
+        self._stream = None if cpu else torch.cuda.current_stream()
         self._sleeps = settings.sleeps and not cpu
         self._asleep = False
 
@@ -261,10 +262,14 @@ class LiveVLLM:
         ]
 
     def _run(self, requests: list[Any], params: Any) -> list[Any]:
-        """One vLLM call. Its sampler's torch.compile helpers run eagerly on a CPU: compiling them takes 8 s and a compiler."""
+        """One vLLM call, in whatever thread on the stream that vLLM started on: it waits for that one alone.
+
+        Its sampler's torch.compile helpers run eagerly on a CPU: compiling them takes 8 s and a compiler.
+        """
         stance = torch.compiler.set_stance("force_eager") if self._cpu else contextlib.nullcontext()
         devices = [] if self._cpu else [torch.cuda.current_device()]
-        with stance, torch.random.fork_rng(devices=devices):  # its sampler draws from the global generator, too
+        stream = torch.cuda.stream(self._stream)  # None, on a CPU: nothing happens
+        with stance, stream, torch.random.fork_rng(devices=devices):  # its sampler draws from the global generator, too
             return self._llm.generate(requests, params, use_tqdm=False)
 
     def _reset_cache(self) -> None:
