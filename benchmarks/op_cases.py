@@ -86,7 +86,7 @@ def rows_case(place: Place, rows: int, vocab: int, *, backward: bool) -> Case:
             with torch.no_grad():
                 return op(x, targets, **options)
         x = x.detach().requires_grad_()
-        out = op(x, targets, **options)
+        out = op(x.view_as(x), targets, **options)  # a leaf itself is not overwritten
         return [*out, *torch.autograd.grad(out, x, [u.to(o.dtype) for u, o in zip(upstream, out, strict=True)])]
 
     def in_place(backend: str) -> Outputs:

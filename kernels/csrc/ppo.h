@@ -41,7 +41,7 @@ void ppo_block(PpoBlock<C> in, int64_t n, const PpoOptions& o, C inverse, double
     grad_logp[i] = in.kept[i] * inverse * (w * slope + used_kl_grad);
     grad_values[i] = value_scale * (v - r) * (C(1) - clipped - tie);
     policy += w * term;
-    value += C(0.5) * larger(far, close);
+    value += C(0.5) * larger(close, far);  // where V_old is NaN, close is
     kl += kl_term;
     entropy += in.entropy[i];
     ratios += in.kept[i] * ratio;
@@ -81,7 +81,7 @@ void ppo_of(PpoInputs in, int64_t actions, PpoOptions o, double inverse, void* l
     };
     const C *logp = part(in.logp, zeros), *values = part(in.values, zeros);
     PpoBlock<C> block{logp, part(in.old_logp, zeros), part(in.advantages, zeros), part(in.weights, ones),
-                      part(in.ref_logp, logp), part(in.entropy, zeros), values, part(in.old_values, values),
+                      part(in.ref_logp, logp), part(in.entropy, zeros), values, part(in.old_values, zeros),
                       part(in.returns, values), ones};
     if (in.mask) {
       for (int64_t i = 0; i < n; ++i) unmasked[copies][i] = in.mask[b + i] ? C(1) : C(0);

@@ -40,7 +40,12 @@ def call_loss(loss_fn: TokenLoss, *columns: Tensor | None) -> tuple[Tensor, dict
     loss, metrics = (out, dict[str, Any]()) if isinstance(out, torch.Tensor) else out
     if loss.dim() != 0:
         raise ValueError(f"loss_fn returned a loss of shape {tuple(loss.shape)}: return the sum over its rows")
-    return loss, {name: torch.as_tensor(value, device=loss.device).detach() for name, value in metrics.items()}
+    return loss, {name: _metric(value, loss.device) for name, value in metrics.items()}
+
+
+def _metric(value: Any, device: torch.device) -> Tensor:
+    """A number is filled in on the device: a copy to it would wait."""
+    return value.detach() if isinstance(value, torch.Tensor) else torch.full((), value, device=device)
 
 
 def check_segments(cu_seqlens: Tensor, actions: int) -> None:
@@ -54,7 +59,15 @@ def count_of(x: Tensor, mask: Tensor | None) -> int | Tensor:
     return max(x.shape[0], 1) if mask is None else mask.sum().clamp_min(1)
 
 
+def check_normalizer(normalizer: float | Tensor | None) -> None:
+    """Raises ValueError for a vector, which would divide a scalar loss into many."""
+    if isinstance(normalizer, torch.Tensor) and normalizer.dim():
+        raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}: give a number, or a tensor of shape ()")
+
+
 def check_ppo(
+    clip_low: float,
+    clip_high: float,
     dual_clip: float | None,
     ref_logp: Tensor | None,
     kl_coef: float,
@@ -72,7 +85,11 @@ def check_ppo(
         raise ValueError(
             "ppo_loss would divide by the rows of one chunk: pass normalizer=1.0 inside linear_token_loss, which divides"
         )
-    if dual_clip is not None and dual_clip <= 1.0:
+    check_normalizer(normalizer)
+    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high), ("value_clip", value_clip)):
+        if clip is not None and not clip >= 0.0:  # NaN neither
+            raise ValueError(f"{name} {clip}: must be at least 0")
+    if dual_clip is not None and not dual_clip > 1.0:
         raise ValueError(f"dual_clip {dual_clip}: must be above 1 (or None)")
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl estimator {kl_estimator!r}: choose k1, k2 or k3")

@@ -175,6 +175,7 @@ def logprobs_op(backend: str, rows: Rows) -> Callable[..., tuple[Tensor, Tensor]
         own = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]  # no entry that another row shares
         if not (ctx.inplace and own):
             return new(logits, *saved, grad_logp, grad_entropy, *ctx.numbers), *(None,) * 5
+        refuse_second_derivative("logprobs_from_logits with inplace_backward")
         logits = logits.detach()
         in_place(logits, *saved, grad_logp, grad_entropy, *ctx.numbers)
         return logits, *(None,) * 5
@@ -294,15 +295,16 @@ def ppo_op(backend: str, launch: Callable[..., None]) -> Callable[..., tuple[Ten
         normalizer: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         checks.check_ppo(
-            dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip,
-            normalizer,
+            clip_low, clip_high, dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values,
+            returns, value_clip, normalizer,
         )  # fmt: skip
         old_values = None if value_clip is None or values is None else old_values
         returns = None if values is None else returns
         inputs = PpoInputs(
             logp, old_logp, advantages, weights, ref_logp, entropy, values, old_values, returns, mask
         )  # fmt: skip
-        _refuse_gradients(inputs)
+        constants = inputs._asdict() | {"logp": None, "entropy": None, "values": None, "normalizer": normalizer}
+        refuse_gradients(**constants)
         dtype = compute_dtype(logp.dtype)
         divisor = checks.count_of(logp, mask) if normalizer is None else normalizer
         if torch.compiler.is_compiling() and not isinstance(divisor, Tensor):  # a number would be a graph of its own
@@ -324,22 +326,25 @@ def refuse_second_derivative(op: str) -> None:
         raise RuntimeError(f"{op} has no second derivative here: use backend='reference' with create_graph=True")
 
 
-def _refuse_gradients(inputs: PpoInputs) -> None:
-    for name, x in inputs._asdict().items():
-        if name not in ("logp", "entropy", "values") and x is not None and x.requires_grad and torch.is_grad_enabled():
+def refuse_gradients(**constants: Tensor | float | None) -> None:
+    """Raise for a tensor that requires a gradient where a fused loss has none for it."""
+    for name, x in constants.items():
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires a gradient and the fused loss gives it none: detach it, or use backend='reference'"
             )
 
 
 def stats_op(backend: str, launch: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
-    """``whitening_stats`` as the custom op ``<backend>_stats``; without gradient."""
+    """``whitening_stats`` as the custom op ``<backend>_stats``; a gradient flows in torch alone."""
     op = define_plain(
         f"{backend}_stats", "(Tensor x, Tensor? mask) -> Tensor",
         launch, lambda x, _: x.new_empty(3, dtype=compute_dtype(x.dtype)),
     )  # fmt: skip
 
     def whitening_stats(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return reference.whitening_stats(x, mask=mask)
         return op(x.detach(), mask)
 
     return whitening_stats
@@ -356,8 +361,7 @@ def whiten_of(stats_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
         eps: float = 1e-8,
         stats: Tensor | None = None,
     ) -> Tensor:
-        if stats is None:  # through the statistics a gradient flows in torch alone
-            stats = (reference.whitening_stats if x.requires_grad else stats_of)(x, mask=mask)
+        stats = stats_of(x, mask=mask) if stats is None else stats
         return reference.whiten(x, mask=mask, shift_mean=shift_mean, eps=eps, stats=stats)
 
     return whiten

@@ -9,7 +9,8 @@ the two gradient GEMMs leave them out:
   rate and dW at half of it, so they pay where a third of the rows or more is dead. ``benchmarks.gpu_check`` measures that.
 - False: never.
 
-All three give the same values up to the order of fp32 sums; log-probabilities do not depend on it, to the bit.
+All three give the same values of finite hidden states up to the order of fp32 sums (0 * NaN of a row that is not left out is NaN
+in dW, as in any GEMM); log-probabilities do not depend on it, to the bit.
 """
 
 from __future__ import annotations
@@ -81,8 +82,13 @@ class Head:
 
     def __init__(self, rows: Rows, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions):
         weight = weight.to(hidden.dtype)  # once a call: fp32 masters are rounded, a 16-bit weight under fp32 is widened
-        self.rows, self.hidden, self.weight, self.bias, self.options = rows, hidden, weight, bias, options
         dtype = options.logits_dtype or hidden.dtype
+        self.rows, self.hidden, self.bias, self.options = rows, hidden, bias, options
+        if (
+            not self._on_device and dtype.itemsize > weight.dtype.itemsize
+        ):  # a CPU multiplies one dtype: not for each chunk
+            weight = weight.to(dtype)
+        self.weight = weight
         self.size = chunk_rows(options.chunk_size, len(weight), dtype, hidden.device)
         self.buffer = weight.new_empty(min(self.size, len(hidden)), len(weight), dtype=dtype)
         self.rounded: Tensor | None = None
@@ -106,8 +112,11 @@ class Head:
 
     def _rounds(self) -> bool:
         """Whether the gradients' GEMMs read dz in the 16 bits of their other operand: cuBLAS and Triton do, a CPU widens."""
-        on_device = self.hidden.device.type != "cpu" or self._counts_on_device
-        return on_device and self.weight.dtype.itemsize == 2 and self.buffer.dtype.itemsize > 2
+        return self._on_device and self.weight.dtype.itemsize == 2 and self.buffer.dtype.itemsize > 2
+
+    @property
+    def _on_device(self) -> bool:
+        return self.hidden.device.type != "cpu" or self._counts_on_device
 
     @property
     def _counts_on_device(self) -> bool:

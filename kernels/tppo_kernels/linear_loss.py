@@ -26,7 +26,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .checks import TokenLoss, call_loss, count_of, rows_at
-from .custom_ops import Rows, compute_dtype, define, refuse_second_derivative
+from .custom_ops import Rows, compute_dtype, define, refuse_gradients, refuse_second_derivative
 from .head import Head, HeadOptions, RowVectors
 from .reference import IGNORED
 
@@ -137,10 +137,13 @@ def _chunk_loss(
 ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """(the chunk's loss, its gradients with respect to logp, entropy (None without ``need``) and the rows), normalised."""
     needs, columns = (need, need, *learned), (logp, entropy, *rows_at(rows, chosen))
-    with torch.set_grad_enabled(call.differentiable):
+    # What the loss saves is needed at once: the caller's hooks (a checkpoint's, which would run its body again for each
+    # chunk, or an offload's) are for what waits until backward.
+    saved_as_is = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.set_grad_enabled(call.differentiable), saved_as_is:
         leaves = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(columns, needs, strict=True)]
         loss, metrics = call_loss(call.loss_fn, *leaves)
-        if call.differentiable and chosen.start == 0:
+        if call.differentiable:
             _refuse_captured(loss, leaves)
         wanted = [x for x in leaves if x is not None and x.requires_grad]
         scale = torch.ones_like(loss) / call.normalizer
@@ -225,6 +228,7 @@ def linear_token_loss_op(
         chunk_size: int | None = None, logits_dtype: torch.dtype | None = None, compact_rows: bool | None = None,
         normalizer: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        refuse_gradients(normalizer=normalizer)
         divisor = count_of(targets, targets != IGNORED) if normalizer is None else normalizer
         if _is_traced(hidden):  # the loss traces with the rest of the graph, at 4 units
             logp, entropy = linear_logprobs(

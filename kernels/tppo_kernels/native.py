@@ -16,6 +16,7 @@ from torch import Tensor
 from . import checks, custom_ops
 from .custom_ops import LogitOptions, PpoInputs, PpoOptions, PpoResults, Rows
 from .linear_loss import linear_logprobs_op, linear_token_loss_op
+from .reference import IGNORED
 
 ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -111,7 +112,9 @@ def _rows_forward(logits: Tensor, targets: Tensor, options: LogitOptions) -> tup
         byref(_LogitOptions(*options)), torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
-        raise IndexError(f"target {int(targets[bad])} at {bad}: outside of the vocabulary of {logits.shape[1]}")
+        raise IndexError(
+            f"target {int(targets[bad])} is outside of the vocabulary of {logits.shape[1]}: give ids from 0, or {IGNORED}"
+        )
     return logp, entropy, lse
 
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import reference
 from .backend import implementation
-from .checks import TokenLoss
+from .checks import TokenLoss, check_normalizer
 from .reference import KLEstimator
 
 if TYPE_CHECKING:
@@ -23,13 +23,22 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _implementation(backend: str | None, *inputs: Tensor | None) -> ModuleType:
-    """The backend's module for the first input's device; forward-mode derivatives, which a fused one drops, are refused."""
-    device = next(x.device.type for x in inputs if x is not None)
-    module = implementation(backend, device)
+def _implementation(backend: str | None, **inputs: Tensor | None) -> ModuleType:
+    """The backend's module for the inputs' device.
+
+    Raises:
+        ValueError: they are not all on one: a kernel would read an address of another memory.
+        NotImplementedError: one has a forward-mode derivative, which a fused backend would drop.
+    """
+    given = {name: x for name, x in inputs.items() if x is not None}
+    first, device = next((name, x.device) for name, x in given.items())
+    for name, x in given.items():
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device} and {first} on {device}: move them to one device")
+    module = implementation(backend, device.type)
     if forward_ad._current_level >= 0 and module is not reference:
-        for x in inputs:
-            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+        for x in given.values():
+            if forward_ad.unpack_dual(x).tangent is not None:
                 raise NotImplementedError("the fused ops have no forward-mode derivative: use backend='reference'")
     return module
 
@@ -41,6 +50,8 @@ def _check_logits(
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)} and targets {tuple(targets.shape)}: give one row per target"
         )
+    if not logits.shape[1]:
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}: its rows have no entry")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets are {targets.dtype}: give token ids, as integers")
     _check_float(name, logits.dtype)
@@ -66,6 +77,8 @@ def _check_head(
     _check_float("logits_dtype", logits_dtype)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (vocabulary, {hidden.shape[1]}), as hidden")
+    if not len(weight):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: the vocabulary has no token")
     _check_rows(len(weight), bias=bias)
 
 
@@ -90,11 +103,17 @@ def logprobs_from_logits(
     """(log-probability of each target, entropy of each row): see ``reference.logprobs_from_logits``.
 
     Raises:
-        ValueError: shapes disagree, or temperature, softcap or logit_scale is out of range.
+        ValueError: shapes or devices disagree, temperature, softcap or logit_scale is out of range, or
+            ``inplace_backward`` would overwrite a parameter.
         TypeError: logits are no floats of 16, 32 or 64 bits.
     """
     _check_logits("logits", logits, targets, temperature, softcap, logit_scale)
-    return _implementation(backend, logits).logprobs_from_logits(
+    if inplace_backward and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "inplace_backward would overwrite logits that are a leaf with a gradient of its own: pass False, or what is"
+            " computed from it"
+        )
+    return _implementation(backend, logits=logits, targets=targets).logprobs_from_logits(
         logits, targets.long(), temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         inplace_backward=inplace_backward,
     )  # fmt: skip
@@ -117,11 +136,11 @@ def linear_logprobs(
     """Log-probabilities and entropies of a language-model head, chunk by chunk: see ``reference.linear_logprobs``.
 
     Raises:
-        ValueError: shapes disagree, or temperature, softcap, logit_scale or chunk_size is out of range.
+        ValueError: shapes or devices disagree, or temperature, softcap, logit_scale or chunk_size is out of range.
         TypeError: hidden, weight or logits_dtype are no floats of 16, 32 or 64 bits.
     """
     _check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale, logits_dtype)
-    return _implementation(backend, hidden, weight, bias).linear_logprobs(
+    return _implementation(backend, hidden=hidden, weight=weight, targets=targets, bias=bias).linear_logprobs(
         hidden, weight, targets.long(), bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         chunk_size=chunk_size, logits_dtype=logits_dtype, compact_rows=compact_rows,
     )  # fmt: skip
@@ -147,18 +166,21 @@ def linear_token_loss(
     """A row-local loss of a language-model head and its gradients: see ``reference.linear_token_loss``.
 
     Raises:
-        ValueError: shapes disagree, or temperature, softcap, logit_scale or chunk_size is out of range.
+        ValueError: shapes or devices disagree, or temperature, softcap, logit_scale or chunk_size is out of range.
         TypeError: hidden, weight or logits_dtype are no floats of 16, 32 or 64 bits.
     """
     _check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale, logits_dtype)
     if isinstance(rows, torch.Tensor):
         raise ValueError(f"rows is a tensor of shape {tuple(rows.shape)}: give a sequence of tensors, such as (rows,)")
     for i, row in enumerate(rows):
-        if row is not None and len(row) != len(targets):
+        if row is not None and row.shape[:1] != targets.shape:
             raise ValueError(
                 f"rows[{i}] has shape {tuple(row.shape)}: its first dimension must be the {len(targets)} targets"
             )
-    return _implementation(backend, hidden, weight, bias, *rows).linear_token_loss(
+    check_normalizer(normalizer)
+    inputs = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+    inputs |= {f"rows[{i}]": row for i, row in enumerate(rows)}
+    return _implementation(backend, **inputs).linear_token_loss(
         hidden, weight, targets.long(), loss_fn, rows, bias=bias, temperature=temperature, softcap=softcap,
         logit_scale=logit_scale, chunk_size=chunk_size, logits_dtype=logits_dtype, compact_rows=compact_rows,
         normalizer=normalizer,
@@ -181,21 +203,25 @@ def gae(
     ``reference.gae``.
 
     Raises:
-        ValueError: shapes disagree; on a CPU also ``cu_seqlens`` that do not rise from 0 to A.
+        ValueError: shapes or devices disagree; on a CPU also ``cu_seqlens`` that do not rise from 0 to A.
     """
-    if (
-        cu_seqlens.dim() != 1
-        or not cu_seqlens.shape[0]
-        or cu_seqlens.is_floating_point()
-        or cu_seqlens.dtype == torch.bool
-    ):
+    if cu_seqlens.dim() != 1 or not cu_seqlens.shape[0] or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens are {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: give B + 1 integers, the first one 0"
+            f"cu_seqlens are {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: give B + 1 integers (int32 or int64),"
+            " the first one 0"
         )
     sequences = cu_seqlens.shape[0] - 1
+    if not sequences and rewards.numel():
+        raise ValueError(
+            f"cu_seqlens has one entry and so no sequence: it must rise from 0 to the {rewards.numel()} actions"
+        )
+    lams = lam if isinstance(lam, torch.Tensor) else None
     _check_rows(rewards.numel(), rewards=rewards, values=values, mask=mask)
-    _check_rows(sequences, bootstrap=bootstrap, lam=lam if isinstance(lam, torch.Tensor) else None)
-    return implementation(backend, rewards.device.type).gae(
+    _check_rows(sequences, bootstrap=bootstrap, lam=lams)
+    module = _implementation(
+        backend, rewards=rewards, values=values, cu_seqlens=cu_seqlens, lam=lams, bootstrap=bootstrap, mask=mask
+    )  # fmt: skip
+    return module.gae(
         rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask, return_stats=return_stats
     )
 
@@ -205,7 +231,7 @@ def whitening_stats(
 ) -> Float[Tensor, "3"]:
     """(count, mean, sum of squared deviations) of the unmasked entries: see ``reference.whitening_stats``."""
     _check_rows(x.numel(), x=x, mask=mask)
-    return _implementation(backend, x).whitening_stats(x, mask=mask)
+    return _implementation(backend, x=x, mask=mask).whitening_stats(x, mask=mask)
 
 
 def whiten(
@@ -219,7 +245,10 @@ def whiten(
 ) -> Float[Tensor, "A"]:
     """Zero mean and unit variance over the unmasked entries, from ``stats`` when given: see ``reference.whiten``."""
     _check_rows(x.numel(), x=x, mask=mask)
-    return _implementation(backend, x).whiten(x, mask=mask, shift_mean=shift_mean, eps=eps, stats=stats)
+    _check_rows(3, stats=stats)
+    return _implementation(backend, x=x, mask=mask, stats=stats).whiten(
+        x, mask=mask, shift_mean=shift_mean, eps=eps, stats=stats
+    )
 
 
 def ppo_loss(
@@ -248,15 +277,16 @@ def ppo_loss(
     """The clipped PPO objective, its metrics and gradients: see ``reference.ppo_loss``.
 
     Raises:
-        ValueError: shapes disagree, a coefficient is set whose tensor is missing, or dual_clip is not above 1.
+        ValueError: shapes or devices disagree, a coefficient is set whose tensor is missing, a clip is negative, or
+            dual_clip is not above 1.
     """
-    _check_rows(
-        logp.numel(), logp=logp, old_logp=old_logp, advantages=advantages, weights=weights, ref_logp=ref_logp,
-        entropy=entropy, values=values, old_values=old_values, returns=returns, mask=mask,
-    )  # fmt: skip
-    return _implementation(backend, logp, entropy, values).ppo_loss(
-        logp, old_logp, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, weights=weights,
-        ref_logp=ref_logp, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy=entropy, entropy_coef=entropy_coef,
-        values=values, old_values=old_values, returns=returns, value_coef=value_coef, value_clip=value_clip, mask=mask,
+    vectors = {
+        "logp": logp, "old_logp": old_logp, "advantages": advantages, "weights": weights, "ref_logp": ref_logp,
+        "entropy": entropy, "values": values, "old_values": old_values, "returns": returns, "mask": mask,
+    }  # fmt: skip
+    _check_rows(logp.numel(), **vectors)
+    return _implementation(backend, **vectors).ppo_loss(
+        **vectors, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef,
+        kl_estimator=kl_estimator, entropy_coef=entropy_coef, value_coef=value_coef, value_clip=value_clip,
         normalizer=normalizer,
     )  # fmt: skip

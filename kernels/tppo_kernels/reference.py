@@ -7,6 +7,7 @@ inputs are; fp16 and bf16 inputs are upcast once they are read. Every faster bac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -43,9 +44,10 @@ def logprobs_from_logits(
         logp_a = z[a, y_a] - logsumexp_j z[a, j]
         H_a    = logsumexp_j z[a, j] - sum_j p[a, j] z[a, j]          with 0 * -inf = 0
 
-    A row whose target is ``IGNORED`` (-100) has logp = H = 0 and no gradient. A logit of -inf has probability 0 and adds
-    nothing to the entropy; NaN propagates. dlogp/dz = 1[j = y] - p_j and dH/dz = -p_j (log p_j + H). Softcap: Gemma 2
-    (arXiv 2408.00118, section 2).
+    A row whose target is ``IGNORED`` (-100) has logp = H = 0 and no gradient (of logits that are not finite only in a fused
+    backend: here autograd makes NaN of 0 and NaN). A logit of -inf has probability 0 and adds nothing to the entropy; NaN
+    propagates, and +inf makes NaN (here of another target -inf). dlogp/dz = 1[j = y] - p_j and
+    dH/dz = -p_j (log p_j + H). Softcap: Gemma 2 (arXiv 2408.00118, section 2).
 
     ``inplace_backward`` lets a fused backend write the gradient over ``logits``: a third of the memory, when nothing
     else reads them (a second backward then fails loudly). Values and gradients are the same.
@@ -120,10 +122,11 @@ def linear_logprobs(
     dtype = logits_dtype or hidden.dtype
     if hidden.dtype.itemsize == 2:
         weight = _Rounded.apply(weight, hidden.dtype)  # type: ignore[assignment]
-    size = chunk_rows(chunk_size, len(weight), dtype, hidden.device)
+    size, kind = chunk_rows(chunk_size, len(weight), dtype, hidden.device), hidden.device.type
 
     def chunk(h: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = torch.nn.functional.linear(h.to(dtype), w.to(dtype), None if b is None else b.to(dtype))  # [C, V]
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            logits = torch.nn.functional.linear(h.to(dtype), w.to(dtype), None if b is None else b.to(dtype))  # [C, V]
         return logprobs_from_logits(logits, y, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
 
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
@@ -202,7 +205,8 @@ def gae(
 
     ``values[a]`` is V(state before action a). After a sequence's last action V is ``bootstrap[b]`` (0 when not given:
     the episode ended) and A is 0. A masked action (``mask`` False) is transparent: its neighbours see each other
-    across it, its own advantage is 0 and its return is its value. ``lam`` may differ per sequence.
+    across it, its own advantage is 0 and its return is its value. ``lam`` may differ per sequence. A NaN spreads to the
+    sequence's earlier actions; with Triton only as far as (gamma lam)^k is not 0.
 
     Returns:
         (advantages [A], returns [A]), and with ``return_stats`` also ``whitening_stats(advantages, mask=mask)``.
@@ -234,12 +238,12 @@ def whitening_stats(x: Float[Tensor, "A"], *, mask: Bool[Tensor, "A"] | None = N
 
     Statistics of two shards merge exactly: see Chan, Golub and LeVeque, "Updating formulae", 1979, equation 2.1.
     """
-    x = _wide(x)
+    x = _wide(x) if mask is None else _wide(x).masked_fill(~mask, 0.0)
     kept = torch.ones_like(x) if mask is None else mask.to(x.dtype)
     count = kept.sum()
-    mean = (x if mask is None else x.masked_fill(~mask, 0.0)).sum() / count.clamp_min(1.0)
-    deviation = x - mean if mask is None else (x - mean).masked_fill(~mask, 0.0)
-    return torch.stack([count, mean, (deviation * deviation).sum()])
+    mean = x.sum() / count.clamp_min(1.0)
+    mean = mean + ((x - mean) * kept).sum() / count.clamp_min(1.0)  # a rounded sum is no mean: equal entries deviate by 0
+    return torch.stack([count, mean, ((x - mean) * kept).square().sum()])
 
 
 def whiten(
@@ -266,7 +270,8 @@ def whiten(
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: KLEstimator) -> Tensor:
     """Per-action estimate of KL(pi || ref) from samples of pi (Schulman, "Approximating KL Divergence", 2020).
 
-    With d = logp - ref_logp:  k1 = d;  k2 = d^2 / 2;  k3 = exp(-d) - 1 + d.
+    With d = logp - ref_logp:  k1 = d;  k2 = d^2 / 2;  k3 = exp(-d) - 1 + d. As a term of a loss k1 pulls nowhere: its gradient
+    is dlogp whatever ref_logp is, and 0 in expectation. Take k2 or k3 there.
     """
     d = logp - ref_logp
     if kind == "k1":
@@ -323,8 +328,8 @@ def ppo_loss(
             inside ``linear_token_loss``, where A would be the rows of one chunk.
     """
     check_ppo(
-        dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values, returns, value_clip,
-        normalizer,
+        clip_low, clip_high, dual_clip, ref_logp, kl_coef, kl_estimator, entropy, entropy_coef, values, old_values,
+        returns, value_clip, normalizer,
     )  # fmt: skip
     count = count_of(logp, mask) if normalizer is None else normalizer
     if mask is not None:  # 0 makes every term 0, and the ratio 1
@@ -337,12 +342,18 @@ def ppo_loss(
     zero = logp.new_zeros(())
 
     log_ratio = logp - old_logp
-    ratio = log_ratio.exp()  # [A]
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    policy = -torch.minimum(ratio * advantages, clipped * advantages)
-    dual = torch.zeros_like(policy, dtype=torch.bool)
+    low, high = 1.0 - clip_low, 1.0 + clip_high
+    with torch.no_grad():
+        ratio = log_ratio.exp()  # [A]
+        is_low, is_high = (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+        clipped, dual = is_low | is_high, torch.zeros_like(is_low)
+        if dual_clip is not None:
+            dual = (advantages < 0) & (-ratio.clamp_min(low) * advantages > -dual_clip * advantages)
+            clipped = clipped | dual
+    # What is clipped is a constant for exp too: its gradient would be 0 times an infinite ratio.
+    ratio = torch.where(clipped, log_ratio.detach(), log_ratio).exp()
+    policy = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     if dual_clip is not None:
-        dual = (advantages < 0) & (policy > -dual_clip * advantages)
         policy = torch.where(dual, -dual_clip * advantages, policy)
     if weights is not None:
         policy = policy * weights
@@ -377,8 +388,8 @@ def ppo_loss(
             "ratio": ratio.sum(),
             "ratio_sq": (ratio * ratio).sum(),
             "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
-            "clip_low": ((ratio < 1.0 - clip_low) & (advantages < 0)).sum(),
-            "clip_high": ((ratio > 1.0 + clip_high) & (advantages > 0)).sum(),
+            "clip_low": is_low.sum(),
+            "clip_high": is_high.sum(),
             "dual_clip": dual.sum(),
             "value_clip": value_clipped,
         }

@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 import tppo_kernels as tk
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from tppo_kernels.checks import call_loss
 from tppo_kernels.testing import random_logits, random_ppo
+
+
+class Recorded(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def logprobs(backend, **options):
@@ -14,6 +27,16 @@ def logprobs(backend, **options):
 
 def segments(backend, cu_seqlens):
     return tk.gae(torch.zeros(2), torch.zeros(2), cu_seqlens, backend=backend)
+
+
+def head(backend, hidden=(2, 4), weight=(7, 4), **options):
+    targets = torch.zeros(2, dtype=torch.int64)
+    x = torch.zeros(hidden), torch.zeros(weight), targets, lambda logp, *_: logp.sum()
+    return tk.linear_token_loss(*x, backend=backend, **options)
+
+
+def ppo(backend, **options):
+    return tk.ppo_loss(*torch.zeros(3, 2), backend=backend, **options)
 
 
 WRONG = {
@@ -31,6 +54,35 @@ WRONG = {
     r"cu_seqlens are torch.int64 of shape \(\)": lambda b: segments(b, torch.tensor(2)),
     r"cu_seqlens are torch.int64 of shape \(0,\)": lambda b: segments(b, torch.empty(0, dtype=torch.int64)),
     "cu_seqlens are torch.float32": lambda b: segments(b, torch.tensor([0.0, 2.0])),
+    "cu_seqlens are torch.int16": lambda b: segments(b, torch.tensor([0, 2], dtype=torch.int16)),
+    "cu_seqlens has one entry and so no sequence": lambda b: segments(b, torch.tensor([0])),
+    r"stats has shape \(2,\): expected \(3,\)": lambda b: tk.whiten(torch.zeros(3), stats=torch.zeros(2), backend=b),
+    r"logits has shape \(1, 0\): its rows have no entry": lambda b: tk.logprobs_from_logits(
+        torch.zeros(1, 0), torch.zeros(1, dtype=torch.int64), backend=b
+    ),
+    r"weight has shape \(0, 4\): the vocabulary has no token": lambda b: head(b, weight=(0, 4)),
+    r"rows\[0\] has shape \(\): its first dimension": lambda b: head(b, rows=(torch.zeros(()),)),
+    r"normalizer has shape \(1,\): give a number, or a tensor of shape \(\)": lambda b: head(b, normalizer=torch.ones(1)),
+    r"normalizer has shape \(2,\)": lambda b: ppo(b, normalizer=torch.ones(2)),
+    "clip_low nan: must be at least 0": lambda b: ppo(b, clip_low=float("nan")),
+    "clip_high -0.5: must be at least 0": lambda b: ppo(b, clip_high=-0.5),
+    "value_clip -0.2: must be at least 0": lambda b: ppo(b, value_clip=-0.2),
+    "dual_clip nan: must be above 1": lambda b: ppo(b, dual_clip=float("nan")),
+    "inplace_backward would overwrite logits that are a leaf": lambda b: tk.logprobs_from_logits(
+        torch.zeros(1, 3, requires_grad=True), torch.zeros(1, dtype=torch.int64), inplace_backward=True, backend=b
+    ),
+    "targets is on meta and logits on cpu: move them to one device": lambda b: tk.logprobs_from_logits(
+        torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64, device="meta"), backend=b
+    ),
+    "weight is on meta": lambda b: tk.linear_logprobs(
+        torch.zeros(1, 3), torch.zeros(4, 3, device="meta"), torch.zeros(1, dtype=torch.int64), backend=b
+    ),
+    r"rows\[0\] is on meta": lambda b: head(b, rows=(torch.zeros(2, device="meta"),)),
+    "cu_seqlens is on meta": lambda b: segments(b, torch.tensor([0, 2], device="meta")),
+    "mask is on meta": lambda b: tk.whiten(
+        torch.zeros(3), mask=torch.ones(3, dtype=torch.bool, device="meta"), backend=b
+    ),
+    "returns is on meta": lambda b: ppo(b, returns=torch.zeros(2, device="meta")),
     "targets are torch.float32: give token ids": lambda b: tk.logprobs_from_logits(
         torch.zeros(2, 3), torch.zeros(2), backend=b
     ),
@@ -84,6 +136,7 @@ def test_forward_mode_derivatives_are_refused_where_they_would_be_dropped(backen
         lambda t, b: tk.logprobs_from_logits(t, y, backend=b)[0],
         lambda t, b: tk.linear_logprobs(t, x, y, backend=b)[0],
         lambda t, b: tk.ppo_loss(t[0], x[0], x[1], backend=b)[0],
+        lambda t, b: tk.ppo_loss(x[0], x[0], t[1], backend=b)[0],
         lambda t, b: tk.whiten(t[0], backend=b),
     )
     for call in calls:
@@ -91,6 +144,16 @@ def test_forward_mode_derivatives_are_refused_where_they_would_be_dropped(backen
             torch.func.jvp(lambda t, call=call: call(t, backend), (x,), (x,))
     for call in (calls[0], *calls[2:]):  # the head is checkpointed
         assert torch.func.jvp(lambda t, call=call: call(t, "reference"), (x,), (x**2,))[1].abs().sum() > 0
+
+
+def test_numbers_among_the_metrics_are_no_copies_to_the_device():
+    """Such a copy would wait for a GPU in each chunk: tensors of one that is not there."""
+    with FakeTensorMode(), Recorded() as recorded:
+        loss = torch.empty((), device="cuda")
+        _, metrics = call_loss(lambda: (loss, {"rows": 3, "part": 0.5, "any": True}))
+    assert [m.dtype for m in metrics.values()] == [torch.int64, torch.float32, torch.bool]
+    assert {m.device for m in metrics.values()} == {loss.device}
+    assert set(recorded.calls) == {"aten::empty.memory_format", "aten::full"}
 
 
 def test_tritons_kernels_refuse_float64(backend):

@@ -298,10 +298,27 @@ def test_without_gradients_only_logits_are_multiplied(backend):
 
 def test_autocast_changes_nothing(backend):
     x = inputs(20, torch.float32)
-    plain = run_loss(x, backend, chunk_size=8)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = run_loss(x, backend, chunk_size=8)
-    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+    for name, gradients in ((backend, 4), ("reference", 0)):  # torch casts the GEMMs of a backward inside of it
+        plain = run_loss(x, name, chunk_size=8)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = run_loss(x, name, chunk_size=8)
+        assert all(torch.equal(a, b) for a, b in list(zip(plain, cast, strict=True))[: len(plain) - 4 + gradients])
+
+
+def test_a_cpu_widens_the_weight_once(backend):
+    """A GEMM there has operands of one dtype: not for each chunk, and not again for its gradient."""
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].numel() == 130 * 6:
+                copies.append(kwargs)
+            return func(*args, **(kwargs or {}))
+
+    x = inputs(24, torch.bfloat16)
+    with Copies():
+        run_loss(x, backend, chunk_size=8, learned=("hidden",), logits_dtype=torch.float32)
+    assert len(copies) == 1
 
 
 def test_a_bias_of_its_own_precision_keeps_it(backend):

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+import torch.utils.checkpoint
 import tppo_kernels as tk
 from head_support import inputs, token_loss, wide
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -61,10 +62,41 @@ def test_a_loss_that_uses_another_learned_tensor_is_refused(made, backend):
 
     with pytest.raises(ValueError, match=r"requires a gradient .* is not among its arguments"):
         call(captures)
+    with pytest.raises(ValueError, match=r"requires a gradient .* is not among its arguments"):
+        call(lambda logp, _: (logp if len(logp) == 8 else used * logp).sum())  # in the last chunk alone
     with torch.no_grad():
         assert call(captures).isfinite()
     call(lambda logp, _, b: ((b * logp).sum(), {}), used.expand(20)).backward()
     assert beta.grad
+
+
+def test_a_checkpoints_body_runs_twice_for_any_number_of_chunks(backend):
+    """Forward and its repetition: each chunk's own backward unpacks what it saved from nowhere but memory."""
+    x, runs = inputs(16, torch.float32), []
+
+    def body(hidden):
+        runs.append(len(hidden))
+        rows = (x["old"], x["advantages"])
+        return tk.linear_token_loss(
+            hidden.tanh(), x["weight"], x["targets"], lambda logp, _, old, a: ((logp - old).exp() * a).sum(), rows,
+            chunk_size=2, backend=backend,
+        )[0]  # fmt: skip
+
+    found = []
+    for run in (body, lambda h: torch.utils.checkpoint.checkpoint(body, h, use_reentrant=False)):
+        leaf = x["hidden"].clone().requires_grad_()
+        found += torch.autograd.grad(run(leaf), leaf)
+    assert len(runs) == 3
+    assert torch.equal(*found)
+
+
+def test_a_normalizer_that_would_lose_its_gradient_is_refused(backend):
+    x = inputs(5, torch.float32)
+    for divisor in (torch.ones((), requires_grad=True), torch.ones(5, requires_grad=True).sum()):
+        with pytest.raises(ValueError, match="normalizer requires a gradient"):
+            tk.linear_token_loss(
+                x["hidden"], x["weight"], x["targets"], lambda logp, _: logp.sum(), normalizer=divisor, backend=backend
+            )
 
 
 @pytest.mark.parametrize("how", ["fused", "compiled", "reference"])

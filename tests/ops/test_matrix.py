@@ -41,7 +41,7 @@ FLOATS = (torch.float32, torch.float64)
 def logprobs(x, targets, backend, upstream, **options):
     """(logp, entropy, gradient) with upstream gradients of both signs, one row's both 0."""
     x = x.detach().requires_grad_()
-    logp, entropy = tk.logprobs_from_logits(x, targets, backend=backend, **options)
+    logp, entropy = tk.logprobs_from_logits(x.view_as(x), targets, backend=backend, **options)
     torch.autograd.backward([logp, entropy], [u.to(logp.dtype) for u in upstream])
     return logp, entropy, x.grad
 
@@ -183,6 +183,14 @@ def test_a_gradient_that_overwrote_its_logits_is_no_part_of_the_graph(backend):
     assert not gradient.requires_grad
 
 
+def test_a_graph_of_a_gradient_that_overwrites_is_refused(backend):
+    logits, targets = random_logits(2, 20)
+    logits = logits.requires_grad_() * 1
+    logp, _ = tk.logprobs_from_logits(logits, targets, inplace_backward=True, backend=backend)
+    with pytest.raises(RuntimeError, match="inplace_backward has no second derivative here"):
+        torch.autograd.grad(logp.sum(), logits, create_graph=True)
+
+
 def test_second_backward_of_an_overwritten_gradient_is_loud(backend):
     logits, targets = random_logits(2, 20)
     logp, _ = tk.logprobs_from_logits(logits.requires_grad_() * 1, targets, inplace_backward=True, backend=backend)
@@ -251,6 +259,24 @@ def test_whiten(count, masked, backend):
         with poisoned_memory():
             got = op(poisoned(x), mask=mask if mask is None else poisoned(mask), backend=backend)
         assert_close(got, *(op(x.to(d), mask=mask, backend="reference") for d in FLOATS))
+
+
+def test_equal_entries_deviate_by_nothing(backend):
+    """A rounded sum over their number is not their mean: divided by a spread of 0, its error would be far from 0."""
+    for x in (torch.full((10_007,), 1e5 + 0.3), torch.full((3,), 0.1), torch.full((9001,), -7e-3)):
+        for mask in (None, torch.arange(len(x)) >= len(x) // 2):
+            for name in (backend, "reference"):
+                assert not tk.whiten(x, mask=mask, backend=name).any()
+
+
+def test_statistics_are_differentiated(backend):
+    x = random_ppo(20)["advantages"]
+    found = []
+    for name in (backend, "reference"):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(tk.whitening_stats(leaf, backend=name)[1:].sum(), leaf)
+        found.append(gradient)
+    torch.testing.assert_close(*found)
 
 
 def whole_step(logits, targets, x, backend):

@@ -62,7 +62,7 @@ def test_the_thread_count_changes_no_bit():
 @needs_native
 @pytest.mark.parametrize("target", [-1, 7])
 def test_a_target_outside_of_the_vocabulary_is_named(target):
-    with pytest.raises(IndexError, match=f"target {target} at 1: outside of the vocabulary of 7"):
+    with pytest.raises(IndexError, match=f"target {target} is outside of the vocabulary of 7: give ids"):
         tk.logprobs_from_logits(torch.zeros(2, 7), torch.tensor([0, target]), backend="native")
 
 

@@ -94,6 +94,30 @@ def test_ppo_of_an_exploded_ratio(log_ratio, backend):
     assert_close(mine[1]["ratio"], truth[1]["ratio"], truth[1]["ratio"].double())
 
 
+@pytest.mark.parametrize(("log_ratio", "advantage", "options"), [(100.0, 1.0, {}), (1e3, -1.0, {"dual_clip": 3.0})])
+def test_ppo_a_clipped_ratio_has_no_gradient_however_large(log_ratio, advantage, options, backend):
+    for name in (backend, "reference"):
+        logp = torch.tensor([log_ratio, 0.0], requires_grad=True)
+        loss, _ = tk.ppo_loss(logp, torch.zeros(2), torch.full((2,), advantage), backend=name, **options)
+        loss.backward()
+        assert logp.grad.tolist() == [0.0, -advantage / 2]
+
+
+@pytest.mark.parametrize("name", ["values", "old_values", "returns"])
+@pytest.mark.parametrize("value_clip", [None, 0.2])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_ppo_of_odd_values(odd, value_clip, name, backend):
+    """What is not finite shows in the loss, exactly as in the reference."""
+    x = random_ppo(40)
+    x["old_values"] = torch.where(torch.arange(40) % 2 == 0, x["values"], x["old_values"])  # inside of the clip
+    for at in (3, 4):
+        y = {k: x[k].clone() for k in ("logp", "old_logp", "advantages", "values", "old_values", "returns")}
+        y[name][at] = odd
+        mine, truth = (tk.ppo_loss(**y, value_clip=value_clip, backend=b) for b in (backend, "reference"))
+        for a, b in ((mine[0], truth[0]), (mine[1]["value_loss"], truth[1]["value_loss"])):
+            assert_close(a, b, b.double())
+
+
 @pytest.mark.parametrize("gap", [0.01, -0.4, 100.0, -100.0, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
@@ -149,6 +173,9 @@ def test_ppo_refuses_a_gradient_it_would_drop(backend):
     x = random_ppo(3)
     with pytest.raises(ValueError, match="old_logp requires a gradient"):
         tk.ppo_loss(x["logp"], x["old_logp"].requires_grad_(), x["advantages"], backend=backend)
+    divisor = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="normalizer requires a gradient"):
+        tk.ppo_loss(x["logp"], x["logp"], x["advantages"], normalizer=divisor, backend=backend)
 
 
 def test_compiled_once_for_every_batch_size_and_normalizer(backend):
