@@ -8,7 +8,7 @@ import tppo_kernels as tk
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tppo_kernels.checks import call_loss
-from tppo_kernels.testing import random_logits, random_ppo
+from tppo_kernels.testing import poisoned, random_logits, random_ppo
 
 
 class Recorded(TorchDispatchMode):
@@ -170,9 +170,31 @@ def test_actions_of_no_sequence_have_no_advantage_on_a_gpu(backend):
     if backend != "triton":
         pytest.skip("the native kernels refuse them")
     x = random_ppo(300)
-    for cu_seqlens in ([0, 2], [0, 130, 200], [0, 0], [0, 300]):
-        cu, end = torch.tensor(cu_seqlens), cu_seqlens[-1]
-        mine = tk.gae(x["old_logp"], x["old_values"], cu, backend=backend)
-        truth = tk.gae(x["old_logp"][:end], x["old_values"][:end], cu, backend="reference")
-        for a, b, rest in zip(mine, truth, (torch.zeros(300), x["old_values"]), strict=True):
-            torch.testing.assert_close(a, torch.cat([b, rest[end:]]))
+    for cu_seqlens in ([0, 2], [0, 130, 200], [0, 0], [0, 300], [3, 130, 200], [290, 300]):
+        cu, (first, end) = torch.tensor(cu_seqlens), (cu_seqlens[0], cu_seqlens[-1])
+        own, lams = slice(first, end), poisoned(torch.full((len(cu) - 1,), 0.9))
+        for mask in (None, torch.arange(300) % 7 != 0):
+            options = {"lam": lams, "bootstrap": lams}
+            mine = tk.gae(x["old_logp"], x["old_values"], cu, mask=mask, return_stats=True, backend=backend, **options)
+            mask = mask if mask is None else mask[own]
+            truth = tk.gae(
+                x["old_logp"][own], x["old_values"][own], cu - first, mask=mask, return_stats=True, backend="reference",
+                **options,
+            )  # fmt: skip
+            for a, b, rest in zip(mine, truth, (torch.zeros(300), x["old_values"]), strict=False):
+                torch.testing.assert_close(a, torch.cat([rest[:first], b, rest[end:]]))
+            torch.testing.assert_close(mine[2], truth[2])
+
+
+def test_a_target_outside_of_the_vocabulary_is_nan_on_a_gpu(backend):
+    """Its gradient too: with a finite one the model would learn from a token that does not exist."""
+    if backend != "triton":
+        pytest.skip("the native kernels refuse it")
+    logits, targets = random_logits(4, 33)
+    targets[1], targets[2] = 33, -1
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        logp, _ = tk.logprobs_from_logits(leaf * 1, targets, inplace_backward=inplace, backend=backend)
+        logp.sum().backward()
+        for found in (logp, leaf.grad[:, 0], leaf.grad[:, 32]):
+            assert found.isnan().tolist() == [False, True, True, False]

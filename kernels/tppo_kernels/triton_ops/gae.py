@@ -68,7 +68,7 @@ def _narrowed(t, starts_ptr, low, high, PROBES: tl.constexpr):
     step = (high - low + PROBES - 1) // PROBES
     at = low + step * tl.arange(0, PROBES)
     before = tl.load(starts_ptr + at, mask=at < high, other=2147483647) <= t  # true up to a probe, then false
-    low += (tl.sum(before.to(tl.int32), 0) - 1) * step
+    low += tl.maximum(tl.sum(before.to(tl.int32), 0) - 1, 0) * step  # before the first sequence: that one
     return low, tl.minimum(low + step, high)
 
 
@@ -184,9 +184,10 @@ def _carry(totals_ptr, tile, tiles, CARRY: tl.constexpr):
 
 @triton.jit
 def _store_stats(partial_ptr, program, x, kept):
-    """(count, mean, sum of squared deviations) of one program's entries."""
+    """(count, mean, sum of squared deviations) of one program's entries; the mean is corrected once: equal ones deviate by 0."""
     count = tl.sum(kept.to(tl.float32), 0)
     mean = tl.sum(tl.where(kept, x, 0.0), 0) / tl.maximum(count, 1.0)
+    mean += tl.sum(tl.where(kept, x - mean, 0.0), 0) / tl.maximum(count, 1.0)
     deviation = tl.where(kept, x - mean, 0.0)
     tl.store(partial_ptr + 3 * program, count)
     tl.store(partial_ptr + 3 * program + 1, mean)
@@ -194,18 +195,27 @@ def _store_stats(partial_ptr, program, x, kept):
 
 
 @triton.jit
-def _merge_stats(partial_ptr, stats_ptr, programs, WIDTH: tl.constexpr):
-    """The statistics of all programs, in order: the mean first, then the deviations from it."""
+def _count_and_mean(partial_ptr, programs, shift, WIDTH: tl.constexpr):
+    """Of all programs' entries, summed as what they are above ``shift``."""
     index = tl.arange(0, WIDTH)
     count = tl.zeros([WIDTH], tl.float32)
     total = tl.zeros([WIDTH], tl.float32)
     for start in range(0, programs, WIDTH):
         k = start + index
         n = tl.load(partial_ptr + 3 * k, mask=k < programs, other=0.0, cache_modifier=".cg")
+        d = tl.load(partial_ptr + 3 * k + 1, mask=k < programs, other=0.0, cache_modifier=".cg") - shift
         count += n
-        total += n * tl.load(partial_ptr + 3 * k + 1, mask=k < programs, other=0.0, cache_modifier=".cg")
+        total += tl.where(n > 0.0, n * d, 0.0)
     count_all = tl.sum(count, 0)
-    mean = tl.sum(total, 0) / tl.maximum(count_all, 1.0)
+    return count_all, shift + tl.sum(total, 0) / tl.maximum(count_all, 1.0)
+
+
+@triton.jit
+def _merge_stats(partial_ptr, stats_ptr, programs, WIDTH: tl.constexpr):
+    """The statistics of all programs, in order: the mean, twice as in one program, then the deviations from it."""
+    index = tl.arange(0, WIDTH)
+    _, mean = _count_and_mean(partial_ptr, programs, 0.0, WIDTH)
+    count_all, mean = _count_and_mean(partial_ptr, programs, mean, WIDTH)
     squares = tl.zeros([WIDTH], tl.float32)
     for start in range(0, programs, WIDTH):
         k = start + index
@@ -241,11 +251,11 @@ def gae_apply(
     # What no sequence covers reached no other action, and has no advantage. Where the two cases stand decides whether
     # registers suffice on sm_90 and sm_100.
     if mask_ptr is not None:
-        kept = kept & (t < tl.load(starts_ptr + sequences))
+        kept = kept & (t < tl.load(starts_ptr + sequences)) & (t >= tl.load(starts_ptr))
     next_advantage, next_value = _carry(totals_ptr, tile, tiles, CARRY)
     advantage = _times(a, next_advantage) + _times(b, next_value) + c
     if mask_ptr is None:
-        kept = t < tl.minimum(actions, tl.load(starts_ptr + sequences))
+        kept = (t < tl.minimum(actions, tl.load(starts_ptr + sequences))) & (t >= tl.load(starts_ptr))
     advantage = tl.where(kept, advantage, 0.0)
     tl.store(advantages_ptr + t, advantage, mask=inside)
     tl.store(returns_ptr + t, advantage + v, mask=inside)

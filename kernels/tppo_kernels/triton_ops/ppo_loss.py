@@ -94,19 +94,20 @@ def ppo_kernel(
     value, is_far = zero, zero
     if values_ptr is not None:
         v = tl.load(values_ptr + i, mask=inside, other=0.0)
-        error = v - tl.load(returns_ptr + i, mask=inside, other=0.0)
+        goal = tl.load(returns_ptr + i, mask=inside, other=0.0)
+        error = v - goal
         value = error * error
         share = zero + 1.0
         if old_values_ptr is not None:
-            moved = v - tl.load(old_values_ptr + i, mask=inside, other=0.0)
-            near_error = error - moved + _clamp(moved, -value_clip, value_clip)
-            near = near_error * near_error
-            outside = (moved > value_clip) | (moved < -value_clip)
-            near = tl.where(outside, near, value)
-            is_far = tl.where(outside & (near > value), 1.0, 0.0)
+            old = tl.load(old_values_ptr + i, mask=inside, other=0.0)
+            moved = v - old
+            near_error = old - goal + _clamp(moved, -value_clip, value_clip)
+            within = (moved <= value_clip) & (moved >= -value_clip)  # of NaN neither
+            near = tl.where(within, value, near_error * near_error)
+            is_far = tl.where(near > value, 1.0, 0.0)
             # torch.maximum gives each side half of the gradient where they are equal
-            share = 1.0 - is_far - tl.where(outside & (near == value), 0.5, 0.0)
-            value = tl.where(near > value, near, value)
+            share = 1.0 - is_far - tl.where((near == value) & (within == 0), 0.5, 0.0)
+            value = tl.where(value > near, value, near)
         value = 0.5 * value
         tl.store(grad_values_ptr + i, value_coef * inverse * error * share, mask=own)
     entropy = _read(entropy_ptr, i, inside, zero)
