@@ -90,7 +90,7 @@ class Head:
             weight = weight.to(dtype)
         self.weight = weight
         self.size = chunk_rows(options.chunk_size, len(weight), dtype, hidden.device)
-        self.buffer = weight.new_empty(min(self.size, len(hidden)), len(weight), dtype=dtype)
+        self.buffer = _aligned(weight, min(self.size, len(hidden)), dtype)
         self.rounded: Tensor | None = None
         """dz as 16-bit GEMMs read it, where the logits are wider: rounded once, and by the kernel that makes it."""
         self.d_hidden: Tensor | None = None
@@ -102,7 +102,7 @@ class Head:
         """Allocate the gradients that are asked for."""
         wide = compute_dtype(self.weight.dtype)
         if (hidden or weight) and self._rounds():
-            self.rounded = self.weight.new_empty(self.buffer.shape)
+            self.rounded = _aligned(self.weight, len(self.buffer), self.weight.dtype)
         if hidden:
             self.d_hidden = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
         if weight:
@@ -188,6 +188,12 @@ class Head:
         if self.d_weight is not None and not self.started:
             self.d_weight.zero_()
         return self.d_hidden, self.d_weight, self.d_bias
+
+
+def _aligned(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """[rows, V] with each row at a multiple of 16 entries: where V is none, kernels and GEMMs would read entry by entry."""
+    vocab = len(weight)
+    return weight.new_empty(rows, -(-vocab // 16) * 16, dtype=dtype)[:, :vocab]
 
 
 def _to_front(logits: Tensor, index: Tensor) -> Tensor:

@@ -107,6 +107,10 @@ def launch_everything() -> None:
                 hidden, weight, targets, lambda logp, entropy: ((logp - entropy).sum(), {}), chunk_size=4,
                 logits_dtype=logits_dtype, compact_rows=compact,
             )  # fmt: skip
+    hidden, weight, targets = (
+        t.requires_grad_(t.is_floating_point()) for t in random_head(8, 16, 1001, torch.bfloat16)
+    )
+    triton_ops.linear_token_loss(hidden, weight, targets, lambda logp, entropy: ((logp - entropy).sum(), {}))
     x = random_rollouts([1024, 1024])
     for options in ((), ("bootstrap", "lam"), ("mask", "bootstrap")):
         triton_ops.gae(x["rewards"], x["values"], x["cu_seqlens"], return_stats=True, **{k: x[k] for k in options})

@@ -86,14 +86,41 @@ def row_forward(
     tl.store(lse_ptr + row, (outer * top + log_total) * LN2)
 
 
+@triton.jit
+def _store(out_ptr, x, inside, whole, RAGGED: tl.constexpr):
+    """Masks of a vocabulary that is no multiple of 16 fall apart into entries: a whole block has none."""
+    x = x.to(out_ptr.dtype.element_ty)
+    if RAGGED:
+        if whole:
+            tl.store(out_ptr, x)
+        else:
+            tl.store(out_ptr, x, mask=inside)
+    else:
+        tl.store(out_ptr, x, mask=inside)
+
+
+@triton.jit
+def _load(x_ptr, inside, whole, RAGGED: tl.constexpr):
+    """See ``_store``."""
+    if RAGGED:
+        if whole:  # noqa: SIM108 - the whole program takes one branch
+            x = tl.load(x_ptr)
+        else:
+            x = tl.load(x_ptr, mask=inside, other=0.0)
+    else:
+        x = tl.load(x_ptr, mask=inside, other=0.0)
+    return x.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def row_backward(
     x_ptr, target_ptr, logp_ptr, entropy_ptr, lse_ptr, grad_logp_ptr, grad_entropy_ptr, out_ptr, vocab, row_stride,
-    out_stride, blocks, inner, outer, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    out_stride, blocks, inner, outer, CAPPED: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // blocks  # rows and blocks on the x axis alone: y and z end at 65,535
-    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < vocab
+    first = tl.program_id(0) % blocks * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    inside, whole = columns < vocab, first + BLOCK <= vocab
     c, e = 0.0, 0.0
     if grad_logp_ptr is not None:
         c = tl.load(grad_logp_ptr + row)
@@ -103,11 +130,12 @@ def row_backward(
     out_ptr += row.to(tl.int64) * out_stride + columns
     y = tl.load(target_ptr + row).to(tl.int64)
     if ((c == 0.0) & (e == 0.0)) | (y == IGNORED):  # nothing to read
-        tl.store(out_ptr, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=inside)
+        _store(out_ptr, tl.zeros([BLOCK], tl.float32), inside, whole, RAGGED)
         return
+    c = tl.where((y >= 0) & (y < vocab), c, float("nan"))  # no token: its log-probability is NaN too
     logp, entropy = tl.load(logp_ptr + row), tl.load(entropy_ptr + row)
     lse = tl.load(lse_ptr + row) * LOG2E
-    x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    x = _load(x_ptr + columns, inside, whole, RAGGED)
     if CAPPED:
         t = tanh(inner * x)
         d = outer * t - lse
@@ -122,7 +150,7 @@ def row_backward(
     py = tl.exp(logp)
     dz_target = -c * exp_minus_1(logp, py) - e * py * (logp + entropy)  # 1 - p without cancellation
     dz = tl.where(columns == y, dz_target, dz) * slope
-    tl.store(out_ptr, dz.to(out_ptr.dtype.element_ty), mask=inside)
+    _store(out_ptr, dz, inside, whole, RAGGED)
 
 
 def _folded(options: LogitOptions) -> tuple[bool, float, float]:
@@ -163,7 +191,7 @@ def backward(
         with on_device(logits):
             row_backward[(rows * blocks,)](
                 source, targets.contiguous(), *vectors, target, vocab, source.stride(0), target.stride(0), blocks,
-                inner, outer, CAPPED=capped, BLOCK=size, num_warps=warps,
+                inner, outer, CAPPED=capped, RAGGED=vocab % 16 != 0, BLOCK=size, num_warps=warps,
             )  # fmt: skip
     if target is not out:
         out.copy_(target)
