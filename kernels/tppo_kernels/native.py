@@ -45,9 +45,10 @@ def _load() -> ctypes.CDLL | str:
         return "the native kernels are not built: run `make native`, or install with SKBUILD_WHEEL_CMAKE=true"
     try:
         lib = ctypes.CDLL(str(found[0]))
-    except OSError as error:
+        version = lib.tppo_abi_version()
+    except (OSError, AttributeError) as error:  # no library, or another one
         return f"the native kernels do not load ({error}): run `make native` again"
-    if (version := lib.tppo_abi_version()) != ABI_VERSION:
+    if version != ABI_VERSION:
         return f"the native kernels have version {version}, not {ABI_VERSION}: build them again with `make native`"
     vector, logits, numbers = c_void_p, POINTER(_Logits), POINTER(_LogitOptions)
     lib.tppo_simd.restype = ctypes.c_char_p

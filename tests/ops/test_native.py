@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import functools
 import subprocess
 import sys
@@ -106,7 +107,9 @@ import tppo_kernels
 home = pathlib.Path(sys.argv[1])
 shutil.copytree(pathlib.Path(tppo_kernels.__file__).parent, home / "pure", ignore=shutil.ignore_patterns("libtppo*"))
 shutil.copytree(home / "pure", home / "broken")
+shutil.copytree(home / "pure", home / "foreign")
 (home / "broken" / "libtppo_native.so").write_bytes(b"not a library")
+shutil.copy(sys.argv[2], home / "foreign" / "libtppo_native.so")
 sys.path.insert(0, str(home))
 import torch, pure as tk
 from pure import backend
@@ -116,14 +119,18 @@ try:
     tk.whiten(torch.zeros(2), backend="native")
 except ValueError as error:
     print(error)
-from broken import native
-print(native.missing())
+import broken.native, foreign.native
+print(broken.native.missing())
+print(foreign.native.missing())
 """
 
 
 def test_a_package_without_the_library_works_and_says_what_is_lost(tmp_path):
-    run = subprocess.run([sys.executable, "-c", WITHOUT, tmp_path], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", WITHOUT, tmp_path, _ctypes.__file__]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    unbuilt, broken = run.stdout.splitlines()
+    unbuilt, broken, foreign = run.stdout.splitlines()
     assert "not built: run `make native`" in unbuilt
     assert "do not load" in broken
+    assert "do not load" in foreign
+    assert "tppo_abi_version" in foreign
