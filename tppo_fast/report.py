@@ -327,9 +327,7 @@ def draw(curve: Curve, runs: Sequence[Run], axis: Axis = "samples") -> Figure:
         blank = [" "] * len(lines)
         legend = figure.legend([*lines.values()], blank, frameon=False, fontsize=9, loc="outside lower center", ncols=2)
         for text, name in zip(legend.get_texts(), lines, strict=True):
-            text.set(
-                text=name, parse_math=False
-            )  # matplotlib reads formulas into labels, and hides those that begin with _
+            text.set(text=name, parse_math=False)  # as a label a formula would be set, and what begins with _ hidden
     return figure
 
 

@@ -84,10 +84,8 @@ class Head:
         weight = weight.to(hidden.dtype)  # once a call: fp32 masters are rounded, a 16-bit weight under fp32 is widened
         dtype = options.logits_dtype or hidden.dtype
         self.rows, self.hidden, self.bias, self.options = rows, hidden, bias, options
-        if (
-            not self._on_device and dtype.itemsize > weight.dtype.itemsize
-        ):  # a CPU multiplies one dtype: not for each chunk
-            weight = weight.to(dtype)
+        if not self._on_device and dtype.itemsize > weight.dtype.itemsize:
+            weight = weight.to(dtype)  # a CPU multiplies one dtype: once, not for each chunk
         self.weight = weight
         self.size = chunk_rows(options.chunk_size, len(weight), dtype, hidden.device)
         self.buffer = _aligned(weight, min(self.size, len(hidden)), dtype)

@@ -241,10 +241,9 @@ def whitening_stats(x: Float[Tensor, "A"], *, mask: Bool[Tensor, "A"] | None = N
     x = _wide(x) if mask is None else _wide(x).masked_fill(~mask, 0.0)
     kept = torch.ones_like(x) if mask is None else mask.to(x.dtype)
     count = kept.sum()
-    mean = x.sum() / count.clamp_min(1.0)
-    mean = mean + ((x - mean) * kept).sum() / count.clamp_min(
-        1.0
-    )  # a rounded sum is no mean: equal entries deviate by 0
+    whole = count.clamp_min(1.0)
+    mean = x.sum() / whole
+    mean = mean + ((x - mean) * kept).sum() / whole  # a rounded sum is no mean: equal entries deviate by 0
     return torch.stack([count, mean, ((x - mean) * kept).square().sum()])
 
 
