@@ -144,4 +144,6 @@ def test_baselines_and_degenerate_data() -> None:
     assert math.isnan(quality.measure(one)["auc"].mean)
     rows = {name: {"auc": Estimate(mean=0.9, users=1)} for name in ("reward model", "majority")}
     assert "from too few test users (1) to show anything (majority 0.900 [nan, nan])" in card.verdict(rows)
+    rows["reward model"] = {"auc": quality.measure(one)["auc"]}
+    assert card.verdict(rows).endswith("have one and the same label; label responses of both kinds.")
     assert {f"reward_model/{name}" for name in quality.METRICS} <= set(GLOSSARY)

@@ -298,6 +298,15 @@ def test_a_run_s_seed_does_not_move_its_held_out_users(tmp_path: Path, capsys: p
     assert "warning: 2 of the 3 users of data.eval" in " ".join(capsys.readouterr().err.split())
 
 
+def test_the_training_side_of_a_split_is_not_split_again_by_the_same_seed() -> None:
+    train, _ = split_by_user(users(200), 0.1, 0)
+    with pytest.raises(UserError, match=r"data\.split_seed = 0: none of 1\d\d users .* training side .*; give"):
+        split_by_user(train, 0.1, 0)
+    assert split_by_user(train, 0.1, 1)[1]
+    few, _ = split_by_user(users(40), 0.1, 0)  # by chance, as far as one can see
+    assert split_by_user(few, 0.1, 0)[1]
+
+
 HELD_OUT_OF_20 = {"u1", "u4", "u5", "u8", "u14", "u16", "u18"}
 
 

@@ -8,9 +8,11 @@ from typing import Any
 from tppo_fast import model_folder, run_dir
 from tppo_fast.data.files import check_rows
 from tppo_fast.errors import UserError
-from tppo_fast.plugins import CALLED_WITH, load_object
+from tppo_fast.plugins import load_object
 from tppo_fast.sections import Section, by_name
 
+BUILT_IN = {"reward.source": ("lexical", "model"), "ppo.loss": ("ppo",), "rollout.engine": ("hf", "vllm")}
+"""Setting -> the names that are no module:function."""
 FILES = {"data.train": "session", "data.eval": "session", "data.labels": "labelled response"}
 """Settings that name a file of rows, and what a row is called."""
 
@@ -39,6 +41,6 @@ def check_inputs(config: Section) -> None:
             check_rows(Path(values[name]), noun)
     if "model.path" in values:
         model_folder.check(values["model.path"], "model.path")
-    for name in CALLED_WITH:
-        if ":" in values.get(name, ""):
+    for name, known in BUILT_IN.items():
+        if name in values and values[name] not in known:
             load_object(values[name], name)

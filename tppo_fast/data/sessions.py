@@ -74,7 +74,7 @@ def split_by_user(sessions: Sequence[T], fraction: float, seed: int) -> tuple[li
     nearest to the threshold changes sides.
 
     Raises:
-        UserError: fraction outside (0, 1), or fewer than two users.
+        UserError: fraction outside (0, 1), fewer than two users, or what was left over when another file was split.
     """
     if not 0.0 < fraction < 1.0:
         raise UserError(f"eval fraction = {fraction}: give a share of users above 0 and below 1")
@@ -83,6 +83,11 @@ def split_by_user(sessions: Sequence[T], fraction: float, seed: int) -> tuple[li
         raise UserError(f"a split by user needs at least 2 users, the data has {len(place)}: give a separate eval file")
     ranked = sorted(place, key=lambda user: (place[user], user))
     held_out = sum(value < fraction for value in place.values())
+    if not held_out and fraction * len(place) >= 6:  # by chance in 1 of 400 files at most
+        raise UserError(
+            f"data.split_seed = {seed}: none of {len(place)} users is in the {fraction:.0%} that it holds out: probably this is "
+            "the training side of an earlier split; give its held-out side as data.eval, or another data.split_seed"
+        )
     chosen = set(ranked[: min(max(held_out, 1), len(ranked) - 1)])
     train = [session for session in sessions if session.user_id not in chosen]
     return train, [session for session in sessions if session.user_id in chosen]

@@ -68,6 +68,8 @@ def verdict(table: Mapping[str, Mapping[str, Estimate]]) -> str:
     others = {name: row["auc"] for name, row in table.items() if name != MODEL}
     figure = f"Held-out token AUC {own:.3f}"
     named = ", ".join(f"{name} {e:.3f}" for name, e in others.items())
+    if math.isnan(own.mean):
+        return "No held-out token AUC: the words of all test users have one and the same label; label responses of both kinds."
     if math.isnan(own.low):
         return f"{figure}, from too few test users ({own.users}) to show anything ({named}): label more."
     missed = [name for name, e in others.items() if not own.low > e.high]
