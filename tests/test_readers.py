@@ -82,6 +82,7 @@ def test_users_keep_apart_and_pseudonyms_depend_on_the_key(tmp_path: Path) -> No
         ("call 555-010-9999", "a phone number"), ("+44 20 7946 0958", "a phone number"),
         ("ssn 078-05-1120", "a social security number"), ("account 123456789", "a long number"),
         ("12 elm tree street", "a street address"), ("garden of zyxwv", "a word of few users"), ("garden 2006", None),
+        ("garden 2006-2006", None), ("garden 2006 2006", None), ("garden 2006 of 12 34 56", "a long number"),
     ],
 )  # fmt: skip
 def test_what_is_scrubbed(query: str, why: str | None) -> None:

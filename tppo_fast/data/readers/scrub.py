@@ -25,7 +25,9 @@ PATTERNS: dict[str, re.Pattern[str]] = {
         r"\b\d{1,5}\s+(\w+\s+){1,3}(st|street|ave|avenue|rd|road|dr|drive|ln|lane|blvd|court|ct|way)\b", re.IGNORECASE
     ),
 }
-"""Why a query is dropped -> what in it is found. Six digits and more are a long number; years stay."""
+"""Why a query is dropped -> what in it is found. Six digits are a long number, with spaces or hyphens in them as well."""
+_YEARS = re.compile(r"(?<!\d)(?:19|20)\d\d(?!\d)")
+"""They stay, one after another as well: no digits of a long number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class Scrubber:
     def reason(self, query: str) -> str | None:
         """Why the query must go, or None."""
         for why, pattern in PATTERNS.items():
-            if pattern.search(query):
+            if pattern.search(_YEARS.sub("year", query) if why == "a long number" else query):
                 return why
         rare = any(word not in self.common for word in normalise_query(query).split())
         return "a word of few users" if rare else None
