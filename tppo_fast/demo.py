@@ -105,7 +105,7 @@ class DemoSettings:
     rollout: str = "hf"
     """Who samples: "hf" or "vllm"."""
     fresh: bool = False
-    """Remove an earlier demo in ``run_dir`` first."""
+    """Remove an earlier demo in ``run_dir`` first; other files there stay."""
 
     @property
     def scale(self) -> _Scale:
@@ -119,7 +119,7 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, Estimate]]:
     """Run (or continue) the demo; returns method -> metric -> estimate on held-out sessions, and writes the report.
 
     Raises:
-        UserError: ``run_dir`` holds a demo with other settings.
+        UserError: as ``open_folder``.
     """
     console = Console(stderr=True)
     open_folder(options)
@@ -147,10 +147,33 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, Estimate]]:
 
 
 def open_folder(options: DemoSettings) -> None:
-    """Refuse to mix two demos in one folder."""
-    if options.fresh:
-        shutil.rmtree(options.run_dir, ignore_errors=True)
+    """Make ``run_dir`` a demo's folder, without an earlier demo's results if they are to go.
+
+    Raises:
+        UserError: it holds a demo with other settings, or files that are no demo's and would be lost.
+    """
     record = options.run_dir / "demo.json"
+    own = _written(options.run_dir)
+    for name, given in (("--data", options.data), ("--model", options.model)):
+        if given and any(Path(given).resolve().is_relative_to(path.resolve()) for path in own):
+            raise UserError(
+                f"{name} = {given!r} lies where the demo in {str(options.run_dir)!r} writes: choose another --run-dir"
+            )
+    if not record.exists():
+        found = sorted(options.run_dir.iterdir()) if options.run_dir.is_dir() else []
+        if options.fresh and found:
+            raise UserError(
+                f"--run-dir {str(options.run_dir)!r} has a {found[0].name!r} but no demo, and --fresh removes an earlier demo "
+                "alone: choose another folder, or empty it"
+            )
+        if foreign := [path for path in own if path in found]:
+            raise UserError(
+                f"--run-dir {str(options.run_dir)!r} has a {foreign[0].name!r} that no demo wrote: choose another folder, or "
+                "move it"
+            )
+    elif options.fresh:
+        for path in [*own, record]:  # the record last: what a kill leaves is then still a demo's
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     wanted = {k: str(v) for k, v in asdict(options).items() if k not in ("fresh", "run_dir")}
     if record.exists() and (changed := first_change(json.loads(record.read_text()), wanted)):
         name, was, is_now = changed
@@ -165,6 +188,17 @@ def open_folder(options: DemoSettings) -> None:
             f"--run-dir {str(options.run_dir)!r} cannot be made ({error.strerror}): choose another"
         ) from None
     write_atomic(record, json.dumps(wanted, indent=2).encode())
+
+
+def _written(run_dir: Path) -> list[Path]:
+    """What a demo writes beside its record."""
+    names = ["train.jsonl", "eval.jsonl", "untrained", "start", *map(_folder, METHODS), "report.html"]
+    return [run_dir / name for name in [*names, *(f"report-{curve.slug}.png" for curve in report.CURVES)]]
+
+
+def _folder(method: str) -> str:
+    """Name of a method's folder in ``run_dir``."""
+    return method.replace(" ", "-").lower()
 
 
 def sessions(options: DemoSettings) -> tuple[list[Session], list[Session]]:
@@ -216,7 +250,7 @@ def run_config(options: DemoSettings, start: Path, method: str) -> Config:
     scale, own = options.scale, METHODS[method]
     return settings_module.build(
         {
-            "run_dir": str(options.run_dir / method.replace(" ", "-").lower()),
+            "run_dir": str(options.run_dir / _folder(method)),
             "seed": options.seed,
             "threads": scale.threads,
             "model": {"path": str(start), "shared_body": scale.shared_body},
