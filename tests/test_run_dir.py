@@ -18,9 +18,10 @@ import torch
 import transformers
 from test_trainer import config, finish, start, trajectory, values, write_toml
 
-from tppo_fast import cli, trainer
+from tppo_fast import cli, run_dir, trainer
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
+from tppo_fast.finetune_config import SFTConfig
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.metrics import read_metrics
 
@@ -36,6 +37,20 @@ def test_files_of_others_stay(tiny_model: Path, tmp_path: Path) -> None:
         ):
             trainer.train(config(tiny_model, run_dir))
         assert sorted(p.name for p in run_dir.iterdir()) == sorted([name, "notes.txt"])
+
+
+@pytest.mark.parametrize("kind", [run_dir.POLICY, run_dir.REWARD_MODEL])
+@pytest.mark.parametrize("name", ["checkpoints/step_1000", "best-12"])
+def test_checkpoints_of_another_trainer_stay(tmp_path: Path, kind: run_dir.Kind, name: str) -> None:
+    weights = tmp_path / name / "weights.bin"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("theirs")
+    mine = SFTConfig(run_dir=tmp_path)
+    with pytest.raises(UserError, match=f"has a '{name}' that no unfinished run left: choose another, or remove it"):
+        run_dir.check(mine, resume=False, kind=kind)
+    assert weights.read_text() == "theirs"
+    (tmp_path / run_dir.MARKER).touch()  # a run began here, and was killed while it wrote
+    run_dir.check(mine, resume=False, kind=kind)
 
 
 def test_a_refused_run_leaves_nothing_and_an_unsaved_one_is_replaced(

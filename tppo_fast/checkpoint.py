@@ -23,7 +23,7 @@ from tppo_fast.config import Config
 from tppo_fast.errors import UserError
 from tppo_fast.loading import in_short, read_causal_lm
 from tppo_fast.ppo import PPO
-from tppo_fast.run_dir import COMPLETE, best_of, list_checkpoints, read_state, step_folders
+from tppo_fast.run_dir import COMPLETE, best_of, bests, list_checkpoints, read_state, step_folders
 from tppo_fast.sections import Section
 
 
@@ -83,8 +83,9 @@ def drop_best(run_dir: Path, step: int) -> None:
     for folder in list_checkpoints(run_dir):
         with contextlib.suppress(UserError, KeyError, TypeError):  # a damaged one cannot be gone on from
             named.add(best_of(run_dir, read_state(folder)["best"]["step"]))
-    kept = {path for path in run_dir.glob("best-*") if path.name[5:].isdigit()}
-    for path in (kept - named) | {*run_dir.glob(".best-*.tmp")}:  # the second: what a kill left half-written
+    for path in (set(bests(run_dir)) - named) | {
+        *run_dir.glob(".best-*.tmp")
+    }:  # the second: what a kill left half-written
         shutil.rmtree(path)
 
 

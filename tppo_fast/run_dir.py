@@ -97,9 +97,10 @@ def check(config: Any, resume: bool, kind: Kind = POLICY) -> None:
         raise UserError(
             f"run_dir = {str(run_dir)!r} holds a run already: continue it with --resume (resume=True), or choose another"
         )
-    elif (left := _left(run_dir, kind)) and not (run_dir / MARKER).exists():
+    elif (left := [*_left(run_dir, kind), *step_folders(run_dir), *bests(run_dir)]) and not (run_dir / MARKER).exists():
+        name = str(left[0].relative_to(run_dir))
         raise UserError(
-            f"run_dir = {str(run_dir)!r} has a {left[0].name!r} that no unfinished run left: choose another, or remove it"
+            f"run_dir = {str(run_dir)!r} has a {name!r} that no unfinished run left: choose another, or remove it"
         )
 
 
@@ -216,6 +217,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def best_of(run_dir: Path, step: int) -> Path:
     """Where a run keeps the weights of ``step`` while they are its best."""
     return run_dir / f"best-{step:06d}"
+
+
+def bests(run_dir: Path) -> list[Path]:
+    """Every folder of such weights."""
+    return [path for path in run_dir.glob("best-*") if path.name[5:].isdigit()]
 
 
 def check_resumable(run_dir: Path, config: Section, free: Collection[str]) -> Path:
