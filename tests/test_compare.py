@@ -222,6 +222,19 @@ def test_bad_input_is_one_sentence(tiny_model: Path, tmp_path: Path, change: dic
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize("name", ["train", "eval", "test"])
+def test_sessions_of_others_stay_and_are_not_taken(tiny_model: Path, tmp_path: Path, name: str) -> None:
+    mine = tmp_path / f"{name}.jsonl"
+    mine.write_text("mine")
+    given = values(tiny_model, tmp_path)
+    given["base"]["data"]["train"] = str(mine)
+    with pytest.raises(
+        UserError, match=rf"^run_dir = .* has a '{name}\.jsonl' that no experiment wrote: choose another, or"
+    ):
+        compare.compare(build_section(given, Experiment))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(mine.name, "mine")]
+
+
 def test_a_run_dir_that_is_a_file_is_named(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "e").write_text("mine")
     with pytest.raises(UserError, match=r"^run_dir = '.*e' cannot be made \(File exists\): choose another$"):

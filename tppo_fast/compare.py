@@ -112,15 +112,26 @@ def _test(experiment: Experiment) -> Path:
     return experiment.run_dir / "test.jsonl"
 
 
+def _session_files(experiment: Experiment) -> list[Path]:
+    """Those that are learned from, looked at, and tested on."""
+    return [*map(Path, _data(experiment).values()), _test(experiment)]
+
+
 def _sessions_config(experiment: Experiment) -> RunConfig:
     """How the sessions are generated or split: with the first seed."""
     config = build_section({"seed": experiment.seeds[0], "data": experiment.base.get("data", {})}, RunConfig)
-    jobs.check_record(experiment.run_dir / "sessions.json", config, "base.data, or the first of seeds")
+    record = experiment.run_dir / "sessions.json"
+    foreign = [path.name for path in _session_files(experiment) if path.exists() and not record.exists()]
+    if foreign:
+        raise UserError(
+            f"run_dir = {str(experiment.run_dir)!r} has a {foreign[0]!r} that no experiment wrote: choose another, or move it"
+        )
+    jobs.check_record(record, config, "base.data, or the first of seeds")
     return config
 
 
 def _write_sessions(experiment: Experiment, config: RunConfig) -> None:
-    files = [*map(Path, _data(experiment).values()), _test(experiment)]
+    files = _session_files(experiment)
     if not all(path.exists() for path in files):
         rest, test = load_sessions(config)
         seed = seeding.derive(config.data.split_seed, "validation")
