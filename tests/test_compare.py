@@ -235,6 +235,16 @@ def test_sessions_of_others_stay_and_are_not_taken(tiny_model: Path, tmp_path: P
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(mine.name, "mine")]
 
 
+@pytest.mark.parametrize("name", ["sessions.json", "start/job.json", "tppo/seed-0/job.json"])
+@pytest.mark.parametrize("damage", ['{"se', "[]", "\xff"])
+def test_a_damaged_record_is_one_sentence(tiny_model: Path, tmp_path: Path, name: str, damage: str) -> None:
+    record = tmp_path / "e" / name
+    record.parent.mkdir(parents=True)
+    record.write_text(damage, encoding="latin-1")
+    with pytest.raises(UserError, match=rf"^'.*{name}' is damaged \(.*\): start again in another folder$"):
+        compare.compare(build_section(values(tiny_model, tmp_path / "e"), Experiment))
+
+
 def test_a_run_dir_that_is_a_file_is_named(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "e").write_text("mine")
     with pytest.raises(UserError, match=r"^run_dir = '.*e' cannot be made \(File exists\): choose another$"):

@@ -119,3 +119,12 @@ def test_a_demo_does_not_replace_what_it_is_given(tmp_path: Path, name: str, pat
     with pytest.raises(UserError, match=rf"^--{name} = '.*{path}' lies where the demo in '.*' writes: choose another"):
         demo.open_folder(replace(before, **{name: str(tmp_path / path)}))  # type: ignore[arg-type]
     assert (tmp_path / path).exists()
+
+
+def test_a_damaged_record_is_one_sentence_and_fresh_starts_over(tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text('{"se')
+    with pytest.raises(
+        UserError, match=r"^'.*demo\.json' is damaged \(Unterminated .*\): start again in another folder$"
+    ):
+        demo.open_folder(demo.DemoSettings(run_dir=tmp_path))
+    demo.open_folder(demo.DemoSettings(run_dir=tmp_path, fresh=True))

@@ -33,7 +33,7 @@ from tppo_fast.finetune_config import LearnConfig
 from tppo_fast.metrics import read_metrics
 from tppo_fast.progress import Progress, table_console
 from tppo_fast.rewards import CLASS_NAMES, build_reward, token_spans
-from tppo_fast.sections import first_change
+from tppo_fast.sections import first_change, read_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -175,7 +175,7 @@ def open_folder(options: DemoSettings) -> None:
         for path in [*own, record]:  # the record last: what a kill leaves is then still a demo's
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     wanted = {k: str(v) for k, v in asdict(options).items() if k not in ("fresh", "run_dir")}
-    if record.exists() and (changed := first_change(json.loads(record.read_text()), wanted)):
+    if record.exists() and (changed := first_change(read_settings(record), wanted)):
         name, was, is_now = changed
         raise UserError(
             f"{name} = {is_now!r}, but the demo in {str(options.run_dir)!r} was started with {was!r}: use --fresh to "

@@ -20,7 +20,7 @@ from tppo_fast.errors import UserError
 from tppo_fast.experiment_config import Experiment, Method
 from tppo_fast.finetune_config import DPOConfig
 from tppo_fast.run_dir import FREE, list_checkpoints
-from tppo_fast.sections import Section, build_section, first_change
+from tppo_fast.sections import Section, build_section, first_change, read_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +134,11 @@ def check_record(path: Path, config: Section, who: str) -> None:
     """Refuse to take a finished run for one with other settings, but for those that change no result.
 
     Raises:
-        UserError: naming the setting that differs from the record, if there is one.
+        UserError: naming the setting that differs from the record, if there is one; or the record is damaged.
     """
     if not path.exists():
         return
     free = FREE - {"run_dir", "train"}
-    if changed := first_change(json.loads(path.read_text()), config.model_dump(mode="json"), free):
+    if changed := first_change(read_settings(path), config.model_dump(mode="json"), free):
         name, was, is_now = changed
         raise UserError(f"{who}: {name} = {is_now!r}, but {str(path)!r} ran with {was!r}; use another name or run_dir")

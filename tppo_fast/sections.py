@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
@@ -255,6 +256,21 @@ def by_name(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         found |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
     return found
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a run keeps in a JSON file, to be compared with by ``first_change``.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged ({error}): start again in another folder") from None
+    return saved
 
 
 def first_change(
