@@ -156,6 +156,9 @@ def test_samples_to_target_by_hand(tmp_path: Path) -> None:
                 logger.log(10 * step, {"eval/relevance": value})
     reach = compare.samples_to_target(planned, 0.3)["A"]
     assert (reach.samples, reach.missed) == ([10 * 8], 1)
+    [said] = compare._reach_sentences(planned, compare.samples_to_target(planned, 0.3), 0.3)
+    assert said == "Responses sampled until held-out relevance first reached 0.300: A: 80, 1 of 2 seeds never."
+    assert not compare._reach_sentences(planned, compare.samples_to_target(planned, 0.1), 0.1)  # where the start is
 
 
 def test_the_baseline_against_each_on_the_seeds_both_have_p_values_corrected(tmp_path: Path) -> None:

@@ -82,10 +82,11 @@ def compare(experiment: Experiment) -> list[str]:
         raise JobsFailed(f"every job failed, the first with {next(iter(failures.values()))}")
     config = done[0].config
     found, judges = _final(experiment, config, start.run_dir / "policy", done)
-    target = experiment.target if experiment.target is not None else _last_relevance(done, baseline)
+    ours = [job for job in done if job.method.name == baseline]
+    target = experiment.target if experiment.target is not None else _relevance(ours, -1)
     reached = samples_to_target(done, target)
     against = _against(experiment, found, done, baseline, config.seed)
-    verdict = [*_verdicts(experiment, against, baseline), *_reach_sentences(reached, target)]
+    verdict = [*_verdicts(experiment, against, baseline), *_reach_sentences(done, reached, target)]
     if failures:
         verdict.append(
             f"{len(failures)} of {len(planned)} jobs failed and are left out: {next(iter(failures.values()))}"
@@ -196,14 +197,14 @@ def samples_to_target(done: Sequence[Job], target: float) -> dict[str, Reach]:
     return found
 
 
-def _last_relevance(done: Sequence[Job], name: str) -> float:
-    """Mean over seeds of a method's last held-out relevance while training; NaN where no seed finished."""
-    last = [
-        [row["eval/relevance"] for row in read_metrics(job.config.run_dir) if row.get("eval/relevance") is not None][-1]
+def _relevance(done: Sequence[Job], which: int) -> float:
+    """Mean over jobs of an evaluation's held-out relevance while training, 0 the first and -1 the last; NaN without any."""
+    found = [
+        [row["eval/relevance"] for row in read_metrics(job.config.run_dir) if row.get("eval/relevance") is not None]
         for job in done
-        if job.method.name == name
     ]
-    return statistics.fmean(last) if last else math.nan
+    chosen = [values[which] for values in found if values]
+    return statistics.fmean(chosen) if chosen else math.nan
 
 
 def _against(
@@ -240,8 +241,9 @@ def _verdicts(experiment: Experiment, against: Mapping[str, Mapping[str, Differe
     return [*sentences, f"Each interval covers {covered}, for itself; {correction}."]
 
 
-def _reach_sentences(reached: Mapping[str, Reach], target: float) -> list[str]:
-    if not math.isfinite(target):
+def _reach_sentences(done: Sequence[Job], reached: Mapping[str, Reach], target: float) -> list[str]:
+    """When each method reached the target; nothing about one that is not above the start."""
+    if not math.isfinite(target) or target <= _relevance(done, 0):
         return []
     parts = []
     for name, reach in reached.items():

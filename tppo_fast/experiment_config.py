@@ -50,7 +50,8 @@ class Experiment(Section):
     baseline: str = ""
     """The method that the others are measured against. Empty: the first one."""
     target: Unit | None = None
-    """Held-out relevance for samples-to-target. None: what the baseline reaches at its end, mean over seeds."""
+    """Held-out relevance for samples-to-target. None: what the baseline reaches at its end, mean over seeds. Nothing
+    is said of one that is not above the start's."""
     sessions: Count = 1000
     """Held-out sessions of the final table."""
     responses: Count = 1
