@@ -69,6 +69,26 @@ def test_a_callback_sees_every_step_and_may_end_the_run(tiny_model: Path, whole_
     assert trajectory(tmp_path / "r") == trajectory(whole_run)
 
 
+def test_a_callback_that_fails_costs_no_step(tiny_model: Path, whole_run: Path, tmp_path: Path) -> None:
+    def unreachable(step: int, _: object) -> None:
+        if step == 3:
+            raise ConnectionError("no route")
+
+    given = config(tiny_model, tmp_path / "r", train__save_every=0)
+    with pytest.raises(ConnectionError, match="no route") as caught:
+        trainer.train(given, on_step=unreachable)
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "r")
+    assert caught.value.__notes__ == [f"step 3 is saved in {saved}: continue with --resume (resume=True)"]
+    trainer.train(given, resume=True)
+    assert trajectory(tmp_path / "r") == trajectory(whole_run)
+
+
+def test_a_callback_that_cannot_be_called_is_refused_first(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="on_step = 3: give a function"):
+        trainer.train(config(tiny_model, tmp_path / "r"), on_step=3)  # type: ignore[arg-type]
+    assert not (tmp_path / "r").exists()
+
+
 def random_reward(rollouts: Sequence[Rollout]) -> list[float]:
     return [random.random() for _ in rollouts]
 

@@ -48,7 +48,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "lora": {"config", "errors", "seeding"},
     "model_folder": {"errors"},
     "preflight": {"data", "errors", "model_folder", "plugins", "run_dir", "sections"},
-    "run_dir": {"atomic", "errors", "hashing", "metrics", "sections"},
+    "run_dir": {"atomic", "errors", "hashing", "metrics", "progress", "sections"},
     "checkpoint": {
         "atomic", "config", "errors", "loading", "lora", "optimizers", "ppo", "run_dir", "sections", "seeding",
     },
@@ -63,7 +63,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "experiment_config": {"config", "finetune_config", "sections"},
     "planner": {"algorithms", "compiling", "config", "errors", "model", "optimizers"},
     "runs": {
-        "atomic", "config", "data", "errors", "interrupt", "metrics", "rollout", "run_dir", "seeding",
+        "atomic", "config", "data", "errors", "interrupt", "metrics", "progress", "rollout", "run_dir", "seeding",
     },
     "finetune": {
         "atomic", "checkpoint", "compiling", "config", "data", "data_types", "errors", "evaluate", "finetune_config", "interrupt",
@@ -78,7 +78,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
         "packing", "preflight", "rollout", "run_dir", "runs", "seeding", "sft",
     },
     "data": {"atomic", "config", "data_types", "errors", "words"},
-    "rewards": {"attention", "config", "data_types", "errors", "hashing", "loading", "packing", "plugins", "words"},
+    "rewards": {"attention", "config", "data_types", "errors", "hashing", "loading", "packing", "plugins", "progress", "words"},
     "labelling": {
         "atomic", "background", "config", "data", "data_types", "errors", "estimates", "hashing", "interrupt", "loading",
         "progress", "rewards", "rollout", "sections", "seeding", "words",

@@ -156,6 +156,13 @@ def test_names_are_text_and_stand_in_the_files_first(tiny_model: Path, tmp_path:
     assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())["table"])[1:] == ["[/x]", "B [lr 1e-3]"]
 
 
+def test_files_that_cannot_be_written_cost_no_table(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "evaluation.json").mkdir(parents=True)
+    done = evaluate(tmp_path, f"A={tiny_model}")
+    assert "cannot be written" in str(done.exception)
+    assert "relevance" in done.output
+
+
 def test_the_table_is_made_once_with_the_runs_seed(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

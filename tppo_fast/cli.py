@@ -293,17 +293,22 @@ def run(command: Callable[[], Any]) -> int:
     except KeyboardInterrupt as error:
         return _say(str(error) or INTERRUPTED, 130)
     except OSError as error:
-        return _say(f"error: {error}: check the path, the permissions and the free space", 1)
+        said = "; ".join([f"{error}: check the path, the permissions and the free space", *_notes(error)])
+        return _say(f"error: {said}", 1)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        advice = getattr(error, "__notes__", ["take a smaller model, or less data at once"])
-        return _say(f"error: out of memory: {advice[-1]}", 1)
+        advice = _notes(error) or ["take a smaller model, or less data at once"]
+        return _say(f"error: out of memory: {'; '.join(advice)}", 1)
     return 0
 
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
+def _notes(error: Exception) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _say(sentence: str, code: int) -> int:

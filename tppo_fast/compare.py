@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-
 from tppo_fast import jobs, panel, report, seeding, sft
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.config import RunConfig
@@ -24,7 +22,7 @@ from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import SFTConfig
 from tppo_fast.jobs import Job, merged, pick
 from tppo_fast.metrics import read_metrics, recorded
-from tppo_fast.progress import table_console
+from tppo_fast.progress import say, table_console
 from tppo_fast.run_dir import list_checkpoints, make_run_dir
 from tppo_fast.runs import load_sessions
 from tppo_fast.sections import build_section
@@ -164,7 +162,7 @@ def _supervise(experiment: Experiment, config: SFTConfig) -> None:
             small_model(temporary, read_sessions(config.data.train), config.seed)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     jobs.keep_record(config.run_dir / "job.json", config)
-    Console(stderr=True).print(f"[bold]SFT[/]: {config.train.steps} steps, the start of every method")
+    say(f"[bold]SFT[/]: {config.train.steps} steps, the start of every method")
     sft.sft(config, resume=bool(list_checkpoints(config.run_dir)))
 
 
@@ -301,7 +299,7 @@ def _write(
     }  # fmt: skip
     written += panel.write(folder, found, duels, record)
     write_atomic(folder / "curves.csv", _curves_csv(done).encode())
-    Console(stderr=True).print(f"report: {folder / 'report.html'} (and {len(written)} files beside it)", markup=False)
+    say(f"report: {folder / 'report.html'} (and {len(written)} files beside it)", markup=False)
 
 
 def _curves_csv(done: Sequence[Job]) -> str:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from tppo_fast import checkpoint, evaluate, finetune, loading, panel, report, scratch, sft, trainer
@@ -31,7 +30,7 @@ from tppo_fast.estimates import Estimate, cell, holm
 from tppo_fast.figures import reward_histogram
 from tppo_fast.finetune_config import LearnConfig
 from tppo_fast.metrics import read_metrics
-from tppo_fast.progress import Progress, table_console
+from tppo_fast.progress import Progress, say, table_console
 from tppo_fast.rewards import CLASS_NAMES, build_reward, token_spans
 from tppo_fast.sections import first_change, read_settings
 
@@ -121,16 +120,15 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, Estimate]]:
     Raises:
         UserError: as ``open_folder``.
     """
-    console = Console(stderr=True)
     open_folder(options)
     if options.scale.threads:
         torch.set_num_threads(options.scale.threads)
     train_sessions, eval_sessions = sessions(options)
-    start = supervised(options, train_sessions, console)
+    start = supervised(options, train_sessions)
     configs = {name: run_config(options, start, name) for name in METHODS}
     for name, config in configs.items():
         if not (config.run_dir / "policy").is_dir():
-            console.print(f"[bold]{name}[/]: {config.train.steps} steps of {config.rollout.prompts_per_step} prompts")
+            say(f"[bold]{name}[/]: {config.train.steps} steps of {config.rollout.prompts_per_step} prompts")
             trainer.train(config, resume=bool(checkpoint.list_checkpoints(config.run_dir)))
     evaluation = Evaluation(configs["TPPO"], start, train_sessions, eval_sessions[: options.scale.final_prompts])
     folders = {"start": start, **{name: config.run_dir / "policy" for name, config in configs.items()}}
@@ -142,7 +140,7 @@ def run_demo(options: DemoSettings) -> dict[str, dict[str, Estimate]]:
     _print_table(table, verdicts)
     path = options.run_dir / "report.html"
     _write_report(path, options, configs, table, verdicts, evaluation)
-    console.print(f"report: {path}")
+    say(f"report: {path}")
     return table
 
 
@@ -211,7 +209,7 @@ def sessions(options: DemoSettings) -> tuple[list[Session], list[Session]]:
     return train_sessions, eval_sessions
 
 
-def supervised(options: DemoSettings, sessions: Sequence[Session], console: Console) -> Path:
+def supervised(options: DemoSettings, sessions: Sequence[Session]) -> Path:
     """The starting policy: a supervised model in ``run_dir/start``."""
     start = options.run_dir / "start"
     if start.is_dir():
@@ -222,7 +220,7 @@ def supervised(options: DemoSettings, sessions: Sequence[Session], console: Cons
     examples = list(zip(builder.prompts(sessions), builder.responses(sessions), strict=True))
     scale = options.scale
     if scale.sft_steps:
-        console.print(f"[bold]SFT[/]: {scale.sft_steps} steps on {len(examples)} sessions")
+        say(f"[bold]SFT[/]: {scale.sft_steps} steps on {len(examples)} sessions")
         learn = LearnConfig(batch_size=scale.sft_batch, lr=scale.sft_lr)
         with Progress("sft", scale.sft_steps, "step") as progress:
             sft.supervise(

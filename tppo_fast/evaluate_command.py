@@ -8,7 +8,6 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +18,7 @@ from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.estimates import cell, few_users, holm
 from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
 from tppo_fast.plugins import guarded, load_object
-from tppo_fast.progress import table_console
+from tppo_fast.progress import say, table_console
 from tppo_fast.report import verdict
 from tppo_fast.rewards import Labeller, Labels
 
@@ -52,7 +51,7 @@ def run(
         embedding: folder of a sentence encoder, for the similarity and for judge "embedding".
 
     Raises:
-        UserError: a folder, file or judge that cannot be used.
+        UserError: a folder, file or judge that cannot be used; or, after the table was shown, files that cannot be written.
         LabellingFailed: the judge of pairs failed; table and files are written without its part.
     """
     place = next(p for p in (out, *out.parents) if p.exists())
@@ -74,12 +73,11 @@ def run(
         "embedding": embedding and str(embedding), "pair_judge": pair_judge,
         "settings": config.model_dump(mode="json"),
     }  # fmt: skip
-    written = panel.write(out, found, duels, record)
     show(found, duels)
     for sentence in _verdicts(duels):
         table_console().print(Text(sentence))
-    for path in written:
-        Console(stderr=True).print(Text(f"wrote {path}"))
+    for path in panel.write(out, found, duels, record):
+        say(Text(f"wrote {path}"))
     if failed:
         raise LabellingFailed(f"{failed}; the table is complete, but no policy was judged against another")
     return found

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from tppo_fast import dpo, trainer
@@ -85,11 +84,10 @@ def run(jobs: list[Job]) -> dict[str, str]:
     A failed job is tried again the next time.
     """
     failures: dict[str, str] = {}
-    console = Console(stderr=True)
     for number, job in enumerate(jobs, 1):
         if job.finished:
             continue
-        console.print(f"[bold]{number}/{len(jobs)} {escape(job.method.name)}[/], seed {job.seed}")
+        say(f"[bold]{number}/{len(jobs)} {escape(job.method.name)}[/], seed {job.seed}")
         began = time.monotonic()
         job.config.run_dir.mkdir(parents=True, exist_ok=True)
         keep_record(_record(job), job.config)
@@ -98,7 +96,7 @@ def run(jobs: list[Job]) -> dict[str, str]:
             train(job.config, resume=bool(list_checkpoints(job.config.run_dir)))
         except (UserError, RuntimeError, MemoryError, OSError) as error:
             failures[str(job.config.run_dir)] = " ".join(f"{type(error).__name__}: {error}".split())
-            console.print(f"failed after {time.monotonic() - began:.0f} s: {error}", markup=False)
+            say(f"failed after {time.monotonic() - began:.0f} s: {error}", markup=False)
     return failures
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import threading
@@ -29,6 +31,21 @@ def table_console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+
+
+def say(*objects: object, markup: bool = True, soft_wrap: bool = False) -> None:
+    """Print to stderr as rich's console does; a log that cannot be written (no reader, a full disk) ends nothing."""
+    from rich.console import Console
+
+    text = io.StringIO()  # rich itself ends the program where nobody reads
+    console = Console(file=text, force_terminal=sys.stderr.isatty() or None)
+    console.print(*objects, markup=markup, soft_wrap=soft_wrap)
+    _write(text.getvalue())
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -99,7 +116,7 @@ class Progress:
 
     def _print(self, line: str) -> None:
         self._printed = time.monotonic()
-        print(line.rstrip(), file=sys.stderr, flush=True)
+        _write(f"{line.rstrip()}\n")
 
     def _open_bar(self) -> None:
         global _bars, _users

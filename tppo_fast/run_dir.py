@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tppo_fast.atomic import lock, write_atomic
 from tppo_fast.errors import UserError
 from tppo_fast.hashing import sha256_of
 from tppo_fast.metrics import METRICS_FILE
+from tppo_fast.progress import say
 from tppo_fast.sections import Section, by_name, first_change
 
 MARKER = ".tppo-fast"
@@ -127,7 +127,11 @@ def _fresh(config: Any, kind: Kind) -> Iterator[None]:
     make_run_dir(run_dir)
     with _locked(run_dir) as lock_file:
         if left := _left(run_dir, kind):
-            print(f"run_dir = {str(run_dir)!r}: the run there saved nothing and is started over", file=sys.stderr)
+            say(
+                f"run_dir = {str(run_dir)!r}: the run there saved nothing and is started over",
+                markup=False,
+                soft_wrap=True,
+            )
         for path in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 
 from tppo_fast import seeding
@@ -20,6 +19,7 @@ from tppo_fast.data.synthetic import generate_sessions
 from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.metrics import MetricsLogger
+from tppo_fast.progress import say
 from tppo_fast.rollout import SamplingParams
 from tppo_fast.run_dir import step_of
 
@@ -105,7 +105,7 @@ def _tell_of_shared_users(data: DataConfig, sessions: Sequence[Session], held_ou
     users = {session.user_id for session in held_out}
     both = len(users.intersection(session.user_id for session in sessions))
     if both and data.train != "synthetic":  # generated users have the same names in all files
-        Console(stderr=True).print(
+        say(
             f"[yellow]warning[/]: {both} of the {len(users)} users of data.eval = {escape(repr(data.eval))} are in data.train, "
             "too: what is measured there is not held out; give them to one side alone"
         )

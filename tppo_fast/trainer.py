@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from tppo_fast import checkpoint, flops, losses, model, optimizers, packing, parity, preflight, profiling, seeding
 from tppo_fast.ahead import RolloutSource
@@ -23,18 +22,18 @@ from tppo_fast.config import Config, given
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session
 from tppo_fast.data_types import Prompt, Rollout
-from tppo_fast.errors import EngineError, UserError
+from tppo_fast.errors import EngineError, TrainingDiverged, UserError
 from tppo_fast.evaluate import held_out
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.metrics import MetricsLogger, read_metrics
 from tppo_fast.plugins import guarded, load_object
 from tppo_fast.ppo import PPO, Metrics
-from tppo_fast.progress import Progress
+from tppo_fast.progress import Progress, say
 from tppo_fast.rewards import TokenRewards, build_reward
 from tppo_fast.rewards.display import examples_table
 from tppo_fast.rewards.model_source import warn_of_known_users
 from tppo_fast.rewards.token_model import RECORD
-from tppo_fast.rewards.watch import RunWatch, canonical_share, repetition_and_copies
+from tppo_fast.rewards.watch import RunWatch, canonical_share, repetition_and_copies, rollout_metrics
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.base import check_lengths
 from tppo_fast.run_dir import list_checkpoints, open_run_dir, step_of
@@ -92,8 +91,8 @@ def train(
 
     Raises:
         UserError: bad settings, data or model, before any expensive work; or a reward, loss or engine that failed later.
-        EngineError: the engine was lost or samples from another policy. After this and what failed later, a checkpoint of the
-            last finished step was saved, unless the next update had begun.
+        EngineError: the engine was lost or samples from another policy. After this and whatever else failed later (what
+            ``on_step`` raised, too), a checkpoint of the last finished step was saved, unless the next update had begun.
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
@@ -102,6 +101,8 @@ def train(
         raise UserError(
             f"resume = {resume!r}: give True, to continue the newest checkpoint in config.run_dir, or False"
         )
+    if not (on_step is None or callable(on_step)):
+        raise UserError(f"on_step = {on_step!r}: give a function of (step, metrics), or None")
     preflight.check(config, resume)
     growing_segments(config)
     with (
@@ -133,11 +134,18 @@ def _logged(run: Run, on_step: OnStep | None, profile: int) -> Metrics:
     ):
         try:
             return _loop(run, logger, guard, trace, on_step, evaluate_first=start == 0)
-        except (UserError, EngineError) as error:
-            if saved := _saved_in_time(run):
-                error.args = (
-                    f"{error}; step {run.ppo.step} is saved in {saved}: continue with --resume (resume=True)",
-                )
+        except TrainingDiverged:
+            raise
+        except Exception as error:
+            saved = None
+            with contextlib.suppress(Exception):  # what ended the run is what is said of it
+                saved = _saved_in_time(run)
+            if saved:
+                said = f"step {run.ppo.step} is saved in {saved}: continue with --resume (resume=True)"
+                if isinstance(error, (UserError, EngineError)):
+                    error.args = (f"{error}; {said}",)
+                else:
+                    error.add_note(said)
             raise
 
 
@@ -178,7 +186,7 @@ def _loop(
             before = seeding.global_state()
             try:
                 metrics = _step(run, guard, peak_rate, progress)
-            except (Interrupted, UserError, EngineError):
+            except (Interrupted, Exception):
                 # The step will be taken again, and a user's reward may have drawn numbers.
                 seeding.set_global_state(before)
                 raise
@@ -190,7 +198,7 @@ def _loop(
             finally:
                 logger.log(ppo.step, metrics)
             for warning in watch(metrics):
-                Console(stderr=True).print(f"[yellow]step {ppo.step}: {warning}[/]")
+                say(f"[yellow]step {ppo.step}: {warning}[/]")
             stop = on_step is not None and bool(on_step(ppo.step, dict(metrics)))
             if stop or due(ppo.step, config.train.save_every, steps):
                 _save(run)
@@ -364,29 +372,6 @@ def evaluate(run: Run) -> Metrics:
     return {**found, "time/eval": time.perf_counter() - began}
 
 
-def rollout_metrics(
-    rollouts: Sequence[Rollout], rewards: Sequence[torch.Tensor], classes: Sequence[Sequence[int]] | None
-) -> Metrics:
-    """What was sampled and how it was rewarded."""
-    per_response = torch.stack([r.sum() for r in rewards])
-    tokens = sum(len(r) for r in rewards)
-    metrics = {
-        "rollout/reward_mean": float(per_response.mean()),
-        "rollout/reward_std": float(per_response.std(correction=0)),
-        "rollout/reward_per_token": float(per_response.sum()) / tokens,
-        "rollout/length_mean": tokens / len(rewards),
-        "rollout/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-        "rollout/tokens": float(tokens),
-    }
-    if classes is not None:
-        flat = [c for row in classes for c in row if c]
-        common = torch.tensor([sum((c == 2) - (c == 1) for c in row) for row in classes], dtype=torch.float32)
-        metrics["rollout/token_reward_mean"] = float(common.mean())
-        metrics["rollout/token_reward_std"] = float(common.std(correction=0))
-        metrics["rollout/relevant_share"] = sum(c == 2 for c in flat) / max(len(flat), 1)
-    return metrics
-
-
 def show_examples(
     run: Run,
     rollouts: Sequence[Rollout],
@@ -397,4 +382,4 @@ def show_examples(
     chosen = list(range(0, len(rollouts), run.config.rollout.samples_per_prompt))[: run.config.train.show_examples]
     labels = None if classes is None else [classes[i] for i in chosen]
     shown, paid, scale = [rollouts[i] for i in chosen], [rewards[i] for i in chosen], run.config.reward.scale
-    Console(stderr=True).print(examples_table(shown, labels, paid, run.tokenizer, scale))
+    say(examples_table(shown, labels, paid, run.tokenizer, scale))

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 
 from tppo_fast.config import RewardConfig
@@ -79,8 +78,9 @@ def warn_of_known_users(config: RewardConfig, users: Collection[str]) -> None:
         return
     trained_on, distinct = set(listed.read_text().split()), set(users)
     if known := sum(user_hash(user) in trained_on for user in distinct):
-        Console(stderr=True, soft_wrap=True).print(
+        say(
             f"[yellow]reward.model = {escape(repr(config.model))} was trained on {known} of the {len(distinct)} held-out users, "
             "so their evaluation is not independent of the reward: keep those who judge the policy in a file of their own "
-            "(data.eval), apart from what is labelled[/]"
+            "(data.eval), apart from what is labelled[/]",
+            soft_wrap=True,
         )

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from tppo_fast.data_types import Rollout
 from tppo_fast.words import normalise_query, queries_of
 
@@ -22,6 +24,29 @@ CRITIC_STEPS = 20
 """Steps after which a critic should know half of the mean return."""
 
 Row = Mapping[str, float | None]
+
+
+def rollout_metrics(
+    rollouts: Sequence[Rollout], rewards: Sequence[torch.Tensor], classes: Sequence[Sequence[int]] | None
+) -> dict[str, float]:
+    """What was sampled and how it was rewarded; ``classes`` are the tokens', where the reward judges them."""
+    per_response = torch.stack([r.sum() for r in rewards])
+    tokens = sum(len(r) for r in rewards)
+    metrics = {
+        "rollout/reward_mean": float(per_response.mean()),
+        "rollout/reward_std": float(per_response.std(correction=0)),
+        "rollout/reward_per_token": float(per_response.sum()) / tokens,
+        "rollout/length_mean": tokens / len(rewards),
+        "rollout/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "rollout/tokens": float(tokens),
+    }
+    if classes is not None:
+        flat = [c for row in classes for c in row if c]
+        common = torch.tensor([sum((c == 2) - (c == 1) for c in row) for row in classes], dtype=torch.float32)
+        metrics["rollout/token_reward_mean"] = float(common.mean())
+        metrics["rollout/token_reward_std"] = float(common.std(correction=0))
+        metrics["rollout/relevant_share"] = sum(c == 2 for c in flat) / max(len(flat), 1)
+    return metrics
 
 
 def repetition_and_copies(rollouts: Sequence[Rollout], separator: str) -> dict[str, float]:
