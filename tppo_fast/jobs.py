@@ -18,6 +18,7 @@ from tppo_fast.config import Config, RunConfig
 from tppo_fast.errors import UserError
 from tppo_fast.experiment_config import Experiment, Method
 from tppo_fast.finetune_config import DPOConfig
+from tppo_fast.progress import say
 from tppo_fast.run_dir import FREE, list_checkpoints
 from tppo_fast.sections import Section, build_section, first_change, read_settings
 

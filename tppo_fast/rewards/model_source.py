@@ -16,6 +16,7 @@ from tppo_fast.config import RewardConfig
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.hashing import user_hash
+from tppo_fast.progress import say
 from tppo_fast.rewards.token_model import TRAINING_USERS, TokenModel, load
 from tppo_fast.rewards.values import ClassProbabilities
 
