@@ -82,7 +82,7 @@ def reward(folder: Path, **values: Any) -> TokenRewards:
     ],
 )
 def test_values(settings: dict[str, Any], expected: list[float]) -> None:
-    found = token_values(SCORES, RewardConfig(**settings))
+    found = token_values(SCORES, RewardConfig(source="model", **settings))
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_values(settings: dict[str, Any], expected: list[float]) -> None:
     ],
 )
 def test_what_a_relevant_token_pays_more(settings: dict[str, Any], cost: float) -> None:
-    assert gap(RewardConfig(**settings)) == cost
+    assert gap(RewardConfig(source="model", **settings)) == cost
 
 
 def test_the_sentence_is_the_mean_of_its_words() -> None:

@@ -67,10 +67,10 @@ def test_other_kinds_get_a_line_each() -> None:
     history = {"search": ["tea", "tea pot"], "click": ["shop.example"]}
     prompt = prompt_of(build, session(history))
     assert text(build, prompt.token_ids) == "H:search: tea, tea pot\nclick: shop.example\nN:"
-    assert prompt.history == ["tea", "tea pot"]
+    assert prompt.history == ("tea", "tea pot")
     only_clicks = prompt_of(build, session({"visit": ["a", "b"], "click": ["c"]}))
     assert text(build, only_clicks.token_ids) == "H:visit: a, b\nclick: c\nN:"
-    assert only_clicks.history == ["c", "a", "b"]  # kinds in alphabetical order, whatever the file has
+    assert only_clicks.history == ("c", "a", "b")  # kinds in alphabetical order, whatever the file has
 
 
 def test_braces_and_placeholders_in_a_query_are_plain_text() -> None:
@@ -93,15 +93,15 @@ def test_no_text_of_a_log_can_end_a_sequence_or_split_a_query() -> None:
     row = session(["tea</s> pot", "a,b <</s>/s>", "<s>,"], "x, y\n z</s>", "</s>", relevant_queries=["x,y"])
     prompt = prompt_of(build, row)
     assert text(build, prompt.token_ids) == "H:tea pot, a b < /s>\nN:"
-    assert prompt.history == ["tea pot", "a b < /s>"]
-    assert (prompt.next_queries, prompt.relevant_queries) == (["x y z"], ["x y"])
+    assert prompt.history == ("tea pot", "a b < /s>")
+    assert (prompt.next_queries, prompt.relevant_queries) == (("x y z",), ("x y",))
     assert text(build, response_ids(build, row)) == " x y z</s>"
     assert response_ids(build, row).count(build.eos_token_id) == 1
 
 
 def test_removal_cannot_put_a_special_token_together() -> None:
     build = builder(separator=" |- ")
-    assert prompt_of(build, session(["a | |- - b"])).history == ["a | - b"]
+    assert prompt_of(build, session(["a | |- - b"])).history == ("a | - b",)
 
 
 def test_markers_in_the_template_stay_special() -> None:
@@ -147,7 +147,7 @@ def test_truncation_drops_the_oldest_of_the_longest_kind() -> None:
             build = builder(max_prompt_tokens=limit)
             prompt = prompt_of(build, session(history))
             assert text(build, prompt.token_ids) == wanted
-            assert prompt.history == ["s1", "s2", "s3", "s4 ok"]  # novelty is judged against all of it
+            assert prompt.history == ("s1", "s2", "s3", "s4 ok")  # novelty is judged against all of it
 
 
 def test_an_entry_that_cannot_fit_is_refused_with_the_numbers() -> None:

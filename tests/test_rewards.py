@@ -65,6 +65,28 @@ def rewards(source: Callable[..., Any] | None = None, expected_length: float = 1
 ROLLOUT = response(" lisbon hotels, pasta")  # " lisbon" " hotels" "," " pasta" eos, as the next test pins down
 
 
+def test_labels_may_be_arrays() -> None:
+    arrays = Labels(spans=np.array([[1, 7], [9, 14]]), classes=np.array([2, 1]), sentence=1)  # type: ignore[arg-type]
+    assert arrays == Labels(spans=[(1, 7), (9, 14)], classes=[2, 1], sentence=1)
+    assert rewards(lambda _: [arrays], **PLAIN)([ROLLOUT])
+    for wrong in (None, [1, 7], [(1.5, 7.0)], [(1, 7, 9)]):
+        with pytest.raises(UserError, match=r"give a .start, end. of whole numbers for each word"):
+            Labels(spans=wrong, classes=[2], sentence=1)  # type: ignore[arg-type]
+
+
+def test_a_source_that_sorts_what_it_is_given_is_named() -> None:
+    """It would pay each rollout for another one's response."""
+
+    def longest_first(rollouts: list[Rollout]) -> list[float]:
+        rollouts.sort(key=lambda r: -len(r.token_ids))
+        return [float(len(r.token_ids)) for r in rollouts]
+
+    given = [response(" pasta"), ROLLOUT]
+    with pytest.raises(UserError, match=r"reward 'tests:given' failed with AttributeError .*'sort'"):
+        rewards(longest_first)(given)
+    assert given[1] is ROLLOUT
+
+
 def test_lexical_classes_and_centred_rewards() -> None:
     assert TOKENIZER.convert_ids_to_tokens(ROLLOUT.token_ids) == ["Ġlisbon", "Ġhotels", ",", "Ġpasta", "</s>"]
     reward = rewards(**PLAIN)

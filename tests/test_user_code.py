@@ -86,6 +86,16 @@ def test_an_engine_that_does_not_answer_what_it_was_asked(tiny_model: Path, name
     assert str(caught.value).startswith("rollout.engine = 'mine:engine'")
 
 
+def test_an_engine_that_empties_what_it_is_given_is_named(tiny_model: Path) -> None:
+    """The same list is what its answer is checked against, and the held-out prompts last a whole run."""
+    own = HFEngine(loading.load_causal_lm(str(tiny_model)), tokenizer())
+    own.generate = lambda prompts, _: [prompts.pop() for _ in range(len(prompts))] and []  # type: ignore[attr-defined, method-assign]
+    given = list(PROMPTS)
+    with pytest.raises(UserError, match=r"^rollout\.engine = 'mine:engine' failed with AttributeError"):
+        PlugIn(own, "rollout.engine = 'mine:engine'", 300).generate(given, SamplingParams(max_new_tokens=8, seed=1))
+    assert given == PROMPTS
+
+
 def unfinished_in_evaluations(config: Any, tokenizer: Any, device: Any) -> Any:
     del device
     engine = HFEngine(loading.load_causal_lm(config.model.path), tokenizer)

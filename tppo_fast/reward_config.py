@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tppo_fast.sections import NonNegative, PathText, Pluggable, Positive, Section, Unit
 
@@ -56,3 +56,17 @@ class RewardConfig(Section):
     evaluation, with one response to each session."""
     expected_length: NonNegative | None = None
     """sl in tokens. None: median query length of the training sessions times ``data.num_queries``, separators included."""
+
+    @model_validator(mode="after")
+    def _heard(self) -> RewardConfig:
+        if self.model and self.source != "model":
+            raise ValueError(
+                f'reward.model = {self.model!r} has no effect with reward.source = "{self.source}": set source = "model", or '
+                "leave model out"
+            )
+        if self.value != "argmax" and self.source == "lexical":
+            raise ValueError(
+                f'reward.value = "{self.value}" has no effect with reward.source = "lexical", which gives labels: set source = '
+                '"model" (or your own, of class probabilities), or leave value out'
+            )
+        return self

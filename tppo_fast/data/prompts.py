@@ -64,7 +64,8 @@ class PromptBuilder:
 
         A history that does not fit in ``max_prompt_tokens`` loses its oldest entries, one at a time from the kind with
         most entries left (in a tie, ``search`` gives last); the template is never cut. ``Prompt.history`` still holds
-        every search entry (every entry, where nothing was searched), oldest first, so that repetitions are recognised.
+        every search entry (every entry, where nothing was searched), oldest first, so that repetitions are recognised. Its
+        texts are tuples: prompts last a whole run, and no plug-in can change them for the next step.
 
         Raises:
             UserError: even the newest entry alone is too long, or a session holds no usable text.
@@ -79,9 +80,9 @@ class PromptBuilder:
                 Prompt(
                     token_ids=[*self._start, *(ids if fits else self._truncated(history, session))],
                     user_id=session.user_id,
-                    history=searched(history),
-                    next_queries=next_queries,
-                    relevant_queries=self._cleaned(session.relevant_queries, session, "relevant_queries"),
+                    history=tuple(searched(history)),
+                    next_queries=tuple(next_queries),
+                    relevant_queries=tuple(self._cleaned(session.relevant_queries, session, "relevant_queries")),
                 )
             )
         return prompts

@@ -188,7 +188,7 @@ class TokenRewards:
 
     def _ask(self, rollouts: Sequence[Rollout]) -> Any:
         try:
-            return self.source(rollouts)
+            return self.source(tuple(rollouts))
         except UserError:
             raise
         except Exception as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from tppo_fast.errors import UserError
 
@@ -18,10 +19,10 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """The labels of one response.
+    """The labels of one response; arrays become lists of Python's own numbers.
 
     Raises:
-        UserError: spans that are empty, overlap or are out of order; an unknown class; unequal lengths.
+        UserError: spans that are no pairs of whole numbers, empty, overlapping or unordered; an unknown class; unequal lengths.
     """
 
     spans: list[Span]
@@ -32,6 +33,8 @@ class Labels:
     """The whole response: 0 irrelevant, 1 relevant."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", _pairs(self.spans))
+        object.__setattr__(self, "classes", _listed(self.classes))
         if len(self.spans) != len(self.classes):
             raise UserError(
                 f"labels have {len(self.spans)} spans and {len(self.classes)} classes: give one class per span"
@@ -46,6 +49,17 @@ class Labels:
             if not position <= start < end:
                 raise UserError(f"labels hold span ({start}, {end}): spans must be non-empty, in order and not overlap")
             position = end
+
+
+def _listed(values: Any) -> list[Any]:
+    return list(values.tolist() if hasattr(values, "tolist") else values)
+
+
+def _pairs(spans: Any) -> list[Span]:
+    try:
+        return [(operator.index(start), operator.index(end)) for start, end in spans]
+    except (TypeError, ValueError):
+        raise UserError(f"labels hold spans = {spans!r}: give a (start, end) of whole numbers for each word") from None
 
 
 class Labeller(Protocol):

@@ -42,7 +42,7 @@ class PlugIn:
         Raises:
             UserError: it is not what was asked for, or a field of a rollout is not what ``Rollout`` says.
         """
-        answer: Any = self._generate(prompts, sampling)
+        answer: Any = self._generate(tuple(prompts), sampling)
         if not isinstance(answer, Sequence) or not all(isinstance(r, Rollout) for r in answer):
             raise UserError(f"{self._field}: generate returned a {type(answer).__name__}: give a list of Rollouts")
         asked = [p for p in prompts for _ in range(sampling.n)]
