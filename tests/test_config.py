@@ -16,7 +16,7 @@ from tppo_fast import config as settings
 from tppo_fast.errors import UserError
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.overrides import merge
-from tppo_fast.sections import build_section, first_change
+from tppo_fast.sections import build_section, first_change, given
 
 
 def sentence(values: dict[str, Any], *overrides: str) -> str:
@@ -107,11 +107,11 @@ def test_a_word_of_the_shell_stays_a_word_where_a_text_is_asked_for(
 
 def test_paths_are_objects_or_texts_and_know_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home-of-u")
-    given = {
-        "run_dir": "~/r", "model": {"path": Path("~/m")}, "reward": {"model": Path("m")},
+    written = {
+        "run_dir": "~/r", "model": {"path": Path("~/m")}, "reward": {"source": "model", "model": Path("m")},
         "data": {"train": Path("t.jsonl"), "eval": "~/e.jsonl", "separator": "~"},
     }  # fmt: skip
-    config = settings.build(given)
+    config = settings.build(written)
     assert (config.run_dir, config.model.path, config.reward.model) == (Path("/home-of-u/r"), "/home-of-u/m", "m")
     assert (config.data.train, config.data.eval, config.data.separator) == ("t.jsonl", "/home-of-u/e.jsonl", "~")
     assert settings.Config(run_dir=Path("~/r")).run_dir == Path("/home-of-u/r")
@@ -122,9 +122,9 @@ def test_a_config_is_given_as_itself_as_a_dict_or_as_a_file(tmp_path: Path) -> N
     (tmp_path / "c.toml").write_text("[ppo]\nlr = 1e-3\ndual_clip = 'none'")
     config = settings.Config(ppo=settings.PPOConfig(lr=1e-3))
     for way in (config, {"ppo": {"lr": 1e-3}}, tmp_path / "c.toml", str(tmp_path / "c.toml")):
-        assert settings.given(way) == config
+        assert given(way, settings.Config) == config
     with pytest.raises(UserError, match="config = 3: give a Config"):
-        settings.given(3)  # type: ignore[arg-type]
+        given(3, settings.Config)  # type: ignore[arg-type]
 
 
 def test_a_setting_that_takes_a_path_is_no_switch(tmp_path: Path) -> None:
@@ -166,6 +166,8 @@ def test_a_setting_that_takes_a_path_is_no_switch(tmp_path: Path) -> None:
         ({"zzz": 1}, (), "unknown setting 'zzz': there are run_dir, seed"),
         ({}, ("--ppo.kl_target", "1", "--ppo.kl_placement", "off"), "has no effect"),
         ({"model": {"lora_targets": ["q_proj"]}}, (), "has no effect with model.lora_rank = 0"),
+        ({"reward": {"model": "m"}}, (), "reward.model = 'm' has no effect with reward.source = \"lexical\""),
+        ({"reward": {"value": "soft"}}, (), "reward.value = \"soft\" has no effect with reward.source = \"lexical\""),
         ({}, ("--ppo.kl_estimator", "k1", "--ppo.kl_placement", "loss"), "use k2 or k3"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 import torch
 from test_trainer import config, trajectory
 
-from tppo_fast import checkpoint, run_dir, seeding, trainer
+from tppo_fast import checkpoint, dpo, run_dir, seeding, sft, trainer
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.metrics import read_metrics
+from tppo_fast.reward_model.run import train_reward_model
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +85,49 @@ def test_a_callback_that_fails_costs_no_step(tiny_model: Path, whole_run: Path, 
     assert trajectory(tmp_path / "r") == trajectory(whole_run)
 
 
-def test_a_callback_that_cannot_be_called_is_refused_first(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="on_step = 3: give a function"):
-        trainer.train(config(tiny_model, tmp_path / "r"), on_step=3)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"on_step": 3}, "on_step = 3: give a function"),
+        ({"profile": -1}, "profile = -1: give a number of steps"),
+        ({"resume": "no"}, "resume = 'no': give True"),
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be_used_are_refused_first(
+    tiny_model: Path, tmp_path: Path, arguments: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        trainer.train(config(tiny_model, tmp_path / "r"), **arguments)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("run", [trainer.train, sft.sft, dpo.dpo, train_reward_model])
+def test_every_run_takes_the_same_kinds_of_config(run: Any) -> None:
+    with pytest.raises(UserError, match=r"config = 3: give a .*, a dict of settings, or the path of a TOML file"):
+        run(3)
+    with pytest.raises(UserError, match="unknown setting 'nope'"):
+        run({"nope": 1})
+
+
+def test_one_thread_of_a_process_runs_at_a_time(tiny_model: Path, tmp_path: Path) -> None:
+    given = config(tiny_model, tmp_path / "r", train__steps=1)
+    inside, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with seeding.restored():
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(60)
+    with pytest.raises(UserError, match="another thread of this process is in a run"):
+        trainer.train(given)
+    done.set()
+    thread.join()
+    assert not (tmp_path / "r").exists()
+    assert trainer.train(given).policy.is_dir()
 
 
 def random_reward(rollouts: Sequence[Rollout]) -> list[float]:

@@ -27,7 +27,7 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "config": {"errors", "reward_config", "sections", "vllm_config"},
     "words": set(),
     "plugins": {"errors"},
-    "seeding": set(),
+    "seeding": {"errors"},
     "interrupt": set(),
     "data_types": set(),
     "progress": set(),
@@ -71,11 +71,11 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     },
     "sft": {
         "config", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "preflight", "rollout", "run_dir",
-        "runs", "seeding",
+        "runs", "sections", "seeding",
     },
     "dpo": {
         "algorithms", "compiling", "data_types", "errors", "finetune", "finetune_config", "hashing", "labelling", "model",
-        "packing", "preflight", "rollout", "run_dir", "runs", "seeding", "sft",
+        "packing", "preflight", "rollout", "run_dir", "runs", "sections", "seeding", "sft",
     },
     "data": {"atomic", "config", "data_types", "errors", "words"},
     "rewards": {"attention", "config", "data_types", "errors", "hashing", "loading", "packing", "plugins", "progress", "words"},

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tppo_fast.errors import UserError
 from tppo_fast.reward_config import RewardConfig
 from tppo_fast.sections import (
     TEMPLATE,
@@ -378,14 +376,3 @@ def build(values: dict[str, Any]) -> Config:
 def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
     """A config from a TOML file, with ``--section.key value`` overrides: see ``sections.load_section``."""
     return load_section(path, overrides or [], Config)
-
-
-def given(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> Config:
-    """A config as it is, or made from a nested dict or a TOML file."""
-    if isinstance(config, Config):
-        return config
-    if isinstance(config, str | os.PathLike):
-        return load(config)
-    if isinstance(config, Mapping):
-        return build(dict(config))
-    raise UserError(f"config = {config!r}: give a Config, a dict of settings, or the path of a TOML file")

@@ -30,6 +30,7 @@ from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.base import check_lengths
 from tppo_fast.run_dir import open_run_dir
 from tppo_fast.runs import load_sessions
+from tppo_fast.sections import Settings, given
 from tppo_fast.sft import logprobs, longest_example, packed
 
 if TYPE_CHECKING:
@@ -53,13 +54,13 @@ class Pair:
     """Tokens that the policy sampled."""
 
 
-def dpo(config: DPOConfig, *, resume: bool = False) -> finetune.FinetuneResult:
+def dpo(config: DPOConfig | Settings, *, resume: bool = False) -> finetune.FinetuneResult:
     """Train a policy by DPO against itself and leave it, its metrics and its checkpoints in ``config.run_dir``.
 
     The reference is the starting policy: a frozen copy, or with ``model.lora_rank`` the same weights without adapters.
 
     Args:
-        config: every setting; ``model.path`` should be an SFT policy.
+        config: every setting, or a nested dict or the path of a TOML file of them; ``model.path`` should be an SFT policy.
         resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
 
     Raises:
@@ -67,6 +68,7 @@ def dpo(config: DPOConfig, *, resume: bool = False) -> finetune.FinetuneResult:
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
+    config = given(config, DPOConfig)
     preflight.check(config, resume)
     with seeding.restored(), open_run_dir(config, resume) as start_from:
         return _train(config, start_from)

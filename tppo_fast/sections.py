@@ -121,6 +121,8 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 S = TypeVar("S", bound=Section)
+Settings = Mapping[str, Any] | str | os.PathLike[str]
+"""A nested dict of settings, or the path of a TOML file of them."""
 
 
 def build_section(values: dict[str, Any], section: type[S]) -> S:
@@ -168,6 +170,21 @@ def load_section(path: str | os.PathLike[str], overrides: list[str], section: ty
         UserError: unreadable file, bad TOML, unknown key or bad value.
     """
     return build_section(merge(read_toml(path), overrides, lambda names: _is_text(section, names)), section)
+
+
+def given(config: S | Settings, section: type[S]) -> S:
+    """A config as it is, or made from what Python may give in its place.
+
+    Raises:
+        UserError: as ``build_section`` and ``load_section``; or it is none of these.
+    """
+    if isinstance(config, section):
+        return config
+    if isinstance(config, str | os.PathLike):
+        return load_section(config, [], section)
+    if isinstance(config, Mapping):
+        return build_section(dict(config), section)
+    raise UserError(f"config = {config!r}: give a {section.__name__}, a dict of settings, or the path of a TOML file")
 
 
 def _is_text(section: type[Section], names: list[str]) -> bool:

@@ -6,11 +6,16 @@ import contextlib
 import functools
 import hashlib
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+
+from tppo_fast.errors import UserError
+
+_inside = threading.RLock()  # the thread of a run enters again to evaluate
 
 
 def derive(seed: int, *purpose: str | int) -> int:
@@ -46,17 +51,34 @@ def seed_everything(seed: int) -> None:
 def restored() -> Iterator[None]:
     """Leave torch's settings and the global generators as they were: a caller in Python has uses of its own for them.
 
-    Inside, gradients are recorded and what is made is fp32, whatever the caller had chosen.
+    Inside, gradients are recorded and what is made is fp32, whatever the caller had chosen. Only one thread is inside at a time.
+
+    Raises:
+        UserError: another thread is.
     """
-    state, threads, dtype = global_state(), torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
+    with _alone():
+        state, threads, dtype = global_state(), torch.get_num_threads(), torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            set_global_state(state)
+            torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    if not _inside.acquire(blocking=False):
+        raise UserError(
+            "another thread of this process is in a run, which needs torch's settings and the random generators to itself: wait "
+            "for it, or start this one in a process of its own"
+        )
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+        yield
     finally:
-        set_global_state(state)
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
+        _inside.release()
 
 
 def global_state() -> dict[str, Any]:

@@ -19,19 +19,20 @@ from tppo_fast.rollout import build_engine
 from tppo_fast.rollout.base import check_lengths
 from tppo_fast.run_dir import open_run_dir
 from tppo_fast.runs import load_sessions
+from tppo_fast.sections import Settings, given
 
 Example = tuple[Prompt, Sequence[int]]
 """(prompt, the tokens of the true response with its end-of-sequence token)."""
 
 
-def sft(config: SFTConfig, *, resume: bool = False) -> finetune.FinetuneResult:
+def sft(config: SFTConfig | Settings, *, resume: bool = False) -> finetune.FinetuneResult:
     """Fine-tune a policy on sessions and leave it, its metrics and its checkpoints in ``config.run_dir``.
 
     Full fine-tuning, or adapters with ``model.lora_rank``; what is left in ``policy`` has them merged. Every evaluation
     measures the held-out true responses (loss, perplexity) and one sampled response to each session (relevance, ...).
 
     Args:
-        config: every setting; see ``tppo_fast.finetune_config``.
+        config: every setting, or a nested dict or the path of a TOML file of them; see ``tppo_fast.finetune_config``.
         resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
 
     Raises:
@@ -39,6 +40,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> finetune.FinetuneResult:
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
+    config = given(config, SFTConfig)
     preflight.check(config, resume)
     with seeding.restored(), open_run_dir(config, resume) as start_from:
         return _train(config, start_from)

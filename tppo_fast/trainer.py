@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.clock import Clock
 from tppo_fast.compiling import compile_layers
-from tppo_fast.config import Config, given
+from tppo_fast.config import Config
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session
 from tppo_fast.data_types import Prompt, Rollout
@@ -38,6 +37,7 @@ from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.base import check_lengths
 from tppo_fast.run_dir import list_checkpoints, open_run_dir, step_of
 from tppo_fast.runs import due, eval_sampling, growing_segments, load_sessions, logged, resolve_device
+from tppo_fast.sections import Settings, given
 
 OnStep = Callable[[int, Metrics], bool | None]
 """(step, what was logged of it) -> whether to stop."""
@@ -71,7 +71,7 @@ class Run:
 
 
 def train(
-    config: Config | Mapping[str, Any] | str | os.PathLike[str],
+    config: Config | Settings,
     *,
     resume: bool = False,
     on_step: OnStep | None = None,
@@ -96,13 +96,15 @@ def train(
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
-    config = given(config)
+    config = given(config, Config)
     if not isinstance(resume, bool):
         raise UserError(
             f"resume = {resume!r}: give True, to continue the newest checkpoint in config.run_dir, or False"
         )
     if not (on_step is None or callable(on_step)):
         raise UserError(f"on_step = {on_step!r}: give a function of (step, metrics), or None")
+    if isinstance(profile, bool) or not isinstance(profile, int) or profile < 0:
+        raise UserError(f"profile = {profile!r}: give a number of steps, or 0 for no trace")
     preflight.check(config, resume)
     growing_segments(config)
     with (

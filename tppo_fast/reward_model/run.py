@@ -24,6 +24,7 @@ from tppo_fast.reward_model.training import Learner, fit
 from tppo_fast.rewards.token_model import TRAINING_USERS, TokenModel
 from tppo_fast.run_dir import REWARD_MODEL, open_run_dir
 from tppo_fast.runs import resolve_device, stoppable
+from tppo_fast.sections import Settings, given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +39,14 @@ class RewardModelResult:
     """Reward model and baselines -> metric -> estimate, on the test users."""
 
 
-def train_reward_model(config: RewardModelConfig, *, resume: bool = False) -> RewardModelResult:
+def train_reward_model(config: RewardModelConfig | Settings, *, resume: bool = False) -> RewardModelResult:
     """Train a token reward model on labelled responses and leave it in ``config.run_dir / "model"``.
 
     Beside that folder stand ``report.html``, with responses of test users, and ``TRAINING_USERS``, by which a policy's run finds
     out whether the model knows its held-out users.
 
     Args:
-        config: every setting; see ``tppo_fast.reward_model.settings``.
+        config: every setting, or a nested dict or the path of a TOML file of them; see ``tppo_fast.reward_model.settings``.
         resume: continue the newest checkpoint of ``run_dir``, bit for bit as if it had never stopped.
 
     Raises:
@@ -53,6 +54,7 @@ def train_reward_model(config: RewardModelConfig, *, resume: bool = False) -> Re
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
         Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
     """
+    config = given(config, RewardModelConfig)
     preflight.check(config, resume, REWARD_MODEL)
     with seeding.restored(), open_run_dir(config, resume, REWARD_MODEL) as start_from:
         return _train(config, start_from)
