@@ -64,6 +64,31 @@ def test_eight_bits_move_the_weights_as_adamw_does_with_a_quarter_of_the_states(
     assert sizes[1] < 0.3 * sizes[0]
 
 
+@pytest.mark.parametrize("seldom", [False, True], ids=["every-step", "rows-now-and-then"])
+def test_eight_bits_move_no_weight_further_than_adamw(seldom: bool) -> None:
+    """Gradients of one block that span many orders of magnitude; rows that get one now and then, as an embedding's do."""
+    pytest.importorskip("torchao")
+    generator = torch.Generator().manual_seed(0)
+    size = 1e-4 * torch.randn(128, 96, generator=generator).mul(2.5).exp()  # a block of 256 spans rows
+    steps, lr, moved = 40, 1e-3, []
+    gradients = [size * (1 + torch.randn(size.shape, generator=generator)) for _ in range(steps)]
+    if seldom:
+        gradients = [g * (torch.rand(len(g), 1, generator=generator) < 0.2) for g in gradients]
+    for name in ("adamw", "adamw8bit"):
+        weight = nn.Parameter(torch.zeros_like(size))
+        optimizer = optimizers.build([([weight], lr)], settings.PPOConfig(optimizer=name))  # type: ignore[arg-type]
+        largest = torch.zeros(())
+        for gradient in gradients:
+            before = weight.detach().clone()
+            weight.grad = gradient.clone()
+            optimizer.step()
+            largest = torch.maximum(largest, (weight.detach() - before).abs().max())
+        assert largest <= 3.2 * lr  # (1 - beta1) / sqrt(1 - beta2), after gradients of 0; else about 1
+        moved.append(weight.detach().flatten())
+    assert moved[1].abs().max() <= 1.1 * lr * steps
+    assert (moved[1] - moved[0]).norm() < 0.15 * moved[0].norm()
+
+
 @pytest.mark.parametrize("options", [{"optimizer": "adamw8bit"}, HALF], ids=["fp32-weights", "bf16-weights"])
 def test_quantised_states_continue_bit_for_bit(options: dict[str, Any]) -> None:
     """Saved as plain tensors and numbers, loaded into another run: its next step is the same one."""

@@ -6,7 +6,8 @@
 | adamw8bit, float32 | 4 + 4 + 2 |
 | adamw8bit, bfloat16 | 2 + 4 + 2 |
 
-A step of 8 bits dequantises, computes AdamW in fp32 and quantises again in blocks of 256 (Dettmers et al., arXiv 2110.02861).
+A step of 8 bits dequantises, computes AdamW in fp32 and quantises again in blocks of 256 (Dettmers et al., arXiv 2110.02861),
+with the codes of ``code_maps`` in place of torchao's own.
 Weights in bfloat16 are rounded stochastically (up with the probability of what rounding down would lose), or small steps
 would vanish; gradients are summed in fp32 all the same.
 """
@@ -41,12 +42,36 @@ def build(groups: Sequence[tuple[list[nn.Parameter], float]], config: PPOConfig)
         return torch.optim.AdamW(params, fused=True, **options)
     try:
         from torchao.optim import AdamW8bit
+        from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
         raise UserError(
             f'ppo.optimizer = "{config.optimizer}" needs the torchao package ({error}): pip install '
             "'tppo-fast[adamw8bit]', or set it to \"adamw\""
         ) from None
-    return AdamW8bit(params, bf16_stochastic_round=config.weights == "bfloat16", **options)
+    signed_codes, unsigned_codes = code_maps()
+
+    class Bounded(AdamW8bit):
+        """A state carries its codes, into main memory and checkpoints too."""
+
+        @staticmethod
+        def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
+            state = OptimState8bit.zeros(p.shape, signed, block_size, p.device, dtype=p.dtype)
+            state.qmap.copy_(signed_codes if signed else unsigned_codes)
+            return state
+
+    return Bounded(params, bf16_stochastic_round=config.weights == "bfloat16", **options)
+
+
+def code_maps() -> tuple[Tensor, Tensor]:
+    """What the 256 codes of a first and of a second moment mean: ascending parts of their block's maximum, ``(256,)`` each.
+
+    Equal ratios, steps of 11.5 %: a first moment is 0 or from 1e-6 to 1, of either sign; a second, its square, from 1e-12 to 1.
+    The second is never 0, for an update divides by its root. torchao's codes make a second moment below 1.6e-7 0 and keep the
+    first moment beside it: that weight then moves by m / eps, hundreds of learning rates.
+    """
+    size = torch.logspace(-6, 0, 128, dtype=torch.float64)
+    first = torch.cat([-size[1:].flip(0), size.new_zeros(1), size])
+    return first.float(), torch.logspace(-12, 0, 256, dtype=torch.float64).float()
 
 
 def schedule(
