@@ -83,9 +83,8 @@ def drop_best(run_dir: Path, step: int) -> None:
     for folder in list_checkpoints(run_dir):
         with contextlib.suppress(UserError, KeyError, TypeError):  # a damaged one cannot be gone on from
             named.add(best_of(run_dir, read_state(folder)["best"]["step"]))
-    for path in (set(bests(run_dir)) - named) | {
-        *run_dir.glob(".best-*.tmp")
-    }:  # the second: what a kill left half-written
+    half_written = run_dir.glob(".best-*.tmp")  # by a run that was killed
+    for path in {*bests(run_dir), *half_written} - named:
         shutil.rmtree(path)
 
 
