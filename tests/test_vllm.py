@@ -94,16 +94,16 @@ def disturb(actor: model.Actor, seed: int, size: float = 0.02) -> None:
             p.add_(size * torch.randn(p.shape, generator=generator))
 
 
-def test_fifty_rounds_of_change_publish_generate(engine: Any, actor: model.Actor, prompts: list[Prompt]) -> None:
+def test_rounds_of_change_publish_generate(engine: Any, actor: model.Actor, prompts: list[Prompt]) -> None:
     texts = set()
-    for version in range(50):
+    for version in range(20):
         disturb(actor, version)
         engine.load_weights(actor.named_weights(), version)
         assert gap(actor, engine, prompts, params(seed=version)) < 1e-3
         first = engine.generate(prompts[:1], params(n=1, seed=0))[0]
         assert first.policy_version == version
         texts.add(tuple(first.token_ids))
-    assert len(texts) > 25  # the policies did differ
+    assert len(texts) > 10  # the policies did differ
 
 
 def test_a_policy_with_adapters_is_published_merged(engine: Any, folder: Path, prompts: list[Prompt]) -> None:
