@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from scipy import stats
 
 from tppo_fast import checkpoint, demo, evaluate, loading, report, trainer
@@ -84,7 +83,7 @@ def main() -> None:
     demo.open_folder(base)
     _same_options(options)
     sessions, held_out = demo.sessions(base)
-    start = demo.supervised(base, sessions, Console(stderr=True))
+    start = demo.supervised(base, sessions)
     labels = _labels(options, demo.run_config(base, start, "TPPO"), sessions)
     reward_model = _reward_model(options, labels, start)
     result = {

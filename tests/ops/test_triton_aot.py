@@ -28,7 +28,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+TARGETS = ["sm_90", "gfx942"]
+if os.environ.get("AOT_TARGETS") == "all":  # two minutes of a core each, and what fits sm_90 has fitted these
+    TARGETS += ["sm_80", "sm_100"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target, tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "aot.py"), target, str(tmp_path / "table.json")]
