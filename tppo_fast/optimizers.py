@@ -54,7 +54,7 @@ def build(groups: Sequence[tuple[list[nn.Parameter], float]], config: PPOConfig)
         """A state carries its codes, into main memory and checkpoints too."""
 
         @staticmethod
-        def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
+        def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> OptimState8bit:
             state = OptimState8bit.zeros(p.shape, signed, block_size, p.device, dtype=p.dtype)
             state.qmap.copy_(signed_codes if signed else unsigned_codes)
             return state
