@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_trainer import config, trajectory
+from test_trainer import config, trajectory, values, write_toml
 
 from tppo_fast import checkpoint, run_dir, sft, trainer
 from tppo_fast.config import Config
@@ -298,3 +300,17 @@ def test_checkpoints_are_ordered_by_number_and_dropped_as_a_whole(
     empty_checkpoint(given, 1_000_001, keep=2)
     assert steps() == [1_000_000, 1_000_001]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # what the kill left is gone, too
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["disk full", "no reader"])
+def test_a_log_that_cannot_be_written_ends_nothing(tiny_model: Path, tmp_path: Path, full: bool) -> None:
+    path = tmp_path / "c.toml"
+    write_toml(path, values(tiny_model, tmp_path / "r", train__steps=2, train__show_examples=1))
+    reader, pipe = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with os.fdopen(pipe, "wb") as closed, Path("/dev/full").open("wb") as device:
+        log = device if full else closed
+        command = [sys.executable, "-m", "tppo_fast", "train", str(path)]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, timeout=120)
+    assert (done.returncode, "trained policy" in done.stdout) == (0, True)
