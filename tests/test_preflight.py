@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tppo_fast import checkpoint, preflight
+from tppo_fast import checkpoint, losses, preflight
 from tppo_fast import config as settings
 from tppo_fast.errors import UserError
 from tppo_fast.plugins import guarded, load_object
@@ -23,6 +23,10 @@ from tppo_fast import cli
 for words in json.loads(sys.argv[1]):
     print(cli.run(lambda: cli.cli(words, standalone_mode=False)), "torch" in sys.modules, "transformers" in sys.modules)
 """
+
+
+def test_the_names_that_need_no_module_are_those_that_there_are() -> None:
+    assert preflight.BUILT_IN["ppo.loss"] == (*losses.BUILT_IN,)
 
 
 def test_the_shell_refuses_without_torch(tmp_path: Path) -> None:
