@@ -351,6 +351,8 @@ def test_settings_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(UserError, match=rf"{'.OPENAI_BASE_URL' if variable else '--base-url'} holds a") as e:
                 judge(None if variable else url)
             assert "secret-1" not in str(e.value)
+    with pytest.raises(UserError, match=r"--base-url 'http://\[' is no address \(.*\): write"):
+        judge("http://[")
     with pytest.raises(UserError, match="start it with http"):
         judge("localhost:8000")
     with pytest.raises(UserError, match="separator = ' '"):

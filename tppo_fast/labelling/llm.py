@@ -131,9 +131,9 @@ class LLMJudge:
         self.settings, self.template, self.usage = settings, template, Usage()
         self._url = _url(settings)
         self._key = _key(settings, self._url)
-        self.endpoint = self._url.partition("://")[
-            2
-        ]  # for the record: the labels' identity is the model, not its address
+        _, _, self.endpoint = self._url.partition(
+            "://"
+        )  # for the record: the labels' identity is the model, wherever it is
         self._limiter = RateLimiter(settings.requests_per_minute)
         self._client = self._connect()
         self._aside, self._lock = 0, threading.Lock()  # responses set aside in a row
@@ -334,7 +334,10 @@ def _url(settings: LLMSettings) -> str:
     """The endpoint's address, with nothing secret in it."""
     name = "--base-url" if settings.base_url else "$OPENAI_BASE_URL"
     address = settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
-    url = urlsplit(address)
+    try:
+        url = urlsplit(address)
+    except ValueError as error:
+        raise UserError(f"{name} {address!r} is no address ({error}): write http(s)://HOST:PORT/v1") from None
     for part, found in (("user name or password", url.username or url.password), ("query (?...)", url.query)):
         if found:
             raise UserError(
