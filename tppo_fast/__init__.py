@@ -5,16 +5,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Config", "EngineError", "Interrupted", "TrainResult", "TrainingDiverged", "UserError", "train"]
+__all__ = ["Config", "EngineError", "Interrupted", "TrainResult", "TrainingDiverged", "UserError", "generate", "train"]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tppo_fast.config import Config
     from tppo_fast.errors import EngineError, TrainingDiverged, UserError
+    from tppo_fast.generation import generate
     from tppo_fast.interrupt import Interrupted
     from tppo_fast.trainer import TrainResult, train
 
-_HOME = {"Config": "config", "Interrupted": "interrupt", "TrainResult": "trainer", "train": "trainer"}
+_HOME = {
+    "Config": "config",
+    "generate": "generation",
+    "Interrupted": "interrupt",
+    "TrainResult": "trainer",
+    "train": "trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ from tppo_fast.sections import Section
 
 
 def save(run_dir: Path, ppo: PPO, tokenizer: Any, config: Config, pending: dict[str, Any] | None = None) -> Path:
-    """Write a checkpoint of a PPO run, see ``write``; ``pending`` is what ``load`` gives back."""
+    """Write a checkpoint of a PPO run, see ``write`` and ``Actor.save``; ``pending`` is what ``load`` gives back."""
 
     def fill(folder: Path) -> dict[str, Any]:
         if config.model.lora_rank:

@@ -17,7 +17,9 @@ import click
 from tppo_fast import __version__, preflight
 from tppo_fast import config as settings
 from tppo_fast.cli_convert import convert
+from tppo_fast.cli_generate import generate
 from tppo_fast.cli_label import label, refuse_endless
+from tppo_fast.data import prompt_file
 from tppo_fast.errors import EngineError, JobsFailed, LabellingFailed, TrainingDiverged, UserError
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import DPOConfig, SFTConfig, read_run
@@ -191,7 +193,9 @@ def compare(experiment: str, overrides: tuple[str, ...]) -> None:
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Held-out sessions (.jsonl or .parquet).")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/evaluation"), show_default=True)
 @click.option(
-    "--config", type=click.Path(), help="A train, sft or dpo run's TOML file, for its data, rollout and model settings."
+    "--config",
+    type=click.Path(),
+    help="A run's TOML file, for its data, rollout and model settings. [data: the first policy's]",
 )
 @click.option("--responses", type=click.IntRange(1), default=1, show_default=True, help="Responses to each session.")
 @click.option(
@@ -206,6 +210,8 @@ def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **
     """Compare policies on held-out sessions, each against each, with intervals. A NAME given twice is two seeds of one."""
     whole = {} if config is None else read_run(config)
     kept = {name: value for name, value in whole.items() if name in settings.RunConfig.model_fields}
+    if config is None:  # as the first policy has learned
+        kept["data"] = prompt_file.read(policies[0] if Path(policies[0]).is_dir() else policies[0].partition("=")[2])
     if seed is not None:
         kept["seed"] = seed
     loaded = build_section(kept, settings.RunConfig)
@@ -237,6 +243,7 @@ def demo(**options: Any) -> None:
     run_demo(DemoSettings(**{name: value for name, value in options.items() if value is not None}))
 
 
+cli.add_command(generate)
 cli.add_command(label)
 cli.add_command(convert)
 

@@ -38,7 +38,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option(
     "--config",
     type=FILE,
-    help="A train, sft or dpo run's TOML file: how its [data] writes prompts for a policy, its separator and num_queries.",
+    help="A run's TOML file: how its [data] writes prompts for a policy, its separator and num_queries. [the policy's own]",
 )
 @click.option("--separator", help="Text between the queries of a response. [, ]")
 @click.option("--num-queries", type=COUNT, help="lexical, embedding: words of later queries are irrelevant.")
@@ -141,11 +141,13 @@ def _label(sessions_file: Path, options: dict[str, Any]) -> None:
 
 
 def _as_supervised(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, and what ``--config`` says where they do not."""
+    """The options, and what ``--config``, or else the policy's folder, says where they do not."""
     from tppo_fast.config import DataConfig
+    from tppo_fast.data import prompt_file
     from tppo_fast.finetune_config import read_run
 
-    given = {} if options["config"] is None else read_run(options["config"])["data"]
+    config: Path | None = options["config"]
+    given = prompt_file.read(options["responses"]) if config is None else read_run(config)["data"]
     data = DataConfig(**given)
     asked = {
         "separator": data.separator,

@@ -216,7 +216,7 @@ def supervised(options: DemoSettings, sessions: Sequence[Session]) -> Path:
         return start
     base = Path(options.model) if options.model else small_model(options.run_dir / "untrained", sessions, options.seed)
     config = run_config(options, base, "TPPO")
-    actor, tokenizer, builder = finetune.build(config)
+    actor, _, builder = finetune.build(config)
     examples = list(zip(builder.prompts(sessions), builder.responses(sessions), strict=True))
     scale = options.scale
     if scale.sft_steps:
@@ -228,7 +228,7 @@ def supervised(options: DemoSettings, sessions: Sequence[Session]) -> Path:
                 on_step=lambda loss: progress.update(1, loss=loss),
             )  # fmt: skip
     with atomic_folder(start) as temporary:
-        actor.save(temporary, tokenizer)
+        actor.save(temporary, builder)
     return start
 
 

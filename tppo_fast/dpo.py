@@ -100,7 +100,7 @@ def _train(config: DPOConfig, start_from: Path | None) -> finetune.FinetuneResul
         )
         learner = finetune.Learner(actor, config.dpo, config.train.steps, "dpo.lr")
         held = finetune.Held(engine=engine, prompts=held_out[0], builder=builder)
-        return finetune.run(config, config.dpo, learner, objective, held, tokenizer, start_from=start_from, name="dpo")
+        return finetune.run(config, config.dpo, learner, objective, held, start_from=start_from, name="dpo")
 
 
 def _check_lengths(config: DPOConfig, model_config: Any, sides: Sides) -> None:

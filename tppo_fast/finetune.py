@@ -28,7 +28,7 @@ from tppo_fast.metrics import MetricsLogger
 from tppo_fast.model import Actor
 from tppo_fast.progress import Progress
 from tppo_fast.rollout import RolloutEngine
-from tppo_fast.runs import due, eval_sampling, growing_segments, logged, resolve_device
+from tppo_fast.runs import due, eval_sampling, growing_segments, logged, resolve_device, warn_of_other_prompts
 
 Metrics = dict[str, float]
 
@@ -121,7 +121,7 @@ class Learner:
         checkpoint.drop_best(config.run_dir, self.best.step)
         return written
 
-    def keep_if_best(self, run_dir: Path, evaluation: Metrics, tokenizer: Any) -> None:
+    def keep_if_best(self, run_dir: Path, evaluation: Metrics, builder: PromptBuilder) -> None:
         """Keep the policy in ``run_dir`` if its held-out loss is the lowest so far.
 
         Raises:
@@ -131,7 +131,7 @@ class Learner:
             raise TrainingDiverged({"step": self.step, **evaluation}, self._setting)
         if evaluation["eval/loss"] < self.best.loss:
             with atomic_folder(checkpoint.best_of(run_dir, self.step)) as temporary:
-                self.actor.save(temporary, tokenizer)
+                self.actor.save(temporary, builder)
             self.best = Best(step=self.step, evaluation=evaluation)
             checkpoint.drop_best(run_dir, self.step)
 
@@ -178,6 +178,7 @@ def build(config: RunConfig) -> tuple[Actor, Any, PromptBuilder]:
         torch.set_num_threads(config.threads)
     growing_segments(config)
     seeding.seed_everything(config.seed)
+    warn_of_other_prompts(config.model.path, config.data)
     actor_critic, tokenizer = model.build(config.model, resolve_device(config.device), critic=False)
     if config.model.compile:
         compile_layers([actor_critic.actor])
@@ -190,7 +191,6 @@ def run(
     learner: Learner,
     objective: Objective,
     held: Held,
-    tokenizer: Any,
     *,
     start_from: Path | None,
     name: str,
@@ -204,14 +204,14 @@ def run(
     if start_from is not None:
         learner.load(start_from)
     with logged(config, learner.step, lambda: learner.save(config)) as (logger, guard):
-        last = _loop(config, learner, objective, held, tokenizer, logger, guard, name)
+        last = _loop(config, learner, objective, held, logger, guard, name)
     policy = config.run_dir / "policy"
     chosen = learner.best if learn.select == "best" else Best(step=learner.step, evaluation=last)
     with atomic_folder(policy) as temporary:
         if learn.select == "best":
             shutil.copytree(checkpoint.best_of(config.run_dir, chosen.step), temporary, dirs_exist_ok=True)
         else:
-            learner.actor.save(temporary, tokenizer)
+            learner.actor.save(temporary, held.builder)
     return FinetuneResult(run_dir=config.run_dir, policy=policy, step=chosen.step, evaluation=chosen.evaluation)
 
 
@@ -220,7 +220,6 @@ def _loop(
     learner: Learner,
     objective: Objective,
     held: Held,
-    tokenizer: Any,
     logger: MetricsLogger,
     guard: InterruptGuard,
     name: str,
@@ -232,7 +231,7 @@ def _loop(
         began = time.perf_counter()
         found = objective.evaluate() | held.evaluate(config, learner.actor, learner.step)
         found["time/eval"] = time.perf_counter() - began
-        learner.keep_if_best(config.run_dir, found, tokenizer)
+        learner.keep_if_best(config.run_dir, found, held.builder)
         return found
 
     if learner.step == 0:

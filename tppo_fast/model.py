@@ -105,7 +105,8 @@ class Actor(nn.Module):
         return frozen
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """Write a folder that plain transformers loads: safetensors (adapters merged), config, tokenizer."""
+        """Write a folder that plain transformers loads: safetensors (adapters merged), config, and what ``tokenizer`` (one, or a
+        ``PromptBuilder``) saves."""
         lm, weights = self.lm, None
         if lora.adapted(lm):
             lm, weights = lora.without_adapters(lm), {name: tensor.cpu() for name, tensor in lora.merged_weights(lm)}

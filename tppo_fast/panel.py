@@ -29,7 +29,7 @@ from tppo_fast.progress import Progress
 from tppo_fast.rewards import Labeller, LexicalLabeller
 from tppo_fast.rollout import build_engine
 from tppo_fast.rollout.base import check_lengths
-from tppo_fast.runs import eval_sampling, resolve_device
+from tppo_fast.runs import eval_sampling, resolve_device, warn_of_other_prompts
 from tppo_fast.words import normalise_query
 
 COPY_LAST = "copy the last query"
@@ -182,6 +182,7 @@ def _check(config: RunConfig, folder: Path, sessions: Sequence[Session]) -> None
     settings = loading.load_settings(str(folder), trust_remote_code=trusted)
     tokenizer = loading.load_tokenizer(str(folder), trust_remote_code=trusted)
     loading.check_vocabulary(f"model.path = {str(folder)!r}", tokenizer, settings.get_text_config().vocab_size)
+    warn_of_other_prompts(folder, config.data)
     prompts = PromptBuilder(tokenizer, config.data).prompts(sessions)
     longest = max(len(prompt.token_ids) for prompt in prompts) + config.rollout.max_new_tokens
     try:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from tppo_fast import seeding
 from tppo_fast.atomic import write_atomic
 from tppo_fast.config import DataConfig, RunConfig
+from tppo_fast.data import prompt_file
 from tppo_fast.data.sessions import Session, of_many_users, read_sessions, split_by_user
 from tppo_fast.data.synthetic import generate_sessions
 from tppo_fast.errors import TrainingDiverged, UserError
@@ -109,6 +110,12 @@ def _tell_of_shared_users(data: DataConfig, sessions: Sequence[Session], held_ou
             f"[yellow]warning[/]: {both} of the {len(users)} users of data.eval = {escape(repr(data.eval))} are in data.train, "
             "too: what is measured there is not held out; give them to one side alone"
         )
+
+
+def warn_of_other_prompts(policy: str | Path, data: DataConfig) -> None:
+    """Tell of a policy that was trained on prompts written otherwise than ``data`` says."""
+    if changed := prompt_file.change(policy, data):
+        say(f"[yellow]warning[/]: {escape(changed)}: it will not do what it has learned; use one of the two throughout")
 
 
 def eval_sampling(config: RunConfig, n: int = 1) -> SamplingParams:

@@ -59,7 +59,7 @@ def _train(config: SFTConfig, start_from: Path | None) -> finetune.FinetuneResul
     objective = Supervision(actor, examples, held_out, config.sft, config.seed)
     with contextlib.closing(build_engine(config, tokenizer, actor.device)) as engine:
         held = finetune.Held(engine=engine, prompts=held_prompts, builder=builder)
-        return finetune.run(config, config.sft, learner, objective, held, tokenizer, start_from=start_from, name="sft")
+        return finetune.run(config, config.sft, learner, objective, held, start_from=start_from, name="sft")
 
 
 def supervise(

@@ -36,7 +36,15 @@ from tppo_fast.rewards.watch import RunWatch, canonical_share, repetition_and_co
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from tppo_fast.rollout.base import check_lengths
 from tppo_fast.run_dir import list_checkpoints, open_run_dir, step_of
-from tppo_fast.runs import due, eval_sampling, growing_segments, load_sessions, logged, resolve_device
+from tppo_fast.runs import (
+    due,
+    eval_sampling,
+    growing_segments,
+    load_sessions,
+    logged,
+    resolve_device,
+    warn_of_other_prompts,
+)
 from tppo_fast.sections import Settings, given
 
 OnStep = Callable[[int, Metrics], bool | None]
@@ -123,7 +131,7 @@ def _train(config: Config, start_from: Path | None, on_step: OnStep | None, prof
         evaluation = _logged(run, on_step, profile)
     policy = config.run_dir / "policy"
     with atomic_folder(policy) as temporary:
-        run.ppo.model.actor.save(temporary, run.tokenizer)
+        run.ppo.model.actor.save(temporary, run.builder)
     return TrainResult(run_dir=config.run_dir, policy=policy, evaluation=evaluation)
 
 
@@ -161,7 +169,7 @@ def _saved_in_time(run: Run) -> Path | None:
 
 
 def _save(run: Run) -> Path:
-    return checkpoint.save(run.config.run_dir, run.ppo, run.tokenizer, run.config, run.source.state(run.ppo.step))
+    return checkpoint.save(run.config.run_dir, run.ppo, run.builder, run.config, run.source.state(run.ppo.step))
 
 
 def _loop(
@@ -261,6 +269,7 @@ def setup(config: Config, start_from: Path | None = None) -> Run:
         raise UserError(f"ppo.offload = true moves memory off a GPU, and device is {device.type!r}: set it to false")
     train_sessions, eval_sessions = load_sessions(config)
     warn_of_known_users(config.reward, [session.user_id for session in eval_sessions])
+    warn_of_other_prompts(config.model.path, config.data)
     actor_critic, tokenizer = model.build(config.model, device, critic=ALGORITHMS[config.algorithm].needs_critic)
     builder = PromptBuilder(tokenizer, config.data)
     reward = _reward(config, tokenizer, builder, train_sessions, device)

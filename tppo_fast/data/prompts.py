@@ -5,9 +5,11 @@ from __future__ import annotations
 import bisect
 import statistics
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tppo_fast.config import DataConfig
+from tppo_fast.data import prompt_file
 from tppo_fast.data.rows import Session, searched, show
 from tppo_fast.data_types import Prompt
 from tppo_fast.errors import UserError
@@ -75,14 +77,16 @@ class PromptBuilder:
         prompts = []
         for session, history, ids in zip(sessions, histories, encoded, strict=True):
             fits = len(ids) + len(self._start) <= self.config.max_prompt_tokens
-            next_queries = self._cleaned(session.next_queries, session, "next_queries")
+            next_queries = self._cleaned(session.next_queries, session, "next_queries") if session.next_queries else []
             prompts.append(
                 Prompt(
                     token_ids=[*self._start, *(ids if fits else self._truncated(history, session))],
                     user_id=session.user_id,
                     history=tuple(searched(history)),
                     next_queries=tuple(next_queries),
-                    relevant_queries=tuple(self._cleaned(session.relevant_queries, session, "relevant_queries")),
+                    relevant_queries=tuple(
+                        self._cleaned(session.relevant_queries, session, "relevant_queries") if next_queries else []
+                    ),
                 )
             )
         return prompts
@@ -97,6 +101,11 @@ class PromptBuilder:
         joined = [self.config.separator.join(queries[: self.config.num_queries]) for queries in cleaned]
         encoded = self._encode([self.config.response_prefix + text for text in joined])
         return [[*ids, self.eos_token_id] for ids in encoded]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The tokenizer, and beside it ``prompt.json``: what a policy's folder says of its prompts."""
+        self.tokenizer.save_pretrained(folder)
+        prompt_file.write(folder, self.config)
 
     def parse(self, text: str) -> list[str]:
         """The queries of a decoded response."""

@@ -25,7 +25,7 @@ class Session:
     history: Mapping[str, Sequence[str]]
     """Kind of event (``search``, ``click``, ``purchase``, ``visit``, ...) -> its entries, oldest first. Not empty."""
     next_queries: Sequence[str]
-    """The queries asked next, in order. Not empty."""
+    """The queries asked next, in order. Empty where nobody knows them: to sample, and nothing else."""
     relevant_queries: Sequence[str] = ()
     """Every query known to be relevant; left out, it becomes ``next_queries``."""
 
@@ -37,6 +37,14 @@ class Session:
 def searched(history: Mapping[str, Sequence[str]]) -> list[str]:
     """The queries of a history, oldest first; every entry, kind after kind, where nothing was searched."""
     return list(history.get("search") or [entry for kind in sorted(history) for entry in history[kind]])
+
+
+def parse_history(row: object, where: str) -> Session:
+    """``parse_row`` of a row that may lack ``next_queries``, which are not read."""
+    if isinstance(row, Mapping) and not row.get("next_queries"):
+        row = {**row, "next_queries": ["unknown"]}
+    session = parse_row(row, where)
+    return Session(user_id=session.user_id, history=session.history, next_queries=())
 
 
 def parse_row(row: object, where: str) -> Session:

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from tppo_fast.data.files import read_rows, write_rows
-from tppo_fast.data.rows import Session, parse_row, to_row
+from tppo_fast.data.rows import Session, parse_history, parse_row, to_row
 from tppo_fast.errors import UserError
 
-__all__ = ["Session", "of_many_users", "read_sessions", "split_by_user", "write_sessions"]
+__all__ = ["Session", "of_many_users", "read_histories", "read_sessions", "split_by_user", "write_sessions"]
 
 
 class _OfUser(Protocol):
@@ -49,6 +49,11 @@ def read_sessions(path: str | os.PathLike[str]) -> list[Session]:
             line (Parquet: row, counted from 1), field, value and remedy.
     """
     return read_rows(Path(path), parse_row, "session")
+
+
+def read_histories(path: str | os.PathLike[str]) -> list[Session]:
+    """``read_sessions`` of a file whose rows may lack ``next_queries``; there are none in the sessions returned."""
+    return read_rows(Path(path), parse_history, "session")
 
 
 def write_sessions(path: str | os.PathLike[str], sessions: Iterable[Session]) -> None:
