@@ -14,6 +14,8 @@ import torch
 from test_trainer import config, trajectory
 
 from tppo_fast import checkpoint, dpo, run_dir, seeding, sft, trainer
+from tppo_fast.data.sessions import Session, write_sessions
+from tppo_fast.data.synthetic import generate_sessions
 from tppo_fast.data_types import Rollout
 from tppo_fast.errors import UserError
 from tppo_fast.metrics import read_metrics
@@ -141,3 +143,14 @@ def test_held_out_responses_are_rewarded_where_it_is_asked_for(tiny_model: Path,
         rows = read_metrics(tmp_path / str(held_out))
         assert ["eval/reward_mean" in row for row in rows] == [held_out] * 3
     assert trajectory(tmp_path / "True") == trajectory(tmp_path / "False")
+
+
+def test_next_queries_that_the_model_has_no_room_for(tiny_model: Path, tmp_path: Path) -> None:
+    sessions = generate_sessions(20, seed=0)
+    long = Session(user_id="wordy", history={"search": ["a"]}, next_queries=["word " * 400])
+    write_sessions(tmp_path / "data.jsonl", [*sessions, long])
+    data = {"train": str(tmp_path / "data.jsonl"), "eval_fraction": 0.3}
+    with pytest.raises(
+        UserError, match=r"^user 'wordy': next_queries have 2\d\d\d tokens; .*; or shorten or remove that"
+    ):
+        sft.sft({"run_dir": str(tmp_path / "r"), "model": {"path": str(tiny_model)}, "data": data})

@@ -70,8 +70,8 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
         "metrics", "model", "optimizers", "progress", "rollout", "runs", "seeding",
     },
     "sft": {
-        "config", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "preflight", "rollout", "run_dir",
-        "runs", "sections", "seeding",
+        "config", "data", "data_types", "errors", "finetune", "finetune_config", "model", "packing", "preflight", "rollout",
+        "run_dir", "runs", "sections", "seeding",
     },
     "dpo": {
         "algorithms", "compiling", "data_types", "errors", "finetune", "finetune_config", "hashing", "labelling", "model",

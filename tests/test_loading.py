@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import transformers as t
 from support import drop_weight, tiny_llama, tokenizer, wide_llama, write_model
 
-from tppo_fast import loading
+from tppo_fast import loading, model, model_folder
+from tppo_fast.config import ModelConfig
 from tppo_fast.errors import UserError
 from tppo_fast.labelling.embedding import SentenceEncoder
 from tppo_fast.reward_model import backbone
@@ -120,3 +122,28 @@ def test_a_tokenizer_with_more_tokens_than_rows(
     count = len(tokenizer())
     with pytest.raises(UserError, match=f"{field}.*has {count} tokens and its embedding table {count - 7} rows"):
         load(tmp_path)
+
+
+def test_what_no_run_could_use(tmp_path: Path) -> None:
+    def broken(size: int) -> Any:
+        lm = tiny_llama(size)
+        lm.model.norm.weight.data[3] = float("nan")
+        return lm
+
+    write_model(tmp_path / "nan", broken)
+    with pytest.raises(UserError, match=r"weight 'model\.norm\.weight' holds NaN or infinity"):
+        loading.load_policy(str(tmp_path / "nan"))
+    with pytest.raises(UserError, match=r"weight 'model\.norm\.weight' holds NaN or infinity"):
+        build_backbone(tmp_path / "nan")
+    adapter = peft.get_peft_model(tiny_llama(300), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    for setting, path in (("model.path", "adapter"), ("backbone.path", "adapter")):
+        with pytest.raises(UserError, match=rf"{setting} = .*: it is an adapter and no whole model: merge it"):
+            model_folder.check(str(tmp_path / path), setting)
+
+
+def test_attention_of_its_own_is_named(tmp_path: Path) -> None:
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 256}
+    write_model(tmp_path, lambda size: t.GPTJForCausalLM(t.GPTJConfig(vocab_size=size, **shape)))
+    with pytest.raises(UserError, match="attention of its own and cannot be packed: use another model"):
+        model.build(ModelConfig(path=str(tmp_path)), "cpu")

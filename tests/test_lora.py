@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from support import random_rollouts
+from support import random_rollouts, write_model
 from test_trainer import config, trajectory
 
 from tppo_fast import checkpoint, lora, model, packing, trainer
@@ -196,6 +196,19 @@ def test_without_peft_there_is_one_sentence(tiny_model: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"model\.lora_rank = 2 needs the peft package"):
         model.build(ModelConfig(path=str(tiny_model), lora_rank=2), "cpu")
+
+
+def test_experts_in_one_tensor_get_no_adapters(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    settings = {"max_position_embeddings": 256, **shape, **experts}
+    write_model(
+        tmp_path, lambda size: transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=size, **settings))
+    )
+    actor = model.build(ModelConfig(path=str(tmp_path), lora_rank=2), "cpu", critic=False)[0].actor
+    plain = transformers.MixtralForCausalLM.from_pretrained(tmp_path)
+    assert {name for name, _ in actor.named_weights()} == set(plain.state_dict())
+    assert any("q_proj" in name for name, p in actor.named_parameters() if p.requires_grad)
 
 
 def test_conv1d_models_merge_too() -> None:

@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from tppo_fast import cli
@@ -336,6 +338,18 @@ def test_the_longest_input_of_a_roberta_has_a_position_for_each_token(labels: Pa
     inputs = model.reader([["museum " * 40]], ["lisbon hotels"])
     assert len(inputs[0].input_ids) == 64
     assert model.probabilities(inputs, 1000)[0].isfinite().all()
+
+
+def test_a_backbone_whose_weights_share_memory(labels: Path, tmp_path: Path) -> None:
+    """T5's encoder has its embeddings under two names."""
+    tok = tokenizer()
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=len(tok), **shape)).save_pretrained(tmp_path / "t5")
+    tok.save_pretrained(tmp_path / "t5")
+    given = config(tmp_path / "r", labels, epochs=1)
+    given = given.model_copy(update={"backbone": given.backbone.model_copy(update={"path": str(tmp_path / "t5")})})
+    result = train_reward_model(given)
+    assert load(str(result.folder), "cpu")[0].classifier.config.model_type == "t5"
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -46,7 +46,8 @@ class ModelConfig(Section):
     lora_alpha: Count = 32
     """The adapters' output is scaled by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the layers that get adapters, e.g. ["q_proj", "v_proj"]. Empty: every linear layer except the head."""
+    """Names of the layers that get adapters, e.g. ["q_proj", "v_proj"]. Empty: every linear layer except the head; experts that
+    lie in one tensor get none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     checkpoint_every: Count = 1

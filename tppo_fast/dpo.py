@@ -27,11 +27,10 @@ from tppo_fast.hashing import sha256_of
 from tppo_fast.labelling.journal import Journal, fill
 from tppo_fast.model import Actor
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
-from tppo_fast.rollout.base import check_lengths
 from tppo_fast.run_dir import open_run_dir
 from tppo_fast.runs import load_sessions
 from tppo_fast.sections import Settings, given
-from tppo_fast.sft import logprobs, longest_example, packed
+from tppo_fast.sft import check_examples, logprobs, packed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -106,7 +105,7 @@ def _train(config: DPOConfig, start_from: Path | None) -> finetune.FinetuneResul
 def _check_lengths(config: DPOConfig, model_config: Any, sides: Sides) -> None:
     """Refuse pairs that the model or ``dpo.microbatch_tokens`` may not hold, before one is sampled."""
     examples = list(zip(*sides, strict=True))
-    check_lengths(longest_example(config, examples), model_config)
+    check_examples(config, examples, model_config)
     budget, sampled = config.dpo.microbatch_tokens, config.rollout.max_new_tokens
     if (longest := max(2 * len(p.token_ids) + len(ids) + sampled for p, ids in examples)) > budget:
         raise UserError(

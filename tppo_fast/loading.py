@@ -60,6 +60,10 @@ def load_causal_lm(path: str, *, trust_remote_code: bool = False, attn_implement
     model_folder.check(path, "model.path")
     try:
         return read_causal_lm(path, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation)
+    except KeyError as error:
+        own = error.args == (attn_implementation,)  # of older classes, which choose from a table of their own
+        reason = ValueError("its architecture has attention of its own and cannot be packed: use another model")
+        raise _unreadable(path, "causal language model", reason if own else error) from None
     except Exception as error:
         raise _unreadable(path, "causal language model", error) from None
 
@@ -101,7 +105,7 @@ def complete(loaded: Any, is_new: Callable[[str], bool] = lambda _: False) -> An
     """The model of what ``from_pretrained`` gave with ``STRICT``: what the file does not fill, transformers fills at random.
 
     Raises:
-        ValueError: naming the first weight that is missing or of another shape, but for those that ``is_new`` allows.
+        ValueError: naming the first weight that is missing, of another shape or not finite, but for those that ``is_new`` allows.
     """
     model, info = loaded
     gaps = dict.fromkeys(info["missing_keys"], "is missing")
@@ -110,6 +114,9 @@ def complete(loaded: Any, is_new: Callable[[str], bool] = lambda _: False) -> An
     unfilled = sorted(name for name in gaps if not is_new(name))
     if unfilled:
         raise ValueError(f"weight {unfilled[0]!r} {gaps[unfilled[0]]}, {len(unfilled)} such in all: give a whole model")
+    for name, weight in model.named_parameters():
+        if not is_new(name) and not bool(weight.detach().sum().isfinite()):
+            raise ValueError(f"weight {name!r} holds NaN or infinity: give a model whose training went well")
     return model
 
 

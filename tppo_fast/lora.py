@@ -37,7 +37,8 @@ def inject(lm: Any, config: ModelConfig) -> None:
             f"model.lora_rank = {config.lora_rank} needs the peft package ({error}): pip install 'tppo-fast[lora]', or "
             "set it to 0"
         ) from None
-    targets: Any = list(config.lora_targets) or "all-linear"  # "all-linear" leaves out the head
+    linear = {name.rpartition(".")[2] for name, m in lm.base_model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    targets = list(config.lora_targets) or sorted(linear)  # peft's "all-linear" would take experts in one tensor, too
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

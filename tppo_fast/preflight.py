@@ -41,6 +41,8 @@ def check_inputs(config: Section) -> None:
             check_rows(Path(values[name]), noun)
     if "model.path" in values:
         model_folder.check(values["model.path"], "model.path")
+    if values.get("backbone.path", "scratch") != "scratch":
+        model_folder.check(values["backbone.path"], "backbone.path")
     for name, known in BUILT_IN.items():
         if name in values and values[name] not in known:
             load_object(values[name], name)

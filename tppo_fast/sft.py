@@ -7,12 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tppo_fast import finetune, packing, preflight, seeding
 from tppo_fast.config import RunConfig
+from tppo_fast.data.rows import show
 from tppo_fast.data_types import Prompt, Rollout, RolloutBatch
+from tppo_fast.errors import UserError
 from tppo_fast.finetune_config import LearnConfig, SFTConfig
 from tppo_fast.model import Actor
 from tppo_fast.rollout import build_engine
@@ -53,8 +56,8 @@ def _train(config: SFTConfig, start_from: Path | None) -> finetune.FinetuneResul
     prompts, held_prompts = builder.prompts(train_sessions), builder.prompts(held_sessions)
     examples = list(zip(prompts, builder.responses(train_sessions), strict=True))
     held_out = list(zip(held_prompts, builder.responses(held_sessions), strict=True))
-    longest = longest_example(config, [*examples, *held_out])
-    check_lengths(longest, actor.lm.config, ("sft.microbatch_tokens", config.sft.microbatch_tokens))
+    budget = ("sft.microbatch_tokens", config.sft.microbatch_tokens)
+    check_examples(config, [*examples, *held_out], actor.lm.config, budget)
     learner = finetune.Learner(actor, config.sft, config.train.steps)
     objective = Supervision(actor, examples, held_out, config.sft, config.seed)
     with contextlib.closing(build_engine(config, tokenizer, actor.device)) as engine:
@@ -133,6 +136,17 @@ def logprobs(actor: Actor, part: RolloutBatch) -> torch.Tensor:
     return actor.logprobs(actor.hidden(part)[part.state_index], part.actions, 1.0)[0]
 
 
-def longest_example(config: RunConfig, examples: Sequence[Example]) -> int:
-    """Tokens of the longest prompt with its response, or with one that may be sampled to it."""
-    return max(len(p.token_ids) + max(len(ids), config.rollout.max_new_tokens) for p, ids in examples)
+def check_examples(
+    config: RunConfig, examples: Sequence[Example], model_config: Any, budget: tuple[str, int] | None = None
+) -> None:
+    """``check_lengths`` of the longest prompt with its response, or with one that may be sampled to it."""
+    sampled = config.rollout.max_new_tokens
+    prompt, ids = max(examples, key=lambda example: len(example[0].token_ids) + max(len(example[1]), sampled))
+    try:
+        check_lengths(len(prompt.token_ids) + max(len(ids), sampled), model_config, budget)
+    except UserError as error:
+        if len(ids) <= sampled:
+            raise
+        raise UserError(
+            f"user {show(prompt.user_id)}: next_queries have {len(ids)} tokens; {error}; or shorten or remove that session"
+        ) from None

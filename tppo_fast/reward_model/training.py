@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import get_scheduler
 
@@ -135,7 +135,7 @@ class Learner:
         """Write a checkpoint, see ``checkpoint.write``; it replaces the one before."""
 
         def fill(folder: Path) -> dict[str, Any]:
-            save_file(checkpoint.contiguous(self.model.classifier.state_dict()), folder / WEIGHTS)
+            save_model(self.model.classifier, str(folder / WEIGHTS))
             best = {"loss": self.best_loss, "step": self.best_step, "looks_without_gain": self.looks_without_gain}
             return {"step": self.step, "best": best, "scheduler": self.scheduler.state_dict()}
 
@@ -150,7 +150,7 @@ class Learner:
             UserError: it is damaged or belongs to another model.
         """
         with checkpoint.reading(folder, self.optimizer) as state:
-            self.model.classifier.load_state_dict(load_file(folder / WEIGHTS))
+            load_model(self.model.classifier, folder / WEIGHTS)
             self.scheduler.load_state_dict(state["scheduler"])
             self.step = state["step"]
             best = state["best"]
@@ -166,9 +166,8 @@ class Learner:
         if not math.isfinite(loss):
             raise TrainingDiverged({"step": self.step, "validation_loss": loss}, "train.lr")
         if loss < self.best_loss:
-            weights = checkpoint.contiguous(self.model.classifier.state_dict())
             with atomic_folder(checkpoint.best_of(self.config.run_dir, self.step)) as temporary:
-                save_file(weights, temporary / WEIGHTS)
+                save_model(self.model.classifier, str(temporary / WEIGHTS))
             self.best_loss, self.best_step, self.looks_without_gain = loss, self.step, 0
             checkpoint.drop_best(self.config.run_dir, self.step)
         else:
@@ -176,9 +175,7 @@ class Learner:
 
     def take_best(self) -> None:
         """Put the best weights in place."""
-        self.model.classifier.load_state_dict(
-            load_file(checkpoint.best_of(self.config.run_dir, self.best_step) / WEIGHTS)
-        )
+        load_model(self.model.classifier, checkpoint.best_of(self.config.run_dir, self.best_step) / WEIGHTS)
 
 
 def fit(learner: Learner, validation: Sequence[Example], logger: MetricsLogger, guard: InterruptGuard) -> None:
