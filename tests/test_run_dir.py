@@ -127,6 +127,23 @@ def test_a_scheduler_stops_a_run_as_ctrl_c_does_and_a_second_signal_at_once(capf
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_closed_terminal_stops_a_run_that_may_hear_of_it_twice() -> None:
+    with InterruptGuard("") as guard:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(Interrupted):
+            guard.check()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with InterruptGuard("") as guard:
+            os.kill(os.getpid(), signal.SIGHUP)
+            guard.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_sweep_that_survives_errors_still_stops_at_ctrl_c() -> None:
     with InterruptGuard("") as guard:
         os.kill(os.getpid(), signal.SIGINT)

@@ -85,7 +85,7 @@ def test_the_worker_outlives_what_tells_the_trainer_to_stop(engine: Any, actor: 
     """A scheduler sends SIGTERM to every process of a run; the trainer wants to save first."""
     engine.load_weights(actor.named_weights(), 1)
     before = engine.restarts
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(engine.live.pid, number)
     assert gap(actor, engine, prompts, params()) < 1e-3
     assert engine.restarts == before

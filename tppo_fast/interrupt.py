@@ -1,4 +1,4 @@
-"""Ctrl-C, or a scheduler's SIGTERM, ends a run at a safe point: nothing half-updated, a checkpoint saved."""
+"""Ctrl-C, a scheduler's SIGTERM or a closed terminal ends a run at a safe point: nothing half-updated, a checkpoint saved."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 INTERRUPTED = "interrupted: nothing new was saved"
 """What is said where no guard waited for a signal, or of the second one."""
+FROM_OUTSIDE = (signal.SIGTERM, signal.SIGHUP)
+"""What ends a process that does nothing about it. SIGHUP is left ignored where nohup has it so."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -32,7 +34,8 @@ class Interrupted(KeyboardInterrupt):
 class InterruptGuard:
     """Inside ``with InterruptGuard() as guard`` a signal only raises a flag, which ``guard.check()`` turns into ``Interrupted``.
 
-    The first one says so on stderr; a second one stops at once, without saving.
+    The first one says so on stderr; a second one stops at once, without saving. (Not of a closed terminal, whose shell tells a
+    run of it twice.)
 
     Args:
         until: when the next check comes, for what is said.
@@ -49,11 +52,11 @@ class InterruptGuard:
         self._entered.append(self)
         handler = _in_this_process(self._on_signal)
         with contextlib.suppress(ValueError):  # not the main thread: Python delivers signals there, nothing to guard
-            self._before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {s: signal.signal(s, handler) for s in (signal.SIGINT, *_heeded())}
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._asked and number != signal.SIGHUP:
             signal.default_int_handler(number, frame)
         self._asked = True
         with contextlib.suppress(OSError):
@@ -78,16 +81,21 @@ class InterruptGuard:
 
 
 def end_as_ctrl_c_does() -> None:
-    """From now on SIGTERM raises ``KeyboardInterrupt`` in this process, wherever no guard is entered."""
-    signal.signal(signal.SIGTERM, _in_this_process(signal.default_int_handler))
+    """From now on SIGTERM and SIGHUP raise ``KeyboardInterrupt`` in this process, wherever no guard is entered."""
+    for number in _heeded():
+        signal.signal(number, _in_this_process(signal.default_int_handler))
+
+
+def _heeded() -> list[signal.Signals]:
+    return [number for number in FROM_OUTSIDE if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _in_this_process(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
-    """The handler, for this process alone: one forked from it, which its parent ends by SIGTERM, just ends."""
+    """The handler, for this process alone: one forked from it, which its parent ends by such a signal, just ends."""
     pid = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM and os.getpid() != pid:
+        if number in FROM_OUTSIDE and os.getpid() != pid:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         handler(number, frame)

@@ -21,6 +21,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from tppo_fast.errors import UserError
+from tppo_fast.interrupt import FROM_OUTSIDE
 from tppo_fast.rollout.base import SamplingParams
 from tppo_fast.rollout.publish import LiveEngine, LiveSettings
 
@@ -76,7 +77,7 @@ def serve(connection: Connection, live: LiveEngine) -> None:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the trainer's to handle, though all its processes are told
+    for number in (signal.SIGINT, *FROM_OUTSIDE):  # the trainer's to handle, though all its processes are told
         signal.signal(number, signal.SIG_IGN)
     told = json.loads(sys.stdin.readline())
     answer = os.fdopen(os.dup(1), "w")
