@@ -144,5 +144,5 @@ def test_evaluate_and_label_write_prompts_as_the_policy_knows_them(
     assert CliRunner().invoke(cli.cli, labels).exit_code == 0
     assert json.loads((tmp_path / "labels.responses.jsonl.record.json").read_text())["separator"] == " | "
     (other := tmp_path / "defaults.toml").write_text("[data]\n")
-    done = CliRunner().invoke(cli.cli, [*words, "--config", str(other)])
+    done = CliRunner().invoke(cli.cli, [*words, "--config", str(other), "--fresh"])
     assert (done.exit_code, done.stderr.count("it will not do what it has learned")) == (0, 1)

@@ -111,6 +111,12 @@ def test_the_command_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     assert {r["metric"]: float(r["p"]) for r in gaps} == dict.fromkeys(duel["differences"], 1.0)
     rows = list(csv.DictReader((tmp_path / "out" / "evaluation.csv").read_text().splitlines()))
     assert {(r["policy"], r["metric"]) for r in rows} >= {("A", "judged"), (panel.COPY_LAST, "judged"), ("B", "hit_1")}
+    with (tmp_path / "out" / "responses.csv").open(newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert len(kept) == 5 * 8 * 2
+    assert [int(r["session"]) for r in kept[:16]] == [1 + i // 2 for i in range(16)]
+    mean = sum(float(r["length"]) for r in kept if r["policy"] == "A") / 32
+    assert mean == pytest.approx(whole["table"]["A"]["length"]["mean"], abs=1e-6)
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
@@ -154,6 +160,16 @@ def test_names_are_text_and_stand_in_the_files_first(tiny_model: Path, tmp_path:
     assert done.exception is None
     assert "No difference could be shown between [/x] and B [lr 1e-3]" in done.output
     assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())["table"])[1:] == ["[/x]", "B [lr 1e-3]"]
+
+
+def test_another_evaluation_is_not_replaced_unasked(tiny_model: Path, tmp_path: Path) -> None:
+    first = evaluate(tmp_path, f"A={tiny_model}")
+    before = (tmp_path / "out" / "evaluation.json").read_bytes()
+    assert evaluate(tmp_path, f"A={tiny_model}").exception is first.exception is None
+    refused = evaluate(tmp_path, f"B={tiny_model}")
+    assert "holds an evaluation with other policies: choose another folder, or use --fresh" in str(refused.exception)
+    assert (tmp_path / "out" / "evaluation.json").read_bytes() == before
+    assert evaluate(tmp_path, f"B={tiny_model}", "--fresh").exception is None
 
 
 def test_files_that_cannot_be_written_cost_no_table(tiny_model: Path, tmp_path: Path) -> None:

@@ -206,6 +206,7 @@ def compare(experiment: str, overrides: tuple[str, ...]) -> None:
 )
 @click.option("--pair-judge", help="module:function that compares two responses; it is asked in both orders.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=None, help="Of sampling and resampling.")
+@click.option("--fresh", is_flag=True, help="Replace the evaluation of something else in --out.")
 def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **options: Any) -> None:
     """Compare policies on held-out sessions, each against each, with intervals. A NAME given twice is two seeds of one."""
     whole = {} if config is None else read_run(config)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def run(
     judge: str,
     pair_judge: str | None,
     embedding: Path | None,
+    fresh: bool = False,
 ) -> panel.Panel:
     """Evaluate, print and write.
 
@@ -44,14 +46,16 @@ def run(
         config: the ``data`` and ``rollout`` settings.
         words: policy folders, or NAME=FOLDER; one NAME may stand several times, once for each seed.
         data: held-out sessions.
-        out: folder of ``evaluation.json`` and ``evaluation.csv``.
+        out: folder of what ``panel.write`` writes.
         responses: sampled responses to each session.
         judge: "lexical", "embedding", or module:object of a labeller.
         pair_judge: module:function that compares two responses, or None for the labeller's judgements.
         embedding: folder of a sentence encoder, for the similarity and for judge "embedding".
+        fresh: replace the evaluation of other policies, data or settings in ``out``.
 
     Raises:
-        UserError: a folder, file or judge that cannot be used; or, after the table was shown, files that cannot be written.
+        UserError: a folder, file or judge that cannot be used, or ``out`` holds another evaluation; or, after the table was
+            shown, files that cannot be written.
         LabellingFailed: the judge of pairs failed; table and files are written without its part.
     """
     place = next(p for p in (out, *out.parents) if p.exists())
@@ -61,18 +65,20 @@ def run(
     sessions = read_sessions(data)
     if config.threads:
         torch.set_num_threads(config.threads)
-    judges = build_judges(config, judge, pair_judge, embedding)
-    found = panel.evaluate_policies(config, policies, sessions, judges, responses=responses)
-    try:
-        duels, failed = found.duels(judges, config.seed), ""
-    except (UserError, LabellingFailed) as error:  # what was sampled and scored is worth having all the same
-        duels, failed = [], str(error)
     record = {
         "policies": {name: [str(f) for f in folders] for name, folders in policies.items()}, "data": str(data),
         "sessions": len(sessions), "responses": responses, "judge": judge,
         "embedding": embedding and str(embedding), "pair_judge": pair_judge,
         "settings": config.model_dump(mode="json"),
     }  # fmt: skip
+    if not fresh:
+        _check_out(out, record)
+    judges = build_judges(config, judge, pair_judge, embedding)
+    found = panel.evaluate_policies(config, policies, sessions, judges, responses=responses)
+    try:
+        duels, failed = found.duels(judges, config.seed), ""
+    except (UserError, LabellingFailed) as error:  # what was sampled and scored is worth having all the same
+        duels, failed = [], str(error)
     show(found, duels)
     for sentence in _verdicts(duels):
         table_console().print(Text(sentence))
@@ -81,6 +87,19 @@ def run(
     if failed:
         raise LabellingFailed(f"{failed}; the table is complete, but no policy was judged against another")
     return found
+
+
+def _check_out(out: Path, record: Mapping[str, object]) -> None:
+    """Refuse to replace an evaluation of something else; one that cannot be read is none."""
+    try:
+        was = json.loads((out / "evaluation.json").read_bytes())["record"]
+        changed = next((name for name, value in record.items() if was.get(name) != value), None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return
+    if changed:
+        raise UserError(
+            f"--out {str(out)!r} holds an evaluation with other {changed}: choose another folder, or use --fresh to replace it"
+        )
 
 
 def build_judges(config: RunConfig, judge: str, pair_judge: str | None, embedding: Path | None) -> panel.Judges:

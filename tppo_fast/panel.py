@@ -251,8 +251,9 @@ def default_judge(config: RunConfig) -> LexicalLabeller:
 
 
 def write(folder: Path, panel: Panel, duels: Sequence[Duel], record: Mapping[str, object]) -> list[Path]:
-    """In ``folder`` ``evaluation.json`` (table, duels, record), ``evaluation.csv`` (a row for each policy and metric) and
-    ``differences.csv`` (a row for each pair and metric; its p-values are not corrected)."""
+    """In ``folder`` ``evaluation.json`` (table, duels, record), ``evaluation.csv`` (a row for each policy and metric),
+    ``differences.csv`` (a row for each pair and metric; its p-values are not corrected) and ``responses.csv`` (each response with
+    its metrics)."""
     rows = [
         (name, metric, e.mean, e.low, e.high, e.users) for name, row in panel.table.items() for metric, e in row.items()
     ]
@@ -274,6 +275,7 @@ def write(folder: Path, panel: Panel, duels: Sequence[Duel], record: Mapping[str
         folder / "evaluation.json": json.dumps(_finite(whole), indent=1, allow_nan=False).encode(),
         folder / "evaluation.csv": _csv(("policy", "metric", "mean", "low", "high", "users"), rows),
         folder / "differences.csv": _csv(("a", "b", "metric", "mean", "low", "high", "p"), gaps),
+        folder / "responses.csv": _responses(panel),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -282,6 +284,20 @@ def write(folder: Path, panel: Panel, duels: Sequence[Duel], record: Mapping[str
     except OSError as error:
         raise UserError(f"--out {str(folder)!r} cannot be written ({error.strerror}): choose another folder") from None
     return list(files)
+
+
+def _responses(panel: Panel) -> bytes:
+    """policy, run, session (its row in the data, from 1), user, text and every metric of each response."""
+    metrics = list(next(iter(panel.scores[name] for name in panel.rollouts)))
+    rows = []
+    for name, runs in panel.rollouts.items():
+        for run, rollouts in enumerate(runs):
+            session, last = 0, None
+            for i, rollout in enumerate(rollouts):
+                session, last = session + (rollout.prompt is not last), rollout.prompt
+                values = [f"{panel.scores[name][metric][run, i]:.6g}" for metric in metrics]
+                rows.append([name, run, session, rollout.prompt.user_id, rollout.text, *values])
+    return _csv(["policy", "run", "session", "user_id", "response", *metrics], rows)
 
 
 def _csv(head: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
