@@ -139,6 +139,7 @@ def test_every_module_has_its_place() -> None:
         "trainer",
         "demo",
         "jobs",
+        "job_process",
         "compare",
         "cli",
         "cli_convert",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tppo_fast import jobs, panel, report, seeding, sft
+from tppo_fast import job_process, jobs, panel, report, seeding, sft
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.config import RunConfig
 from tppo_fast.data.sessions import of_many_users, read_sessions, split_by_user, write_sessions
@@ -74,7 +74,8 @@ def compare(experiment: Experiment) -> list[str]:
     planned = jobs.plan(experiment, start.run_dir / "policy", _data(experiment))
     _write_sessions(experiment, sessions)
     _supervise(experiment, start)
-    failures = jobs.run(planned)
+    at_once = experiment.at_once
+    failures = jobs.run(planned) if at_once == 1 else job_process.run_side_by_side(planned, at_once)
     done = [job for job in planned if job.finished]
     if not done:
         raise JobsFailed(f"every job failed, the first with {next(iter(failures.values()))}")

@@ -49,6 +49,9 @@ class Experiment(Section):
     """Every method runs once with each; data and starting policy are the same for all."""
     baseline: str = ""
     """The method that the others are measured against. Empty: the first one."""
+    at_once: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Jobs that run at a time, each in a process of its own if several do: on all GPUs in turn, and on a CPU with as many threads
+    as that leaves each. Seconds to the target are then those of a busy machine."""
     target: Unit | None = None
     """Held-out relevance for samples-to-target. None: what the baseline reaches at its end, mean over seeds. Nothing
     is said of one that is not above the start's."""

@@ -90,15 +90,25 @@ def run(jobs: list[Job]) -> dict[str, str]:
             continue
         say(f"[bold]{number}/{len(jobs)} {escape(job.method.name)}[/], seed {job.seed}")
         began = time.monotonic()
-        job.config.run_dir.mkdir(parents=True, exist_ok=True)
-        keep_record(_record(job), job.config)
-        train: Callable[..., Any] = dpo.dpo if isinstance(job.config, DPOConfig) else trainer.train
+        prepare(job)
         try:
-            train(job.config, resume=bool(list_checkpoints(job.config.run_dir)))
+            train(job.config)
         except (UserError, RuntimeError, MemoryError, OSError) as error:
             failures[str(job.config.run_dir)] = " ".join(f"{type(error).__name__}: {error}".split())
             say(f"failed after {time.monotonic() - began:.0f} s: {error}", markup=False)
     return failures
+
+
+def prepare(job: Job) -> None:
+    """Make a job's folder, with its record."""
+    job.config.run_dir.mkdir(parents=True, exist_ok=True)
+    keep_record(_record(job), job.config)
+
+
+def train(config: RunConfig) -> None:
+    """One job, from its newest checkpoint if it has one."""
+    run: Callable[..., Any] = dpo.dpo if isinstance(config, DPOConfig) else trainer.train
+    run(config, resume=bool(list_checkpoints(config.run_dir)))
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
