@@ -263,6 +263,13 @@ def test_the_shipped_experiment_is_valid_and_separates_the_discount() -> None:
     assert planned[0].config.ppo.value_clip is None  # type: ignore[attr-defined]
 
 
+def test_the_shipped_sweep_of_learning_rates_is_valid() -> None:
+    experiment = load_section(ROOT / "experiments" / "learning_rates.toml", [], Experiment)
+    final = load_section(ROOT / "experiments" / "query_generation.toml", [], Experiment)
+    assert not set(experiment.seeds) & set(final.seeds)
+    assert len(jobs.plan(experiment, Path("start"), {})) == 2 * 6 * 4
+
+
 def test_the_shipped_experiment_on_real_sessions_is_valid_and_samples_alike() -> None:
     given = ["--base.data.train", "mine.jsonl"]
     experiment = load_section(ROOT / "experiments" / "real_sessions.toml", given, Experiment)
