@@ -207,6 +207,10 @@ def test_the_baseline_against_each_on_the_seeds_both_have_p_values_corrected(tmp
         ({"methods": [{"name": "A", "algorithm": "tppo"}] * 2}, "two methods are called 'A'"),
         ({"methods": [{"name": "A", "algorithm": "tppo", "settings": {"ppo": {"gama": 1}}}]}, r"method 'A'.*ppo\.gam"),
         ({"methods": [{"name": n, "algorithm": "tppo"} for n in ("A b", "a-b")]}, "differ in punctuation"),
+        (
+            {"methods": [{"name": "A", "algorithm": "tppo", "settings": {"ppo": {"loss": "nowhere:f"}}}]},
+            r"^method 'A': ppo\.loss = 'nowhere:f'",
+        ),
         ({"baseline": "nobody"}, "baseline = 'nobody'"),
         ({"seeds": [0, 3, 3]}, r"^seeds = \[0, 3, 3\]: 3 stands there twice; give each seed once$"),
         ({"base": {"rolout": {}}}, r"^unknown setting 'base\.rolout': there are data, device, dpo, model, "),

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from tppo_fast import dpo, trainer
+from tppo_fast import dpo, preflight, trainer
 from tppo_fast.atomic import write_atomic
 from tppo_fast.config import Config, RunConfig
 from tppo_fast.errors import UserError
@@ -66,6 +66,7 @@ def plan(experiment: Experiment, start: Path, data: Mapping[str, str]) -> list[J
                 own["algorithm"] = method.algorithm
             try:
                 config = build_section(merged(values, own), section)
+                preflight.check_plug_ins(config)
             except UserError as error:
                 raise UserError(f"method {method.name!r}: {error}") from None
             jobs.append(Job(method=method, seed=seed, config=config))

@@ -43,6 +43,16 @@ def check_inputs(config: Section) -> None:
         model_folder.check(values["model.path"], "model.path")
     if values.get("backbone.path", "scratch") != "scratch":
         model_folder.check(values["backbone.path"], "backbone.path")
+    check_plug_ins(config)
+
+
+def check_plug_ins(config: Section) -> None:
+    """The plug-ins that settings name.
+
+    Raises:
+        UserError: the first that cannot be loaded.
+    """
+    values = by_name(config.model_dump())
     for name, known in BUILT_IN.items():
         if name in values and values[name] not in known:
             load_object(values[name], name)
