@@ -67,6 +67,20 @@ def test_filters_are_counted(tmp_path: Path) -> None:
     assert (dropped["queries that are an address"], dropped["queries that are too long"]) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("query", "dropped"),
+    [
+        ("yahoo.com", True), ("mail.Yahoo.COM login", True), ("www garden", False), ("www.sheds", True), ("http://x", True),
+        ("asp.net tutorial", False), (".net framework", False), ("http status 404", False), ("example.community", False),
+        ("my.asp.net", True), ("a.b", False),
+    ],
+)  # fmt: skip
+def test_what_an_address_is(tmp_path: Path, query: str, dropped: bool) -> None:
+    rows = [*WALK[:7], f"7\t{query}\t2006-03-01 11:01:00\t\t"]
+    _, counts = convert(aol(tmp_path, rows), "aol", Rules(), min_users=None, key=KEY)
+    assert counts["queries that are an address"] == dropped
+
+
 def test_users_keep_apart_and_pseudonyms_depend_on_the_key(tmp_path: Path) -> None:
     rows = [row.replace("7\t", f"{user}\t", 1) for row in WALK for user in (7, 8)]
     path = aol(tmp_path, rows)
@@ -180,6 +194,7 @@ def test_sim4ia(tmp_path: Path) -> None:
         ),
         ("jsonl", '{"user_id": 3, "query": "a", "time": "2006-03-01"}', "user_id = 3"),
         ("jsonl", '{"user_id": "3", "query": "a", "time": "x"}', "'x' is not a date"),
+        ("jsonl", '{"user_id": " ", "query": "a", "time": "2006-03-01"}', "user_id = ' ' is blank, and would make one"),
     ],
 )
 def test_bad_logs_are_one_sentence(tmp_path: Path, kind: str, text: str, said: str) -> None:

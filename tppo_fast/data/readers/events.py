@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,10 @@ class Rules:
     """Keep queries that are an address (www., .com, ...): they name a site and not a need."""
 
 
-_ADDRESS = ("http", "www.", ".com", ".net", ".org", ".edu", ".gov")
+_ADDRESS = re.compile(
+    r"\bhttps?:|\bwww\.|(?<![\w.])(?!(?:asp|vb|ado)\.net\b)(?:[\w-]+\.)+(?:com|net|org|edu|gov)\b", re.IGNORECASE
+)
+"""A site's name anywhere in a query; "asp.net" and ".net framework" are none."""
 
 
 def sessions_of(user: str, events: Sequence[Event], rules: Rules, dropped: Counter[str]) -> Iterator[Session]:
@@ -55,7 +59,7 @@ def sessions_of(user: str, events: Sequence[Event], rules: Rules, dropped: Count
             if len(event.query) > rules.max_characters:
                 dropped["queries that are too long"] += 1
                 continue
-            if not rules.navigational and any(mark in event.query.lower() for mark in _ADDRESS):
+            if not rules.navigational and _ADDRESS.search(event.query):
                 dropped["queries that are an address"] += 1
                 continue
             if form != last:  # a log repeats the query for every click and page

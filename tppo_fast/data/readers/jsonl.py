@@ -33,6 +33,10 @@ def _parse(time_of: Times, row: object, where: str) -> tuple[str, Event]:
             raise UserError(f"{where}: {name} is missing: write user_id, query and time")
         if not isinstance(row.get(name), str):
             raise UserError(f"{where}: {name} = {show(row.get(name))} is not text: write it as a string in quotes")
+    if not row["user_id"].strip():
+        raise UserError(
+            f"{where}: user_id = {show(row['user_id'])} is blank, and would make one user of many: fill it in"
+        )
     click = row.get("click") or ""
     if not isinstance(click, str):
         raise UserError(f"{where}: click = {show(click)} is not text: write it as a string in quotes")
