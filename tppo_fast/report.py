@@ -325,7 +325,8 @@ def draw(curve: Curve, runs: Sequence[Run], axis: Axis = "samples") -> Figure:
     _decorate(axes, label(curve.metric), AXIS_LABELS[axis] + note)
     if lines:
         blank = [" "] * len(lines)
-        legend = figure.legend([*lines.values()], blank, frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+        where = {"loc": "outside lower center", "ncols": 2, "handlelength": 3.5}  # long enough to tell dashes
+        legend = figure.legend([*lines.values()], blank, frameon=False, fontsize=9, **where)
         for text, name in zip(legend.get_texts(), lines, strict=True):
             text.set(text=name, parse_math=False)  # as a label a formula would be set, and what begins with _ hidden
     return figure
