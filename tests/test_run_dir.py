@@ -128,15 +128,16 @@ def test_a_scheduler_stops_a_run_as_ctrl_c_does_and_a_second_signal_at_once(capf
 
 
 def test_a_closed_terminal_stops_a_run_that_may_hear_of_it_twice() -> None:
-    with InterruptGuard("") as guard:
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGHUP)
-        with pytest.raises(Interrupted):
-            guard.check()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        with InterruptGuard("") as guard:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(Interrupted):
+                guard.check()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         with InterruptGuard("") as guard:
             os.kill(os.getpid(), signal.SIGHUP)
             guard.check()

@@ -40,7 +40,7 @@ def searched(history: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def parse_history(row: object, where: str) -> Session:
-    """``parse_row`` of a row that may lack ``next_queries``, which are not read."""
+    """``parse_row`` of a row that may lack ``next_queries``, which are dropped."""
     if isinstance(row, Mapping) and not row.get("next_queries"):
         row = {**row, "next_queries": ["unknown"]}
     session = parse_row(row, where)
