@@ -19,7 +19,6 @@ from tppo_fast import config as settings
 from tppo_fast.cli_convert import convert
 from tppo_fast.cli_generate import generate
 from tppo_fast.cli_label import label, refuse_endless
-from tppo_fast.data import prompt_file
 from tppo_fast.errors import EngineError, JobsFailed, LabellingFailed, TrainingDiverged, UserError
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import DPOConfig, SFTConfig, read_run
@@ -211,15 +210,13 @@ def evaluate(policies: tuple[str, ...], config: str | None, seed: int | None, **
     """Compare policies on held-out sessions, each against each, with intervals. A NAME given twice is two seeds of one."""
     whole = {} if config is None else read_run(config)
     kept = {name: value for name, value in whole.items() if name in settings.RunConfig.model_fields}
-    if config is None:  # as the first policy has learned
-        kept["data"] = prompt_file.read(policies[0] if Path(policies[0]).is_dir() else policies[0].partition("=")[2])
     if seed is not None:
         kept["seed"] = seed
     loaded = build_section(kept, settings.RunConfig)
     quiet_libraries()
     from tppo_fast.evaluate_command import run
 
-    run(loaded, policies, **options)
+    run(loaded, policies, own_prompts=config is None, **options)
 
 
 @cli.command()

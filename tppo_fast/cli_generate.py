@@ -50,6 +50,7 @@ def generate(
     if bool(history) == (data is not None) or (data is None) != (out is None):
         raise click.UsageError("Give --search (and --click), or --data and --out.")
     from tppo_fast import model_folder
+    from tppo_fast.config import DataConfig
     from tppo_fast.data import prompt_file
     from tppo_fast.data.files import check_output
     from tppo_fast.data.sessions import read_histories
@@ -74,4 +75,4 @@ def generate(
         click.echo(f"responses: {len(found)} in {out}")
         return
     for queries in sample(policy, [history], prompts=known, **options)[0]:
-        click.echo(known.get("separator", ", ").join(queries))
+        click.echo(DataConfig(**known).separator.join(queries))

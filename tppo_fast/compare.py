@@ -62,7 +62,7 @@ def compare(experiment: Experiment) -> list[str]:
     Raises:
         UserError: bad settings, or a baseline that is no method, before anything runs.
         JobsFailed: jobs failed; what the others found is in the report.
-        Interrupted: SIGINT or SIGTERM; the running job saved a checkpoint, and the same command continues.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; the running job saved a checkpoint, and the same command continues.
     """
     names = [method.name for method in experiment.methods]
     baseline = experiment.baseline or names[0]

@@ -65,7 +65,7 @@ def dpo(config: DPOConfig | Settings, *, resume: bool = False) -> finetune.Finet
     Raises:
         UserError: bad settings, data or model, or no pair whose two sides differ.
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
-        Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint of the last finished step was saved.
     """
     config = given(config, DPOConfig)
     preflight.check(config, resume)
@@ -122,7 +122,7 @@ def own_output(config: DPOConfig, engine: RolloutEngine, sides: Sides, name: str
 
     Raises:
         UserError: the policy already gives the true queries everywhere.
-        Interrupted: SIGINT or SIGTERM; what was sampled is kept.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; what was sampled is kept.
     """
     prompts, truth = sides
 

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tppo_fast import panel
-from tppo_fast.config import RunConfig
+from tppo_fast.config import DataConfig, RunConfig
+from tppo_fast.data import prompt_file
 from tppo_fast.data.sessions import read_sessions
 from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.estimates import cell, few_users, holm
@@ -39,6 +40,7 @@ def run(
     pair_judge: str | None,
     embedding: Path | None,
     fresh: bool = False,
+    own_prompts: bool = False,
 ) -> panel.Panel:
     """Evaluate, print and write.
 
@@ -52,6 +54,7 @@ def run(
         pair_judge: module:function that compares two responses, or None for the labeller's judgements.
         embedding: folder of a sentence encoder, for the similarity and for judge "embedding".
         fresh: replace the evaluation of other policies, data or settings in ``out``.
+        own_prompts: write prompts as the first policy's folder says, not as ``config.data``.
 
     Raises:
         UserError: a folder, file or judge that cannot be used, or ``out`` holds another evaluation; or, after the table was
@@ -62,6 +65,9 @@ def run(
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise UserError(f"--out {str(out)!r}: {str(place)!r} is no folder to write into; choose another")
     policies = parse_policies(words)
+    if own_prompts:
+        first = next(iter(policies.values()))[0]
+        config = config.model_copy(update={"data": DataConfig(**prompt_file.read(first))})
     sessions = read_sessions(data)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -199,7 +199,7 @@ def run(
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
-        Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint of the last finished step was saved.
     """
     if start_from is not None:
         learner.load(start_from)

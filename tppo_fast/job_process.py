@@ -16,7 +16,6 @@ import torch
 from rich.markup import escape
 
 from tppo_fast import jobs
-from tppo_fast.cli import quiet_libraries, run
 from tppo_fast.config import Config
 from tppo_fast.finetune_config import DPOConfig
 from tppo_fast.interrupt import Interrupted, InterruptGuard
@@ -40,7 +39,7 @@ def run_side_by_side(planned: Sequence[jobs.Job], at_once: int) -> dict[str, str
     """As ``jobs.run``, with ``at_once`` jobs at a time; several GPUs are shared out, a job to each in turn.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; every running job has saved a checkpoint.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; every running job has saved a checkpoint.
     """
     waiting = [job for job in planned if not job.finished]
     running: dict[int, _Running] = {}
@@ -128,6 +127,8 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def main() -> None:
     """Run one job."""
+    from tppo_fast.cli import quiet_libraries, run  # which knows compare, and so this module
+
     values: dict[str, Any] = json.load(sys.stdin)
     quiet_libraries()
     config = build_section(values, DPOConfig if "dpo" in values else Config)

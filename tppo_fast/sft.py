@@ -41,7 +41,7 @@ def sft(config: SFTConfig | Settings, *, resume: bool = False) -> finetune.Finet
     Raises:
         UserError: bad settings, data or model, before any expensive work.
         TrainingDiverged: the loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
-        Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint of the last finished step was saved.
     """
     config = given(config, SFTConfig)
     preflight.check(config, resume)

@@ -102,7 +102,7 @@ def train(
         EngineError: the engine was lost or samples from another policy. After this and whatever else failed later (what
             ``on_step`` raised, too), a checkpoint of the last finished step was saved, unless the next update had begun.
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
-        Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint of the last finished step was saved.
     """
     config = given(config, Config)
     if not isinstance(resume, bool):

@@ -40,11 +40,10 @@ def searched(history: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def parse_history(row: object, where: str) -> Session:
-    """``parse_row`` of a row that may lack ``next_queries``, which are dropped."""
-    if isinstance(row, Mapping) and not row.get("next_queries"):
-        row = {**row, "next_queries": ["unknown"]}
-    session = parse_row(row, where)
-    return Session(user_id=session.user_id, history=session.history, next_queries=())
+    """``parse_row`` of a row whose ``next_queries`` nobody knows, or asks for: they are not read."""
+    fields = _fields(row, where, ("user_id", "history"))
+    user_id = _text(fields["user_id"], "user_id", where)
+    return Session(user_id=user_id, history=_history(fields["history"], where), next_queries=())
 
 
 def parse_row(row: object, where: str) -> Session:
@@ -60,15 +59,13 @@ def parse_row(row: object, where: str) -> Session:
     Raises:
         UserError: the row is no session; the message names place, field, value and remedy.
     """
-    if not isinstance(row, Mapping):
-        raise UserError(f"{where}: {show(row)} is not an object: write one session with {', '.join(REQUIRED)}")
-    _check_fields(row, where)
-    user_id = _text(row["user_id"], "user_id", where)
-    history = _history(row["history"], where)
-    next_queries = _texts(row["next_queries"], "next_queries", where)
+    fields = _fields(row, where, REQUIRED)
+    user_id = _text(fields["user_id"], "user_id", where)
+    history = _history(fields["history"], where)
+    next_queries = _texts(fields["next_queries"], "next_queries", where)
     if not next_queries:
         raise UserError(f"{where}: next_queries = [] is empty: give at least one query or remove the row")
-    relevant = row.get("relevant_queries")
+    relevant = fields.get("relevant_queries")
     if relevant is None:
         return Session(user_id=user_id, history=history, next_queries=next_queries)
     relevant = _texts(relevant, "relevant_queries", where)
@@ -99,15 +96,19 @@ def show(value: object) -> str:
     return " ".join(short.repr(value).split())
 
 
-def _check_fields(row: Mapping[Any, Any], where: str) -> None:
+def _fields(row: object, where: str, required: Sequence[str]) -> Mapping[Any, Any]:
+    """The row, which has all of the ``required`` fields and none that is unknown."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: {show(row)} is not an object: write one session with {', '.join(required)}")
     for name in row:
         if name not in FIELDS:
             near = difflib.get_close_matches(str(name)[:99], FIELDS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(FIELDS)}"
             raise UserError(f"{where}: unknown field {show(name)}: {hint}")
-    for name in REQUIRED:
+    for name in required:
         if name not in row:
             raise UserError(f"{where}: field {name!r} is missing: add it or remove the row")
+    return row
 
 
 def _history(value: object, where: str) -> dict[str, tuple[str, ...]]:

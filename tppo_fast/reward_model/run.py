@@ -52,7 +52,7 @@ def train_reward_model(config: RewardModelConfig | Settings, *, resume: bool = F
     Raises:
         UserError: bad settings, labels or backbone, before any expensive work.
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
-        Interrupted: SIGINT or SIGTERM; a checkpoint of the last finished step was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint of the last finished step was saved.
     """
     config = given(config, RewardModelConfig)
     preflight.check(config, resume, REWARD_MODEL)

@@ -182,7 +182,7 @@ def fit(learner: Learner, validation: Sequence[Example], logger: MetricsLogger, 
     """Train until the passes are done or the validation loss stops falling; the best weights are in place then.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; the caller saves.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; the caller saves.
         TrainingDiverged: a loss or gradient is not finite.
     """
     settings = learner.config.train
