@@ -21,8 +21,8 @@ from torch import Tensor
 from benchmarks.baseline_ppo import Baseline, pad
 from benchmarks.counters import counted
 from benchmarks.drivers import ruler
+from tppo_fast import building, loading, losses, model, packing
 from tppo_fast import config as settings
-from tppo_fast import loading, losses, model, packing, trainer
 from tppo_fast.config import Config
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.model import ActorCritic
@@ -63,7 +63,7 @@ def config_of(request: Mapping[str, Any], prompt_tokens: int, prompts: int) -> C
 
 def lean(request: Mapping[str, Any], config: Config, ac: ActorCritic) -> Phases:
     """tppo_fast; ``row_local`` off hides from it that the loss is row-local."""
-    ppo = trainer.learner(config, ac, None if request.get("row_local", True) else lambda *a: losses.ppo(*a))
+    ppo = building.learner(config, ac, None if request.get("row_local", True) else lambda *a: losses.ppo(*a))
     found: dict[str, float] = {}
 
     def prepare(rollouts: list[Rollout], rewards: list[Tensor]) -> Any:

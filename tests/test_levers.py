@@ -18,7 +18,7 @@ from test_ppo import build
 from test_trainer import values
 from torch import nn
 
-from tppo_fast import checkpoint, losses, model, offload, optimizers, packing, runs, seeding, trainer
+from tppo_fast import building, checkpoint, losses, model, offload, optimizers, packing, runs, seeding, trainer
 from tppo_fast import config as settings
 from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.ppo import PPO
@@ -370,11 +370,9 @@ def test_the_allocators_cache_is_emptied_for_another_process_alone(
 ) -> None:
     package = Path(trainer.__file__).parent
     found = {path.name for path in package.rglob("*.py") if "empty_cache" in path.read_text()}
-    assert found == {"trainer.py", "remote.py"}  # the second before it starts a worker
+    assert found == {"building.py", "remote.py"}  # the second before it starts a worker
     calls: list[None] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(None))
-    run: Any = SimpleNamespace(
-        config=settings.build({"vllm": vllm}), ppo=SimpleNamespace(device=torch.device(device), park=lambda: None)
-    )
-    trainer._make_room(run)
+    ppo: Any = SimpleNamespace(config=settings.build({"vllm": vllm}), device=torch.device(device), park=lambda: None)
+    building.make_room(ppo)
     assert len(calls) == emptied

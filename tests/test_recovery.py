@@ -17,13 +17,13 @@ from support import prompt, tokenizer
 from test_publish import Live
 
 from tppo_fast import loading
+from tppo_fast.child import send
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.rollout import bucket_file
 from tppo_fast.rollout.base import SamplingParams
 from tppo_fast.rollout.publish import Policy
 from tppo_fast.rollout.remote import RecoveringEngine, RemoteLive
-from tppo_fast.rollout.worker import send
 
 CRASH = """
 import os, pathlib, sys, torch

@@ -12,6 +12,7 @@ from torch import Tensor
 from tppo_fast.clock import Clock
 from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.rollout import RolloutEngine, SamplingParams
+from tppo_fast.rollout.base import to_row
 
 Ask = Callable[[int], tuple[Sequence[Prompt], SamplingParams]]
 """step -> what to sample in it, a function of the step alone."""
@@ -70,10 +71,8 @@ class RolloutSource:
         """What a resumed run needs to train ``step`` on the same rollouts, as JSON values; None: it samples them itself."""
         if not self._staleness or step not in self._rollouts or self._rollouts[step].exception() is not None:
             return None
-        names = ("token_ids", "logprobs", "text", "finish_reason", "policy_version")
         rollouts, seconds = self._rollouts[step].result()
-        rows = [{name: getattr(r, name) for name in names} for r in rollouts]
-        return {"step": step, "seconds": seconds, "rollouts": rows}
+        return {"step": step, "seconds": seconds, "rollouts": [to_row(r) for r in rollouts]}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
         if state is None:

@@ -19,7 +19,7 @@ from tppo_fast import config as settings
 from tppo_fast.cli_convert import convert
 from tppo_fast.cli_generate import generate
 from tppo_fast.cli_label import label, refuse_endless
-from tppo_fast.errors import EngineError, JobsFailed, LabellingFailed, TrainingDiverged, UserError
+from tppo_fast.errors import EngineError, JobsFailed, LabellingFailed, ProcessFailed, TrainingDiverged, UserError
 from tppo_fast.experiment_config import Experiment
 from tppo_fast.finetune_config import DPOConfig, SFTConfig, read_run
 from tppo_fast.interrupt import INTERRUPTED
@@ -293,7 +293,7 @@ def run(command: Callable[[], Any]) -> int:
         return exit_.exit_code
     except UserError as error:
         return _say(f"error: {error}", 2)
-    except (EngineError, JobsFailed, LabellingFailed, TrainingDiverged) as error:
+    except (EngineError, JobsFailed, LabellingFailed, ProcessFailed, TrainingDiverged) as error:
         return _say(f"error: {error}", 1)
     except KeyboardInterrupt as error:
         return _say(str(error) or INTERRUPTED, 130)

@@ -288,6 +288,10 @@ class RunConfig(Section):
 class Config(RunConfig):
     """A run of ``tppo-fast train``."""
 
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that share every step, one for each GPU of this machine, or several on its CPU. Each holds the whole model; the
+    same numbers to rounding but for the responses, which each samples with a seed of its own. ``threads`` are those of each."""
+
     algorithm: Literal["tppo", "control", "ppo", "grpo", "bot-grpo"] = "tppo"
     """"tppo": token rewards, token critic. "control": the same rewards summed onto the last token. "ppo": a sentence score
     there. "grpo", "bot-grpo": sentence scores or token rewards, normalised over the responses to one prompt, no critic."""
@@ -329,6 +333,17 @@ class Config(RunConfig):
             raise ValueError(
                 f"ppo.minibatches = {self.ppo.minibatches}: the responses to one prompt stay together, and "
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step}; give at most that"
+            )
+        if self.processes > self.rollout.prompts_per_step // self.ppo.minibatches:
+            raise ValueError(
+                f"processes = {self.processes}: each takes part of every minibatch, which holds the responses to "
+                f"{self.rollout.prompts_per_step // self.ppo.minibatches} prompts (rollout.prompts_per_step / ppo.minibatches); "
+                "give at most that"
+            )
+        if self.processes > 1 and self.vllm.process == "server":
+            raise ValueError(
+                f'processes = {self.processes} with vllm.process = "server": each process samples with an engine of its own; use '
+                '"worker" or "colocated"'
             )
         return self
 

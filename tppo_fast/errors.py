@@ -17,6 +17,10 @@ class EngineLost(EngineError):
     """The rollout engine's process died or did not answer in time; a new one may take over."""
 
 
+class ProcessFailed(RuntimeError):
+    """One of the processes that share a run failed or is gone. The shell exits with 1."""
+
+
 class LabellingFailed(RuntimeError):
     """A labeller could not judge, and may later; what was labelled is kept. The shell exits with 1."""
 

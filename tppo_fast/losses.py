@@ -8,19 +8,23 @@ at once, ``final_values`` and ``rollouts`` included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import tppo_kernels as tk
+from torch import Tensor
 
 from tppo_fast.config import PPOConfig
 from tppo_fast.data_types import LossOutput, TrainRows
+from tppo_fast.errors import UserError
 from tppo_fast.model import Outputs
 
 LossFunction = Callable[[Any, Any, PPOConfig, float, bool], LossOutput]
 """(evaluation, batch, config, kl_coef, train_policy) -> LossOutput; (Outputs, TrainRows, ...) when row-local, else
 (Evaluation, TrainBatch, ...), which have all that those have."""
 Loss = TypeVar("Loss", bound=LossFunction)
+RESERVED = ("actions", "loss", "grad_norm", "critic_grad_norm", "bad")
+"""Names that a loss function's own metrics cannot have."""
 
 
 def row_local(loss: Loss) -> Loss:
@@ -65,6 +69,35 @@ def ppo(evaluation: Outputs, batch: TrainRows, config: PPOConfig, kl_coef: float
     if not config.value_coef:
         metrics = {name: value for name, value in metrics.items() if not name.startswith("value_")}
     return LossOutput(loss=loss, metrics=metrics)
+
+
+def checked(out: Any, name: str) -> LossOutput:
+    """What a loss function returned.
+
+    Raises:
+        UserError: it is no LossOutput of a sum and of sums.
+    """
+    if not isinstance(out, LossOutput):
+        raise UserError(f"{name} returned a {type(out).__name__}: it must return a LossOutput")
+    if not isinstance(out.loss, Tensor) or out.loss.dim():
+        shape = (
+            f"of shape {list(out.loss.shape)}"
+            if isinstance(out.loss, Tensor)
+            else f"that is a {type(out.loss).__name__}"
+        )
+        raise UserError(f"{name} returned a loss {shape}: return the sum over its actions, a tensor without axes")
+    if not isinstance(out.metrics, Mapping):
+        raise UserError(
+            f"{name} returned metrics that are a {type(out.metrics).__name__}: return a dict, {{}} for none"
+        )
+    for metric, value in out.metrics.items():
+        if metric in RESERVED or not isinstance(value, Tensor) or value.dim():
+            given = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"= {value!r}"
+            raise UserError(
+                f"{name} has a metric {metric!r} {given}: give a tensor without axes, the sum over its actions, under a name "
+                f"other than {', '.join(RESERVED)}"
+            )
+    return out
 
 
 BUILT_IN: dict[str, LossFunction] = {"ppo": ppo}

@@ -117,7 +117,7 @@ GLOSSARY: dict[str, str] = {
     "reward_model/calibration_error": "Mean over words' tokens of |score - share relevant| in 10 equal bins of that score.",
     "reward_model/sentence_auc": "Probability that a response labelled relevant has a higher mean soft value, each "
     'token weighted by 1 - P(separator) as reward.placement = "sentence" does, than one labelled irrelevant.',
-    "perf/peak_memory_gib": "Peak memory since the run began, of the GPU, or of the process on a CPU, in GiB.",
+    "perf/peak_memory_gib": "Peak memory since the run began, of the (first) GPU, or of the (first) process on a CPU, in GiB.",
 }
 """Every metric a run may log, with its unit. ``MetricsLogger.log`` refuses a name that is not defined here."""
 

@@ -146,7 +146,12 @@ def select_train(batch: TrainBatch, sequences: Sequence[int]) -> TrainBatch:
 
 
 def microbatches(
-    batch: RolloutBatch, sequences: Sequence[int], token_budget: int, *, pair_cost: float = 0.0
+    batch: RolloutBatch,
+    sequences: Sequence[int],
+    token_budget: int,
+    *,
+    pair_cost: float = 0.0,
+    multiple_of: int = 1,
 ) -> list[list[int]]:
     """Split sequences into as few groups of at most ``token_budget`` tokens as first-fit finds, of nearly equal cost.
 
@@ -160,14 +165,16 @@ def microbatches(
         sequences: which of its B sequences to split.
         token_budget: tokens that one forward and backward pass has memory for.
         pair_cost: what attention to one (query, key) pair costs, in tokens; see ``tppo_fast.flops``.
+        multiple_of: make so many groups, or twice as many, ..., for processes that share them; as far as there are lots.
 
     Raises:
         UserError: one sequence alone is over the budget.
     """
     lots = sorted(_lots(batch, sequences, token_budget, pair_cost), key=lambda lot: (-lot.cost, lot.sequences[0]))
     first_fit = _fill(lots, 0, token_budget, even=False)
-    even = _fill(lots, len(first_fit), token_budget, even=True)
-    groups = even if len(even) == len(first_fit) else first_fit
+    wanted = max(len(first_fit), min(len(lots), -(-len(first_fit) // multiple_of) * multiple_of))
+    even = _fill(lots, wanted, token_budget, even=True)
+    groups = first_fit if len(even) > wanted == len(first_fit) else even
     return [[b for lot in group for b in lot.sequences] for group in groups]
 
 

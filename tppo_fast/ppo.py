@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,17 @@ from tppo_fast.advantages import penalised_rewards
 from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.config import Config, PPOConfig
 from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch, TrainRows, to_device
-from tppo_fast.errors import TrainingDiverged, UserError
-from tppo_fast.losses import LossFunction, is_row_local
+from tppo_fast.errors import ProcessFailed, TrainingDiverged, UserError
+from tppo_fast.losses import LossFunction, checked, is_row_local
 from tppo_fast.metrics import GLOSSARY
 from tppo_fast.model import Actor, ActorCritic, Outputs, layout_of
+from tppo_fast.team import Team, on_one_device
 
 Metrics = dict[str, float]
 STALE_CAP = 2.0
 """``importance_cap`` of rollouts that may be stale, where none is given."""
 HEAD_LR = 3e-4
 """Least learning rate of a value head that learns alone: it starts at 0, and returns can be far from there."""
-RESERVED = ("actions", "loss", "grad_norm", "critic_grad_norm", "bad")
-"""Names that a loss function's own metrics cannot have."""
 
 
 class KLController:
@@ -47,9 +46,18 @@ class PPO:
     """Everything that learns. ``step`` counts finished updates; randomness depends on (seed, step) alone."""
 
     def __init__(
-        self, config: Config, model: ActorCritic, reference: Actor | None, loss: LossFunction, *, total_steps: int
+        self,
+        config: Config,
+        model: ActorCritic,
+        reference: Actor | None,
+        loss: LossFunction,
+        *,
+        total_steps: int,
+        team: Team | None = None,
     ) -> None:
+        """``team``: the processes that all call ``prepare`` and ``update`` with the same batch, and share the work."""
         self.config = config
+        self.team = team or Team()
         self.algorithm = ALGORITHMS[config.algorithm]
         self.model = model
         self.reference = reference
@@ -116,7 +124,7 @@ class PPO:
             returns=returns,
             importance_weights=self._importance_weights(old, behaviour),
         )
-        return train, {**fetch([metrics])[0], **self._counter.metrics("prepare")}
+        return train, {**fetch([metrics])[0], **self.team.sum_numbers(self._counter.metrics("prepare"), self.device)}
 
     def _importance_weights(self, old: Tensor, behaviour: Tensor) -> Tensor:
         """min(pi_old / pi_behaviour, cap), truncated importance sampling, where there is a cap; else ones [A]."""
@@ -135,7 +143,8 @@ class PPO:
         reference = None if self.reference is None else torch.zeros_like(logprobs)
         final_values = torch.zeros(batch.num_sequences, device=self.device)
         minibatches = self._minibatches(batch.num_sequences, 0)
-        for group in (group for minibatch in minibatches for group in self._microbatches(batch, minibatch)):
+        planned = (self.team.share(self._microbatches(batch, minibatch)) for minibatch in minibatches)
+        for group in (group for groups in planned for group in groups):
             part, rows = packing.select(batch, group)
             part = part.to(self.device)
             rows, sequences = (to_device(x, self.device) for x in (rows, torch.tensor(group)))
@@ -146,6 +155,7 @@ class PPO:
             if self.reference is not None and reference is not None:
                 states = self.reference.hidden(part, layout)[part.state_index]
                 reference[rows] = self.reference.logprobs(states, part.actions, temperature)[0]
+        self.team.sum_(x for x in (logprobs, values, reference, final_values) if x is not None)  # 0 but for one's share
         return logprobs, values, reference, final_values
 
     # ---------------------------------------------------------------- update
@@ -167,6 +177,10 @@ class PPO:
         found: list[dict[str, Tensor]] = []  # of each minibatch that was read
         microbatches = taken = 0  # taken: optimizer steps
         self.updating = True
+        if (
+            self.team.size > 1 and ppo.weights == "bfloat16" and not self.config.model.lora_rank
+        ):  # rounded at random, by all alike
+            torch.manual_seed(seeding.derive(self.config.seed, "update", self.step))
         self._bad.zero_()
         self._counter.reset()
         lr = 0.0
@@ -183,14 +197,19 @@ class PPO:
         for _ in range(len(planned) - taken):
             self.scheduler.step()  # the steps that were not taken: the schedule ends with the run
         kl = (batch.old_logprobs - batch.ref_logprobs).mean()
-        *rows, last = fetch([*found, {"kl": kl}])
+        *rows, last = fetch([*found, {"kl": kl, "spread": self.team.spread(self.model.parameters())}])
         for sequences, row in zip(planned, rows, strict=False):
             if row.get("bad"):
                 raise TrainingDiverged(self._divergence_report(batch, sequences, row, train_policy))
+        if last["spread"]:
+            raise ProcessFailed(
+                f"step {self.step + 1}: the processes' weights differ (sums of a parameter by {last['spread']:.2g}): they must "
+                "compute alike; use GPUs of one kind, and the same threads"
+            )
         self.optimizer.zero_grad(set_to_none=True)  # or gradients would live through the next rollouts
         self.step += 1
         self.updating = False
-        metrics = {**self._summary(rows), **self._counter.metrics("update")}
+        metrics = {**self._summary(rows), **self.team.sum_numbers(self._counter.metrics("update"), self.device)}
         passes, rest = divmod(len(found), len(planned) // ppo.epochs)
         parts = planned[len(found) - rest : len(found)]
         needed = passes * rollouts.num_tokens + sum(packing.select(rollouts, part)[0].num_tokens for part in parts)
@@ -215,7 +234,9 @@ class PPO:
     def _microbatches(self, batch: RolloutBatch, sequences: list[int]) -> list[list[int]]:
         """The sequences in groups that fit a pass, of nearly equal cost."""
         budget = self.config.ppo.microbatch_tokens
-        return packing.microbatches(batch, sequences, budget, pair_cost=self._counter.pair_cost)
+        return packing.microbatches(
+            batch, sequences, budget, pair_cost=self._counter.pair_cost, multiple_of=self.team.size
+        )
 
     def _accumulate_gradient(
         self, batch: TrainBatch, sequences: list[int], train_policy: bool
@@ -224,9 +245,9 @@ class PPO:
         self.optimizer.zero_grad(set_to_none=True)
         cu_actions = batch.rollouts.cu_actions.tolist()
         count = sum(cu_actions[b + 1] - cu_actions[b] for b in sequences)
-        sums = {"actions": torch.tensor(float(count), dtype=torch.float64)}
+        sums: dict[str, Tensor] = {}
         groups = self._microbatches(batch.rollouts, sequences)
-        for group in groups:
+        for group in self.team.share(groups):
             part = packing.select_train(batch, group)
             self._counter.updated(part.rollouts, train_policy)
             loss, metrics = self._loss(part, count, train_policy)
@@ -239,14 +260,16 @@ class PPO:
                 )
             for name, value in {**metrics, "loss": loss.detach() * count}.items():
                 sums[name] = sums[name] + value if name in sums else value
-        return sums, len(groups)
+        self.team.sum_gradients(parameter for group in self._groups for parameter in group)
+        actions = torch.tensor(float(count), dtype=torch.float64)
+        return {"actions": actions, **self.team.sum_scalars(sums)}, len(groups)
 
     def _loss(self, part: TrainBatch, count: int, train_policy: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """(a microbatch's loss / count, its summed metrics)."""
 
         def loss(outputs: Outputs, rows: TrainRows) -> LossOutput:
             out = self.loss(outputs, rows, self.loss_config, self.kl.coefficient, train_policy)
-            return _checked(out, f"ppo.loss = {self.config.ppo.loss!r}")
+            return checked(out, f"ppo.loss = {self.config.ppo.loss!r}")
 
         options = {"temperature": self.config.rollout.temperature, "train_policy": train_policy}
         if is_row_local(self.loss):
@@ -337,35 +360,6 @@ class PPO:
         self.scheduler.load_state_dict(state["scheduler"])
 
 
-def _checked(out: Any, name: str) -> LossOutput:
-    """What a loss function returned.
-
-    Raises:
-        UserError: it is no LossOutput of a sum and of sums.
-    """
-    if not isinstance(out, LossOutput):
-        raise UserError(f"{name} returned a {type(out).__name__}: it must return a LossOutput")
-    if not isinstance(out.loss, Tensor) or out.loss.dim():
-        shape = (
-            f"of shape {list(out.loss.shape)}"
-            if isinstance(out.loss, Tensor)
-            else f"that is a {type(out.loss).__name__}"
-        )
-        raise UserError(f"{name} returned a loss {shape}: return the sum over its actions, a tensor without axes")
-    if not isinstance(out.metrics, Mapping):
-        raise UserError(
-            f"{name} returned metrics that are a {type(out.metrics).__name__}: return a dict, {{}} for none"
-        )
-    for metric, value in out.metrics.items():
-        if metric in RESERVED or not isinstance(value, Tensor) or value.dim():
-            given = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"= {value!r}"
-            raise UserError(
-                f"{name} has a metric {metric!r} {given}: give a tensor without axes, the sum over its actions, under a name "
-                f"other than {', '.join(RESERVED)}"
-            )
-    return out
-
-
 def _critic_metrics(values: Tensor, returns: Tensor) -> dict[str, Tensor]:
     """How well the critic knew its targets before the update."""
     residual = (returns - values).var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
@@ -378,14 +372,8 @@ def _critic_metrics(values: Tensor, returns: Tensor) -> dict[str, Tensor]:
 
 def fetch(rows: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
     """Scalars of the device as numbers: the one place where the loop waits for it, once for all of them."""
-    values = iter(_on_one_device([value for row in rows for value in row.values()]).tolist())
+    values = iter(on_one_device([value for row in rows for value in row.values()]).tolist())
     return [{name: next(values) for name in row} for row in rows]
-
-
-def _on_one_device(scalars: list[Tensor]) -> Tensor:
-    """[len(scalars)] in fp64."""
-    device = next((x.device for x in scalars if x.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([x.detach().double().to(device, non_blocking=True) for x in scalars])
 
 
 def _approx_kl(sums: dict[str, Tensor]) -> float:

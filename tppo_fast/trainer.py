@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tppo_fast import checkpoint, flops, losses, model, optimizers, packing, parity, preflight, profiling, seeding
+from tppo_fast import building, checkpoint, flops, packing, parity, preflight, profiling, seeding
 from tppo_fast.ahead import RolloutSource
 from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.atomic import atomic_folder, write_atomic
 from tppo_fast.clock import Clock
-from tppo_fast.compiling import compile_layers
 from tppo_fast.config import Config
 from tppo_fast.data.prompts import PromptBuilder
 from tppo_fast.data.sessions import Session
@@ -24,16 +23,16 @@ from tppo_fast.data_types import Prompt, Rollout
 from tppo_fast.errors import EngineError, TrainingDiverged, UserError
 from tppo_fast.evaluate import held_out
 from tppo_fast.interrupt import Interrupted, InterruptGuard
+from tppo_fast.leader import Leader
 from tppo_fast.metrics import MetricsLogger, read_metrics
-from tppo_fast.plugins import guarded, load_object
 from tppo_fast.ppo import PPO, Metrics
 from tppo_fast.progress import Progress, say
 from tppo_fast.rewards import TokenRewards, build_reward
 from tppo_fast.rewards.display import examples_table
-from tppo_fast.rewards.model_source import warn_of_known_users
+from tppo_fast.rewards.model_source import ModelReward, warn_of_known_users
 from tppo_fast.rewards.token_model import RECORD
 from tppo_fast.rewards.watch import RunWatch, canonical_share, repetition_and_copies, rollout_metrics
-from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
+from tppo_fast.rollout import RolloutEngine, SamplingParams
 from tppo_fast.rollout.base import check_lengths
 from tppo_fast.run_dir import list_checkpoints, open_run_dir, step_of
 from tppo_fast.runs import (
@@ -46,6 +45,8 @@ from tppo_fast.runs import (
     warn_of_other_prompts,
 )
 from tppo_fast.sections import Settings, given
+from tppo_fast.shares import SharedEngine, SharedScores
+from tppo_fast.team import Team
 
 OnStep = Callable[[int, Metrics], bool | None]
 """(step, what was logged of it) -> whether to stop."""
@@ -99,6 +100,7 @@ def train(
 
     Raises:
         UserError: bad settings, data or model, before any expensive work; or a reward, loss or engine that failed later.
+        ProcessFailed: one of ``config.processes`` failed.
         EngineError: the engine was lost or samples from another policy. After this and whatever else failed later (what
             ``on_step`` raised, too), a checkpoint of the last finished step was saved, unless the next update had begun.
         TrainingDiverged: a loss or gradient is not finite; a report is in ``run_dir`` and earlier checkpoints stay.
@@ -124,8 +126,15 @@ def train(
 
 
 def _train(config: Config, start_from: Path | None, on_step: OnStep | None, profile: int) -> TrainResult:
-    run = setup(config, start_from)
-    with contextlib.closing(run.engine), contextlib.closing(run.source):
+    if config.processes > 1 and not config.threads and resolve_device(config.device).type == "cpu":
+        config = config.model_copy(update={"threads": max(1, torch.get_num_threads() // config.processes)})
+    with contextlib.ExitStack() as open_parts:
+        team = None
+        if config.processes > 1:
+            team = open_parts.enter_context(Leader(config, start_from, resolve_device(config.device)))
+        run = setup(config, start_from, team)
+        open_parts.enter_context(contextlib.closing(run.engine))
+        open_parts.enter_context(contextlib.closing(run.source))
         if config.reward.source == "model":
             write_atomic(config.run_dir / "reward_model.json", (Path(config.reward.model) / RECORD).read_bytes())
         evaluation = _logged(run, on_step, profile)
@@ -185,7 +194,7 @@ def _loop(
     config, ppo, steps, stop = run.config, run.ppo, run.config.train.steps, False
     evaluation: Metrics = {}
     watch = RunWatch(read_metrics(config.run_dir))
-    peak_rate = flops.peak_rate(ppo.device, getattr(torch, config.model.dtype))
+    peak_rate = flops.peak_rate(ppo.device, getattr(torch, config.model.dtype)) * config.processes
     if evaluate_first:
         evaluation = evaluate(run)
         logger.log(0, evaluation)
@@ -233,7 +242,7 @@ def _step(run: Run, guard: InterruptGuard, peak_rate: float, progress: Progress)
         with clock("sync"):
             run.engine.sleep()
     if config.ppo.offload:
-        with clock("offload"):
+        with clock("offload"), ppo.team.doing("unpark"):
             ppo.unpark()
     guard.check()
     with clock("score"):
@@ -241,10 +250,11 @@ def _step(run: Run, guard: InterruptGuard, peak_rate: float, progress: Progress)
         batch = packing.pack(rollouts, rewards, share_prompts=config.model.share_prompts)
     guard.check()
     with clock("prepare"):
-        train_batch, prepared = ppo.prepare(batch)
+        with ppo.team.doing("prepare", batch):
+            train_batch, prepared = ppo.prepare(batch)
         parity.check(prepared, config)
     guard.check()
-    with clock("update"):
+    with clock("update"), ppo.team.doing("update"):
         learned = ppo.update(train_batch, lambda part: progress.phase("update", part))
 
     metrics = {**rollout_metrics(rollouts, rewards, classes), **prepared, **learned}
@@ -259,31 +269,30 @@ def _step(run: Run, guard: InterruptGuard, peak_rate: float, progress: Progress)
 # -------------------------------------------------------------------- parts
 
 
-def setup(config: Config, start_from: Path | None = None) -> Run:
-    """Build every part of a run, as the checkpoint ``start_from`` left it; bad input fails here, before any expensive work."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    seeding.seed_everything(config.seed)
-    device = resolve_device(config.device)
+def setup(config: Config, start_from: Path | None = None, team: Team | None = None) -> Run:
+    """Build every part of a run, as the checkpoint ``start_from`` left it; bad input fails here, before any expensive work.
+
+    ``team``: the processes that share it, none without.
+    """
+    device = building.settle(config)
     if config.ppo.offload and device.type != "cuda":
         raise UserError(f"ppo.offload = true moves memory off a GPU, and device is {device.type!r}: set it to false")
     train_sessions, eval_sessions = load_sessions(config)
     warn_of_known_users(config.reward, [session.user_id for session in eval_sessions])
     warn_of_other_prompts(config.model.path, config.data)
-    actor_critic, tokenizer = model.build(config.model, device, critic=ALGORITHMS[config.algorithm].needs_critic)
+    actor_critic, tokenizer = building.models(config, device)
     builder = PromptBuilder(tokenizer, config.data)
     reward = _reward(config, tokenizer, builder, train_sessions, device)
     prompts = builder.prompts(train_sessions)
     eval_prompts = builder.prompts(eval_sessions[: config.train.eval_prompts])
     longest = max(len(p.token_ids) for p in [*prompts, *eval_prompts]) + config.rollout.max_new_tokens
     check_lengths(longest, actor_critic.actor.lm.config, ("ppo.microbatch_tokens", config.ppo.microbatch_tokens))
-    ppo = learner(config, actor_critic)
-    pending = None if start_from is None else checkpoint.load(start_from, ppo)
-    state = seeding.global_state()
-    if config.ppo.offload:
-        ppo.park()  # an engine is never built beside what it will not live with
-    engine = build_engine(config, tokenizer, device)
-    seeding.set_global_state(state)
+    ppo, engine, pending = building.learner_and_engine(config, actor_critic, tokenizer, start_from, team)
+    if isinstance(team, Leader):
+        team.meet()
+        engine = SharedEngine(engine, team)
+        if isinstance(reward.source, ModelReward):
+            reward = replace(reward, source=SharedScores(reward.source, team))
     source = RolloutSource(
         engine,
         actor_critic.actor.named_weights,
@@ -322,23 +331,6 @@ def _reward(
     )
 
 
-def learner(config: Config, actor_critic: model.ActorCritic, loss: losses.LossFunction | None = None) -> PPO:
-    """What learns, and the reference that it stays near; both as the settings store, compile and score them.
-
-    ``loss`` takes the place of ``ppo.loss``.
-    """
-    if config.ppo.weights == "bfloat16":
-        optimizers.store_in_half(m for m in (actor_critic.actor, actor_critic.critic.body) if m is not None)
-    reference = None if config.ppo.kl_placement == "off" else actor_critic.actor.frozen_copy()
-    if config.model.compile:
-        compile_layers([actor_critic.actor, actor_critic.critic.body, reference])
-    if loss is None:
-        loss = losses.BUILT_IN.get(config.ppo.loss) or guarded(
-            load_object(config.ppo.loss, "ppo.loss"), f"ppo.loss = {config.ppo.loss!r}"
-        )
-    return PPO(config, actor_critic, reference, loss, total_steps=config.train.steps)
-
-
 # -------------------------------------------------------------------- pieces of a step
 
 
@@ -361,12 +353,9 @@ def sampling(config: Config, step: int) -> SamplingParams:
 
 
 def _make_room(run: Run) -> None:
-    """Leave the device's memory to the engine, as far as ``ppo.offload`` and ``vllm.sleep`` say."""
-    vllm = run.config.vllm
-    if run.config.ppo.offload:
-        run.ppo.park()
-    if run.ppo.device.type == "cuda" and vllm.sleep != "off" and vllm.process != "colocated":
-        torch.cuda.empty_cache()  # another process sees what torch keeps for itself as taken
+    """Leave the device's memory to the engine, in every process."""
+    with run.ppo.team.doing("make_room"):
+        building.make_room(run.ppo)
 
 
 def evaluate(run: Run) -> Metrics:

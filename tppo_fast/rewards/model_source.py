@@ -6,7 +6,7 @@ those that the run it continues would have.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -33,12 +33,16 @@ class ModelReward:
         self.scored = 0  # responses that the model had to read
 
     def __call__(self, rollouts: Sequence[Rollout], /) -> list[ClassProbabilities]:
-        contents = [(tuple(r.prompt.history), r.text) for r in rollouts]
-        scores = self._scores(dict.fromkeys(contents))
+        return self.score([(tuple(r.prompt.history), r.text) for r in rollouts])
+
+    def score(self, contents: Sequence[Content]) -> list[ClassProbabilities]:
+        """Of each content; those that come twice are read once."""
+        scores = self._scores(list(dict.fromkeys(contents)))
         return [scores[content] for content in contents]
 
-    def _scores(self, contents: Iterable[Content]) -> dict[Content, ClassProbabilities]:
-        new = list(contents)
+    def _scores(self, new: Sequence[Content]) -> dict[Content, ClassProbabilities]:
+        if not new:
+            return {}
         inputs = self._model.reader([history for history, _ in new], [text for _, text in new])
         probabilities = self._model.probabilities(inputs, self._budget)
         self.scored += len(new)

@@ -110,6 +110,12 @@ def answered(
     )
 
 
+def to_row(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as JSON values, but for its prompt: ``Rollout(prompt=..., **row)`` is it again."""
+    names = ("token_ids", "logprobs", "text", "finish_reason", "policy_version")
+    return {name: getattr(rollout, name) for name in names}
+
+
 def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """How engines turn tokens into text: as they are, without special tokens."""
     return functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import secrets
-import select
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from tppo_fast import child
+from tppo_fast.child import receive, send
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.interrupt import InterruptGuard
 from tppo_fast.rollout.base import SamplingParams
 from tppo_fast.rollout.bucket_file import bucket_file
 from tppo_fast.rollout.publish import LiveEngine, LiveSettings, Policy, PublishedEngine
-from tppo_fast.rollout.worker import receive, send
 
 T = TypeVar("T")
 UPDATING = {"start_update", "update", "finish_update"}
@@ -42,23 +34,18 @@ class RemoteLive:
         self._timeout = timeout
         self._in_place = settings.sleeps
         self._count = 0
-        self._connection: Connection | None = None
         environment = dict(os.environ)
         if settings.device == "cuda":
             torch.cuda.empty_cache()  # another process sees what torch keeps for itself as taken
         if settings.threads:
             environment["OMP_NUM_THREADS"] = str(settings.threads)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tppo_fast.rollout.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
+        self._process, (self._connection,) = child.start(
+            "tppo_fast.rollout.worker",
+            {"settings": settings.as_dict()},
+            name="the rollout worker",
+            environment=environment,
+            timeout=timeout,
         )
-        try:
-            self._connect(settings)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def pid(self) -> int:
@@ -67,40 +54,6 @@ class RemoteLive:
     @property
     def alive(self) -> bool:
         return self._connection is not None
-
-    def _connect(self, settings: LiveSettings) -> None:
-        key = secrets.token_bytes(32)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        told = json.dumps({"key": key.hex(), "settings": settings.as_dict()})
-        with contextlib.suppress(BrokenPipeError):  # it died at once; the empty answer says so
-            self._process.stdin.write(told.encode() + b"\n")
-            self._process.stdin.close()
-        if not select.select([self._process.stdout], [], [], self._timeout)[0]:
-            raise EngineLost(f"the rollout worker did not start within {self._timeout:g} s")
-        line = self._process.stdout.readline()
-        answer = json.loads(line) if line.strip() else {}
-        if "user_error" in answer:
-            raise UserError(answer["user_error"])
-        if "port" not in answer:
-            raise EngineLost(f"the rollout worker ended with exit code {self._process.wait()} while it started")
-        try:
-            with self._or_killed():
-                self._connection = Client(("127.0.0.1", answer["port"]), authkey=key)  # type: ignore[assignment]
-        except (EOFError, OSError, AuthenticationError) as error:
-            raise EngineLost(
-                f"the rollout worker did not answer when it had started ({type(error).__name__})"
-            ) from None
-
-    @contextlib.contextmanager
-    def _or_killed(self) -> Iterator[None]:
-        """Kill a worker that does not take in what is sent to it within the timeout; a blocked write then fails."""
-        timer = threading.Timer(self._timeout, self._process.kill)
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
     # ---------------------------------------------------------------- requests
 
@@ -112,7 +65,7 @@ class RemoteLive:
         if connection is None:
             raise EngineLost(f"{request}: the rollout worker is closed")
         try:
-            with self._or_killed():
+            with child.killed_after(self._process, self._timeout):
                 send(connection, {"id": self._count, "operation": operation, "arguments": arguments})
             self._sent(operation)
             if not connection.poll(self._timeout):
@@ -164,13 +117,8 @@ class RemoteLive:
 
     def close(self) -> None:
         """End the process, whatever state it is in."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        self._process.kill()
-        self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        child.end(self._process, [] if self._connection is None else [self._connection])
+        self._connection = None
 
 
 class RecoveringEngine(PublishedEngine):

@@ -1,0 +1,119 @@
+"""The processes that share a run (``processes`` in the config): one per GPU of this machine, or several on its CPU.
+
+Each holds the whole model and the same numbers, samples the responses to its share of the prompts, and reads and backpropagates
+its share of the microbatches. Sums over the processes give all of them the one batch's gradient, and all take the same step.
+
+The first process, the leader, is the run: data, rewards, log, checkpoints, signals. The others do what it tells them, see
+``leader`` and ``follower``. The sums go by NCCL between GPUs and by gloo on a CPU, in a group of their own: nothing of
+``torch.distributed``'s global state is touched, which vLLM uses in the same process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tppo_fast.data_types import RolloutBatch
+
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits in a sum for the others."""
+
+
+class Team:
+    """A run's processes, as one of them sees them. ``Team()``: it is alone, and sums are what they were."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self._group: Any = None
+
+    def join(self, device: torch.device, meeting: Path) -> None:
+        """Form the group; returns when every process has come. ``meeting`` is a file that all can reach."""
+        import torch.distributed as dist  # not part of every build of torch
+
+        options: Any
+        if device.type == "cuda":
+            kind, options = dist.ProcessGroupNCCL, dist.ProcessGroupNCCL.Options()
+        else:
+            kind, options = dist.ProcessGroupGloo, dist.ProcessGroupGloo._Options()
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = PATIENCE
+        self._group = kind(dist.FileStore(str(meeting), self.size), self.rank, self.size, options)
+
+    def leave(self) -> None:
+        """End the group, whatever the others are at."""
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
+    def share(self, groups: Sequence[T]) -> Sequence[T]:
+        """This process's part of what all have a list of."""
+        return groups[self.rank :: self.size]
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Make each tensor the sum over the processes, the same bits in all of them; the host does not wait for a GPU."""
+        if self._group is not None:
+            self._reduce(tensors)
+
+    def _reduce(self, tensors: Iterable[Tensor], *options: Any) -> None:
+        for work in [self._group.allreduce([tensor], *options) for tensor in tensors]:
+            work.wait()
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """``sum_`` of what learns; a parameter that this process did not reach counts as 0."""
+        if self._group is None:
+            return
+        learning = list(parameters)
+        for parameter in learning:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.sum_(p.grad for p in learning if p.grad is not None)
+
+    def sum_scalars(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over the processes, all of which have the same names, in fp64."""
+        if self._group is None:
+            return scalars
+        names = sorted(scalars)
+        stacked = on_one_device([scalars[name] for name in names])
+        self.sum_([stacked])
+        return dict(zip(names, stacked.unbind(), strict=True))
+
+    def sum_numbers(self, numbers: dict[str, float], device: torch.device) -> dict[str, float]:
+        """``sum_scalars`` of what the host knows; it waits for the device."""
+        if self._group is None:
+            return numbers
+        sums = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+        self.sum_([sums])
+        return dict(zip(numbers, sums.tolist(), strict=True))
+
+    @torch.no_grad()
+    def spread(self, parameters: Iterable[Tensor]) -> Tensor:
+        """How far the processes' weights are apart, as the largest difference of a parameter's sum; 0 where they are equal."""
+        if self._group is None:
+            return torch.zeros(())
+        from torch.distributed import AllreduceOptions, ReduceOp
+
+        sums = torch.stack([p.sum(dtype=torch.float64) for p in parameters])
+        both = torch.stack([sums, -sums])
+        options = AllreduceOptions()
+        options.reduceOp = ReduceOp.MAX
+        self._reduce([both], options)
+        return both.sum(0).abs().max()
+
+    @contextlib.contextmanager
+    def doing(self, operation: str, batch: RolloutBatch | None = None) -> Iterator[None]:
+        """The block does ``operation``, which is a sum's other side in every process: the leader tells the others of it."""
+        del operation, batch
+        yield
+
+
+def on_one_device(scalars: Sequence[Tensor]) -> Tensor:
+    """[len(scalars)] in fp64, where the first is that is on a GPU."""
+    device = next((x.device for x in scalars if x.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([x.detach().double().to(device, non_blocking=True) for x in scalars])
