@@ -67,7 +67,7 @@ class Follower:
         if config.reward.source == "model":
             self._scorer = model_source.build(config.reward, device, config.data.separator)
         start_from = self._told["start_from"]
-        self.ppo, self.engine, _ = building.learner_and_engine(
+        self.ppo, self.engine, _pending = building.learner_and_engine(
             config,
             *building.models(config, device),
             None if start_from is None else Path(start_from),

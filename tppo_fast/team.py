@@ -35,9 +35,7 @@ class Team:
 
     def join(self, device: torch.device, meeting: Path) -> None:
         """Form the group; returns when every process has come. ``meeting`` is a file that all can reach."""
-        import torch.distributed as dist  # not part of every build of torch
-
-        options: Any
+        dist: Any = torch.distributed  # as vLLM makes groups; the stubs do not know all of it
         if device.type == "cuda":
             kind, options = dist.ProcessGroupNCCL, dist.ProcessGroupNCCL.Options()
         else:
@@ -97,12 +95,10 @@ class Team:
         """How far the processes' weights are apart, as the largest difference of a parameter's sum; 0 where they are equal."""
         if self._group is None:
             return torch.zeros(())
-        from torch.distributed import AllreduceOptions, ReduceOp
-
         sums = torch.stack([p.sum(dtype=torch.float64) for p in parameters])
         both = torch.stack([sums, -sums])
-        options = AllreduceOptions()
-        options.reduceOp = ReduceOp.MAX
+        options: Any = torch.distributed.AllreduceOptions()
+        options.reduceOp = torch.distributed.ReduceOp.MAX
         self._reduce([both], options)
         return both.sum(0).abs().max()
 
