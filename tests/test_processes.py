@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,7 +175,9 @@ def test_it_resumes_bit_for_bit_with_rollouts_one_step_ahead(tiny_model: Path, t
 
     trainer.train(settings.build(values(tiny_model, tmp_path / "r", rollout=ahead, train=first)), on_step=stop_at_two)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "r")] == ["step_000002"]
+    shutil.copytree(tmp_path / "r", tmp_path / "alone")
     assert trajectory(train(tiny_model, tmp_path / "r", resume=True, rollout=ahead)) == trajectory(whole)
+    assert len(train(tiny_model, tmp_path / "alone", resume=True, rollout=ahead, processes=1)) == 4
 
 
 def test_a_process_that_dies_ends_the_run_with_a_checkpoint(

@@ -116,16 +116,15 @@ class Leader(Team):
             ProcessFailed: one of the others failed or is gone.
         """
         tensors = None if batch is None else {f.name: getattr(batch, f.name) for f in fields(batch)}
-        self._tell(LEARN, operation, tensors)
-        try:
-            yield
-        except (EngineError, TrainingDiverged):
-            raise
-        except RuntimeError as error:  # a sum's, when another process is gone
-            if reasons := self._reasons(operation):
-                raise ProcessFailed("; ".join(reasons)) from error
-            raise
-        self._answers(LEARN, operation)
+        with self.all(LEARN, operation, tensors):
+            try:
+                yield
+            except (EngineError, TrainingDiverged):
+                raise
+            except RuntimeError as error:  # a sum's, when another process is gone
+                if reasons := self._reasons(operation):
+                    raise ProcessFailed("; ".join(reasons)) from error
+                raise
 
     def _reasons(self, operation: str) -> list[str]:
         """Of the processes that failed, why."""
@@ -140,9 +139,11 @@ class Leader(Team):
 
     # ---------------------------------------------------------------- what is said
 
-    def _tell(self, connection: int, operation: str, tensors: dict[str, Tensor] | None = None) -> None:
+    def _tell(
+        self, connection: int, operation: str, tensors: dict[str, Tensor] | None = None, **arguments: Any
+    ) -> None:
         for follower in self._followers:
-            self.ask(follower.rank, connection, operation, tensors)
+            self.ask(follower.rank, connection, operation, tensors, **arguments)
 
     def ask(
         self, rank: int, connection: int, operation: str, tensors: dict[str, Tensor] | None = None, **arguments: Any
@@ -180,10 +181,11 @@ class Leader(Team):
         )
 
     @contextlib.contextmanager
-    def all(self, connection: int, operation: str, **arguments: Any) -> Iterator[None]:
+    def all(
+        self, connection: int, operation: str, tensors: dict[str, Tensor] | None = None, **arguments: Any
+    ) -> Iterator[None]:
         """The others do ``operation`` beside the block."""
-        for follower in self._followers:
-            self.ask(follower.rank, connection, operation, **arguments)
+        self._tell(connection, operation, tensors, **arguments)
         yield
         self._answers(connection, operation)
 

@@ -197,7 +197,9 @@ class PPO:
         for _ in range(len(planned) - taken):
             self.scheduler.step()  # the steps that were not taken: the schedule ends with the run
         kl = (batch.old_logprobs - batch.ref_logprobs).mean()
-        *rows, last = fetch([*found, {"kl": kl, "spread": self.team.spread(self.model.parameters())}])
+        *rows, last = fetch(
+            [*found, {"kl": kl, "spread": self.team.spread(p for group in self._groups for p in group)}]
+        )
         for sequences, row in zip(planned, rows, strict=False):
             if row.get("bad"):
                 raise TrainingDiverged(self._divergence_report(batch, sequences, row, train_policy))

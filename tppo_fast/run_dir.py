@@ -27,10 +27,11 @@ INPUTS = ("model.path", "reward.model", "backbone.path", "data.train", "data.eva
 
 
 FREE = {
-    "run_dir", "threads", "train", "rollout.parity_gate", "rollout.parity_mean_limit", "rollout.parity_max_limit", "vllm.url",
-    "vllm.transfer", "vllm.trainer_address", "vllm.bucket_mib", "vllm.timeout", "vllm.retries",
+    "run_dir", "processes", "threads", "train", "rollout.parity_gate", "rollout.parity_mean_limit", "rollout.parity_max_limit",
+    "vllm.url", "vllm.transfer", "vllm.trainer_address", "vllm.bucket_mib", "vllm.timeout", "vllm.retries",
 }  # fmt: skip
-"""Settings and sections that may differ when a run is resumed; all others would change what the run computes."""
+"""Settings and sections that may differ when a run is resumed; all others would change what the run computes. (As many processes
+and threads make it go on bit for bit; with others, it samples and rounds otherwise.)"""
 COMPLETE = "state.json"
 """A folder without it is no checkpoint."""
 
