@@ -183,6 +183,7 @@ def test_public_names() -> None:
         "TrainResult",
         "UserError",
         "EngineError",
+        "ProcessFailed",
         "TrainingDiverged",
         "Interrupted",
         "generate",

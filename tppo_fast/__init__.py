@@ -5,12 +5,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Config", "EngineError", "Interrupted", "TrainResult", "TrainingDiverged", "UserError", "generate", "train"]
+__all__ = [
+    "Config",
+    "EngineError",
+    "Interrupted",
+    "ProcessFailed",
+    "TrainResult",
+    "TrainingDiverged",
+    "UserError",
+    "generate",
+    "train",
+]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tppo_fast.config import Config
-    from tppo_fast.errors import EngineError, TrainingDiverged, UserError
+    from tppo_fast.errors import EngineError, ProcessFailed, TrainingDiverged, UserError
     from tppo_fast.generation import generate
     from tppo_fast.interrupt import Interrupted
     from tppo_fast.trainer import TrainResult, train

@@ -61,6 +61,7 @@ class _Scale:
     sft_batch: int
     sft_lr: float
     lr: float
+    critic_lr: float
     prompts_per_step: int
     samples_per_prompt: int
     eval_prompts: int
@@ -70,12 +71,12 @@ class _Scale:
 
 
 SMALL = _Scale(
-    sft_steps=700, steps=60, sft_batch=32, sft_lr=3e-3, lr=1e-3,
+    sft_steps=700, steps=60, sft_batch=32, sft_lr=3e-3, lr=5e-4, critic_lr=3e-3,  # as in experiments/query_generation.toml
     prompts_per_step=32, samples_per_prompt=4, eval_prompts=200, final_prompts=10_000,
     shared_body=False, threads=1,  # small matrices: a second thread costs more than it brings
 )  # fmt: skip
 PRETRAINED = _Scale(
-    sft_steps=40, steps=10, sft_batch=8, sft_lr=2e-5, lr=1e-5,
+    sft_steps=40, steps=10, sft_batch=8, sft_lr=2e-5, lr=1e-5, critic_lr=3e-5,
     prompts_per_step=4, samples_per_prompt=2, eval_prompts=16, final_prompts=48,
     shared_body=True, threads=0,
 )  # fmt: skip
@@ -100,7 +101,7 @@ class DemoSettings:
     steps: int | None = None
     """PPO steps of each method; None: 60 for the small model, 10 for your own."""
     lr: float | None = None
-    """PPO learning rate, decaying linearly; None: 1e-3 for the small model, 1e-5 for a model of your own."""
+    """PPO learning rate, decaying linearly; None: 5e-4 for the small model, 1e-5 for a model of your own."""
     rollout: str = "hf"
     """Who samples: "hf" or "vllm"."""
     fresh: bool = False
@@ -263,7 +264,7 @@ def run_config(options: DemoSettings, start: Path, method: str) -> Config:
             "ppo": {
                 "lr": scale.lr,
                 "lr_schedule": "linear",
-                "critic_lr": 3 * scale.lr,
+                "critic_lr": scale.critic_lr,
                 "minibatches": 2,
                 "value_clip": None,
                 "value_warmup_steps": min(2, scale.steps - 1),
