@@ -207,6 +207,7 @@ LENGTHS = [
     pytest.param([1], id="one-action"),
     pytest.param([1] * (5 * TILE // 2), id="one-action-each"),
     pytest.param([0, 5, 0, 0, 40, 1, 0], id="with-empty"),
+    pytest.param([0] * 150 + [3, 4] + [0] * 120 + [2], id="more-sequences-than-probes"),
     pytest.param([11 * TILE // 2], id="longer-than-a-tile"),
     pytest.param([TILE // 2 + 6, 1, 5 * TILE // 2, TILE - 9, TILE + 7], id="mixed"),
 ]
