@@ -18,11 +18,15 @@ torch.set_num_threads(1)
 # The files that take longest go first, so that both workers end together.
 LONGEST = (
     "test_vllm_worker",
-    "test_triton_aot",
-    "test_triton_interpreter",
-    "test_vllm",
+    "test_planner",
     "test_benchmarks",
-    "test_label_resume",
+    "test_triton_interpreter",
+    "test_vllm_server",
+    "test_triton_aot",
+    "test_trainer",
+    "test_bench_step",
+    "test_vllm",
+    "test_job_process",
 )
 
 

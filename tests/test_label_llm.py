@@ -17,7 +17,7 @@ from tppo_fast import cli
 from tppo_fast.errors import LabellingFailed, UserError
 from tppo_fast.labelling import read_labels
 from tppo_fast.labelling.judges import Item, Rejected
-from tppo_fast.labelling.llm import KEY, LLMJudge, LLMSettings
+from tppo_fast.labelling.llm import KEY, LLMJudge, LLMSettings, RateLimiter
 from tppo_fast.labelling.prompting import load_template
 from tppo_fast.rewards.labels import Labels
 
@@ -121,12 +121,16 @@ NO_COMPLETION = {
 
 
 @pytest.mark.parametrize("reply", NO_COMPLETION.values(), ids=NO_COMPLETION.keys())
-def test_what_is_no_completion_is_the_endpoints_failure_and_not_the_responses(reply: Reply) -> None:
+def test_what_is_no_completion_is_the_endpoints_failure_and_not_the_responses(
+    reply: Reply, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(RateLimiter, "pause", lambda _, seconds: pauses.append(seconds))
     usage = b'{"choices": [{"message": {"content": "{}"}}], "usage": {"prompt_tokens": "many"}}'
     with serve(lambda request, n: [reply, Reply(body=usage), good(request)][n]) as endpoint:
         assert isinstance(judge(endpoint.url).judge([ITEM])[0], Labels)
     assert endpoint.requests[1]["messages"] == endpoint.requests[0]["messages"]
-    assert endpoint.times[1] - endpoint.times[0] > 0.4
+    assert pauses == [0.5]
     with serve(lambda *_: reply) as endpoint:
         one = judge(endpoint.url, attempts=2)
         with pytest.raises(LabellingFailed, match="failed") as e:

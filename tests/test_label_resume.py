@@ -20,7 +20,7 @@ from tppo_fast.labelling import read_labels
 from tppo_fast.labelling.journal import Journal, fill, read_journal
 
 pytest.importorskip("openai", reason="the official client is not installed (make test installs it)")
-KILLS = 6
+KILLS = 4
 RESPONSES = 3 * (KILLS + 2)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support import random_rollouts
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tppo_fast import checkpoint, cli, losses, model, optimizers, packing, planner
@@ -58,10 +58,10 @@ def build(folder: Path, **changes: Any) -> settings.Config:
 
 def peak(run: Any) -> int:
     """Most bytes that the CPU allocator held above what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
+    with profile(profile_memory=True) as trace:  # torch.profiler's makes Python objects of all events
         run()
     held = most = 0
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in trace.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import test_rollout
+from forked_worker import forked_workers
 from support import no_vllm, tokenizer
 from test_vllm import build, disturb, gap, load_actor, params
 
@@ -24,10 +25,16 @@ from tppo_fast.rollout.remote import RemoteLive
 pytestmark = pytest.mark.skipif(no_vllm() is not None, reason=str(no_vllm()))
 
 
-@pytest.fixture(scope="module")
-def engine(wide_model: Path) -> Iterator[Any]:
-    with contextlib.closing(build(wide_model, process="worker", bucket_mib=1)) as made:
+@pytest.fixture(scope="module", autouse=True)
+def started(wide_model: Path) -> Iterator[Any]:
+    """An engine whose worker was started as a user's is; all later workers are forked."""
+    with contextlib.closing(build(wide_model, process="worker", bucket_mib=1)) as made, forked_workers():
         yield made
+
+
+@pytest.fixture(scope="module")
+def engine(started: Any) -> Any:
+    return started
 
 
 @pytest.fixture
@@ -69,7 +76,7 @@ def test_it_samples_like_the_colocated_engine(engine: Any, actor: Any, prompts: 
 def test_killed_while_weights_arrive_the_answers_are_the_same(
     engine: Any, actor: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it loads and again while it is checked; the run of 20 steps kills it at other moments."""
+    """While it loads and again while it is checked; the run of 10 steps kills it at other moments."""
     disturb(actor, 9)
     engine.load_weights(actor.named_weights(), 1)
     expected = engine.generate(prompts, params())
@@ -172,7 +179,7 @@ def test_stop_frees_everything_and_the_next_publication_starts_again(
 LEARNED = ("ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm", "ppo/kl", "rollout/reward_mean", "rollout/length_mean")
 
 
-def run(folder: Path, run_dir: Path, *, steps: int = 20, staleness: int = 0, **vllm: Any) -> list[tuple[float, ...]]:
+def run(folder: Path, run_dir: Path, *, steps: int = 10, staleness: int = 0, **vllm: Any) -> list[tuple[float, ...]]:
     values = {
         "run_dir": str(run_dir),
         "threads": 1,
@@ -196,23 +203,17 @@ def run(folder: Path, run_dir: Path, *, steps: int = 20, staleness: int = 0, **v
 
 
 @pytest.fixture(scope="module")
-def undisturbed(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, ...]]:
-    return run(wide_model, tmp_path_factory.mktemp("runs") / "undisturbed")
+def colocated(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, ...]]:
+    return run(wide_model, tmp_path_factory.mktemp("runs") / "colocated", process="colocated")
 
 
-def test_20_steps_with_a_killed_engine_equal_an_undisturbed_run(
-    wide_model: Path, tmp_path: Path, undisturbed: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch
+def test_10_steps_with_a_killed_worker_equal_a_colocated_run(
+    wide_model: Path, tmp_path: Path, colocated: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = kill_at(monkeypatch, ("generate", 8), ("update", 15))
-    assert run(wide_model, tmp_path / "killed") == undisturbed
-    assert len(undisturbed) == 20
+    killed = kill_at(monkeypatch, ("generate", 5), ("update", 8))
+    assert run(wide_model, tmp_path / "killed") == colocated
+    assert len(colocated) == 10
     assert killed == ["generate", "update"]
-
-
-def test_a_colocated_run_equals_the_worker_run(
-    wide_model: Path, tmp_path: Path, undisturbed: list[tuple[float, ...]]
-) -> None:
-    assert run(wide_model, tmp_path / "colocated", process="colocated") == undisturbed
 
 
 class TestWorkerConformance(test_rollout.TestConformance):
@@ -234,6 +235,6 @@ def test_one_step_ahead_with_a_killed_worker_is_the_same_run(
 
 
 def test_a_run_that_sleeps_during_the_update_is_the_same_run(
-    wide_model: Path, tmp_path: Path, undisturbed: list[tuple[float, ...]]
+    wide_model: Path, tmp_path: Path, colocated: list[tuple[float, ...]]
 ) -> None:
-    assert run(wide_model, tmp_path / "asleep", steps=2, sleep="stop") == undisturbed[:2]
+    assert run(wide_model, tmp_path / "asleep", steps=2, sleep="stop") == colocated[:2]

@@ -25,9 +25,9 @@ if INTERPRETED:
     from tppo_kernels.triton_ops.live_rows import TILES, Tiles
 
     # The interpreter scans one entry at a time. Chains of tiles are short, and small shapes have several.
-    BLOCKS.update(gae=(32, 4), live_rows=(16, 4))
+    BLOCKS.update(gae=(16, 4), live_rows=(16, 4), row_forward=(1024, 4), row_backward=(1024, 4))
     importlib.import_module("tppo_kernels.triton_ops.gae").CARRIED_TILES = 4
-    TILES.update(dict.fromkeys(TILES, Tiles(32, 64, 64, 4, 2)))
+    TILES.update(dict.fromkeys(TILES, Tiles(32, 64, 32, 4, 2)))
 settings.register_profile("ops", deadline=None, derandomize=True, max_examples=6 if INTERPRETED else 100)
 settings.load_profile("ops")
 

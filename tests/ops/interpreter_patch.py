@@ -1,10 +1,13 @@
-"""Makes Triton's interpreter honest about bfloat16. For tests only; load it after TRITON_INTERPRET=1 is set.
+"""Makes Triton's interpreter honest about bfloat16, and quick. For tests only; load it after TRITON_INTERPRET=1 is set.
 
 The interpreter keeps bfloat16 as raw 16-bit integers: fp32 -> bf16 truncates, and arithmetic or ``tl.dot`` on two bf16
-operands works on the integers. Seen with triton 3.6.0 and 3.7.1.
+operands works on the integers. It also replaces the language's names again at each call of a device function, and lists
+all dtypes again for each that it looks up, which takes longer than the rest. Seen with triton 3.6.0 and 3.7.1.
 """
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -59,3 +62,17 @@ def patch() -> None:
     builder.binary_op = patched_binary
     builder.unary_op = lambda self, x, op: down(unary(self, up(x), op)) if is_bf16(x) else unary(self, x, op)
     builder.create_dot = lambda self, a, b, *rest: dot(self, up(a), up(b), *rest)
+    replace_names, np_dtype, replaced, dtypes = interpreter._patch_lang, interpreter._get_np_dtype, set(), {}
+
+    def replace_names_once(fn):
+        if id(fn.__globals__) not in replaced:
+            replaced.add(id(fn.__globals__))
+            replace_names(fn)
+        return SimpleNamespace(restore=lambda: None)  # they stay: nothing is compiled in this process
+
+    def known_np_dtype(x):
+        if x.name not in dtypes:
+            dtypes[x.name] = np_dtype(x)
+        return dtypes[x.name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = replace_names_once, known_np_dtype

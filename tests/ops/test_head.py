@@ -36,10 +36,10 @@ def test_token_loss_and_its_gradients(actions, chunk_size, options, backend):
 
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=["bf16-logits", "fp32-logits"])
 def test_token_loss_in_bf16(logits_dtype, backend):
-    x = inputs(40, torch.bfloat16)
-    options = {"chunk_size": 16, "logits_dtype": logits_dtype}
+    x = inputs(20, torch.bfloat16)
+    options = {"chunk_size": 8, "logits_dtype": logits_dtype}
     got, eager = run_loss(x, backend, **options), run_loss(x, "reference", **options)
-    truth = run_loss(wide(x), "reference", chunk_size=16)
+    truth = run_loss(wide(x), "reference", chunk_size=8)
     assert got[-4].dtype == got[-3].dtype == torch.bfloat16
     for mine, theirs, exact in zip(
         got, eager, truth, strict=True
@@ -70,7 +70,7 @@ def test_logprobs_and_their_gradients(actions, chunk_size, options, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_first_ratio_is_exactly_one(dtype, backend):
     """Old log-probabilities without gradient, new ones inside the loss: the same bits, so exp(new - old) is 1."""
-    x, seen = inputs(37, dtype, hidden_size=64), []
+    x, seen = inputs(19, dtype, hidden_size=64), []
 
     def loss_fn(logp, entropy):
         seen.append((logp.detach(), entropy.detach()))
@@ -154,11 +154,11 @@ def test_gemm_of_bf16_operands_on_a_gpu(has_mixed, beta, monkeypatch):
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=["bf16-logits", "fp32-logits"])
 def test_fp32_masters_of_a_bf16_head(logits_dtype, backend):
     """Values of the rounded weight; a gradient in the master's precision."""
-    x = inputs(40, torch.bfloat16) | {"weight": inputs(40, torch.float32)["weight"]}
-    options = {"chunk_size": 16, "logits_dtype": logits_dtype}
+    x = inputs(20, torch.bfloat16) | {"weight": inputs(20, torch.float32)["weight"]}
+    options = {"chunk_size": 8, "logits_dtype": logits_dtype}
     got, eager = (run_loss(x, name, **options) for name in (backend, "reference"))
     assert got[-3].dtype == eager[-3].dtype == torch.float32
-    truth = run_loss(wide(x | {"weight": x["weight"].bfloat16()}), "reference", chunk_size=16)
+    truth = run_loss(wide(x | {"weight": x["weight"].bfloat16()}), "reference", chunk_size=8)
     for mine, theirs, exact in zip(got, eager, truth, strict=True):
         size, allowed = exact.norm().clamp_min(1e-3), 2.0**-8 if logits_dtype is None else 1e-5
         allowed = 2.0**-8 if mine.dtype == torch.bfloat16 else allowed
@@ -322,11 +322,11 @@ def test_a_cpu_widens_the_weight_once(backend):
 
 
 def test_a_bias_of_its_own_precision_keeps_it(backend):
-    x = inputs(40, torch.bfloat16)
+    x = inputs(20, torch.bfloat16)
     bias = x["bias"].float().requires_grad_()
     found = []
     for name in (backend, "reference"):
-        logp, _ = tk.linear_logprobs(x["hidden"], x["weight"], x["targets"], bias=bias, chunk_size=16, backend=name)
+        logp, _ = tk.linear_logprobs(x["hidden"], x["weight"], x["targets"], bias=bias, chunk_size=8, backend=name)
         found.append(torch.autograd.grad(logp.sum(), bias)[0])
     rounded = found[0].bfloat16().float()
     assert found[0].dtype == torch.float32
@@ -351,15 +351,15 @@ def test_one_chunk_of_logits_at_a_time(backend):
                 self.entries = max(self.entries, out.numel())
             return out
 
-    x = inputs(64, torch.float32, vocab=500)
+    x = inputs(20, torch.float32, vocab=500)
     with Largest() as largest:
         run_loss(x, backend, chunk_size=8)
     assert largest.entries <= 8 * 512  # rows begin at multiples of 16 entries
 
 
 def test_same_bits_every_time(backend):
-    x = inputs(50, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(*(run_loss(x, backend, chunk_size=16) for _ in range(2)), strict=True))
+    x = inputs(20, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*(run_loss(x, backend, chunk_size=8) for _ in range(2)), strict=True))
 
 
 def test_opcheck(backend):

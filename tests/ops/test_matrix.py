@@ -27,8 +27,9 @@ SHAPES = [
     pytest.param(1, 1, id="one-entry"),
     pytest.param(3, 17, id="less-than-a-vector"),
     pytest.param(2, 2049, id="one-over-a-block"),
-    pytest.param(2, 32_003, id="prime-vocabulary"),
-    pytest.param(3, 50_257, id="gpt2-vocabulary"),
+    pytest.param(2, 4_003 if INTERPRETED else 32_003, id="prime-vocabulary"),  # of smaller blocks, see conftest.py
+    pytest.param(2, 2064, id="multiple-of-16"),
+    *([] if INTERPRETED else [pytest.param(3, 50_257, id="gpt2-vocabulary")]),
 ]
 OPTIONS = [
     pytest.param({}, id="plain"),
@@ -199,13 +200,14 @@ def test_second_backward_of_an_overwritten_gradient_is_loud(backend):
         logp.sum().backward()
 
 
-TILE = 32 if INTERPRETED else 128  # see conftest.py
+TILE = 16 if INTERPRETED else 128  # see conftest.py
 LENGTHS = [
     pytest.param([], id="nothing"),
     pytest.param([0, 0], id="empty-sequences"),
     pytest.param([1], id="one-action"),
     pytest.param([1] * (5 * TILE // 2), id="one-action-each"),
     pytest.param([0, 5, 0, 0, 40, 1, 0], id="with-empty"),
+    pytest.param([0] * 150 + [3, 4] + [0] * 120 + [2], id="more-sequences-than-probes"),
     pytest.param([11 * TILE // 2], id="longer-than-a-tile"),
     pytest.param([TILE // 2 + 6, 1, 5 * TILE // 2, TILE - 9, TILE + 7], id="mixed"),
 ]
@@ -320,8 +322,8 @@ def test_opcheck(backend):
 
 
 def test_same_inputs_same_bits(backend):
-    logits, targets = random_logits(9, 3001)
-    upstream = torch.ones(9), torch.ones(9)
+    logits, targets = random_logits(4, 3001)
+    upstream = torch.ones(4), torch.ones(4)
     rollouts = random_rollouts([9 * TILE // 4, 3, 3 * TILE // 4])
     for run in (
         lambda: logprobs(logits, targets, backend, upstream),
