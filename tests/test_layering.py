@@ -55,14 +55,14 @@ ALLOWED = {  # module of tppo_fast -> what of tppo_fast it may import; the arrow
     "loading": {"errors", "model_folder"},
     "model": {"attention", "config", "data_types", "errors", "loading", "lora", "packing"},
     "losses": {"config", "data_types", "errors", "model"},
-    "team": {"data_types"},
+    "team": {"data_types", "errors"},
     "child": {"errors", "interrupt"},
     "building": {
         "algorithms", "checkpoint", "compiling", "config", "losses", "model", "optimizers", "plugins", "ppo", "rollout", "runs",
         "seeding", "team",
     },
-    "leader": {"child", "config", "data_types", "errors", "team"},
-    "shares": {"data_types", "leader", "rewards", "rollout", "seeding"},
+    "leader": {"child", "config", "data_types", "errors", "ppo", "team"},
+    "shares": {"data_types", "errors", "leader", "rewards", "rollout", "seeding"},
     "follower": {"building", "child", "config", "data_types", "ppo", "rewards", "rollout", "runs", "team"},
     "follow": {"child", "cli", "follower"},
     "ppo": {

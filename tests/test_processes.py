@@ -82,11 +82,9 @@ class ByPrompt:
         self._engine = HFEngine(load_causal_lm(config.model.path, trust_remote_code=False), tokenizer)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        found = []
-        for prompt in prompts:
-            seed = derive(0, *prompt.token_ids)
-            found += self._engine.generate([prompt], replace(sampling, seed=seed))
-        return found
+        seeds = {p.history: derive(0, *p.history) for p in prompts}
+        found = [self._engine.generate([p], replace(sampling, seed=seeds[p.history])) for p in prompts]
+        return [rollout for rollouts in found for rollout in rollouts]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         self._engine.load_weights(weights, version)
@@ -99,6 +97,20 @@ def refusing_engine(config: settings.Config, tokenizer: Any, device: torch.devic
     if in_follower():
         raise UserError("this engine runs once")
     return ByPrompt(config, tokenizer, device)
+
+
+class FailsLater(ByPrompt):
+    """In the second step that it samples, of the process that the environment names."""
+
+    calls = 0
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        self.calls += 1
+        if self.calls == 3 and in_follower() == (
+            os.environ["FAILS"] != "leader"
+        ):  # the first call was of an evaluation
+            raise SystemExit if os.environ["FAILS"] == "exit" else ArithmeticError("no more luck")
+        return super().generate(prompts, sampling)
 
 
 def failing_loss(evaluation: Any, batch: Any, config: Any, kl_coef: float, train_policy: bool) -> LossOutput:
@@ -200,9 +212,33 @@ def test_a_process_that_fails_says_why(tiny_model: Path, tmp_path: Path) -> None
     assert not checkpoint.list_checkpoints(tmp_path / "r")
 
 
+@pytest.mark.parametrize(
+    ("who", "error", "said"),
+    [
+        (
+            "follower",
+            UserError,
+            r"FailsLater' failed with ArithmeticError \(no more luck.* \(in process 2 of 2\); step 1 is saved",
+        ),
+        ("leader", UserError, r"FailsLater' failed with ArithmeticError \(no more luck\) at [^(]*; step 1 is saved"),
+        ("exit", ProcessFailed, r"process 2 of 2 ended during \w+ \(exit code 1\)"),
+    ],
+)
+@pytest.mark.usefixtures("started")
+def test_an_engine_that_fails_while_the_policy_learns_costs_no_step(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str, error: type[Exception], said: str
+) -> None:
+    monkeypatch.setenv("FAILS", who)
+    engine = {"engine": "test_processes:FailsLater", "staleness": 1}
+    with pytest.raises(error, match=said):
+        train(tiny_model, tmp_path / "r", rollout=engine, train={"save_every": 0})
+    if who != "exit":  # it takes the process, in the middle of its update, with it
+        assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "r")] == ["step_000001"]
+
+
 @pytest.mark.usefixtures("started")
 def test_a_process_that_cannot_be_built_says_why(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="this engine runs once"):
+    with pytest.raises(UserError, match=r"this engine runs once \(in process 2 of 2\)"):
         train(tiny_model, tmp_path / "r", rollout={"engine": "test_processes:refusing_engine"})
 
 
@@ -254,6 +290,27 @@ def test_a_signal_leaves_no_process_behind(tiny_model: Path, tmp_path: Path, num
     assert process.returncode == code, said
     assert "Traceback" not in said
     assert len(checkpoint.list_checkpoints(tmp_path / "r")) == (number == signal.SIGINT)
+    gone(followers)
+
+
+def test_a_signal_while_a_run_is_set_up_leaves_no_process_behind(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    write_toml(path, values(tiny_model, tmp_path / "r"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tppo_fast", "train", str(path)], stderr=subprocess.PIPE, text=True
+    )
+    while not (followers := followers_of(process.pid)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)  # until the last process has closed it
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    gone(followers)
+
+
+def gone(followers: list[int]) -> None:
+    """Wait until they are."""
     for follower in followers:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:

@@ -15,7 +15,7 @@ from support import actor_critic, random_rollouts
 from tppo_fast import config as settings
 from tppo_fast import losses, packing
 from tppo_fast.data_types import RolloutBatch
-from tppo_fast.errors import ProcessFailed, TrainingDiverged
+from tppo_fast.errors import ProcessFailed, TrainingDiverged, UserError
 from tppo_fast.ppo import PPO
 from tppo_fast.team import Team
 
@@ -120,13 +120,54 @@ def test_a_parameter_that_one_process_did_not_reach_has_the_others_gradient(tmp_
     assert [g.tolist() for g in together(2, tmp_path, play)] == [[1.0, 2.0, 3.0]] * 2
 
 
+def test_gradients_of_weights_in_half_precision_are_summed_in_full(tmp_path: Path) -> None:
+    def play(ppo: PPO, _: RolloutBatch) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        weight.grad_dtype = torch.float32
+        if ppo.team.rank == 1:
+            weight.grad = torch.tensor([1.0 + 2**-20, 0.0])
+        ppo.team.sum_gradients([weight])
+        assert weight.grad is not None
+        return weight.grad
+
+    assert [g.tolist() for g in together(2, tmp_path, play)] == [[1.0 + 2**-20, 0.0]] * 2
+
+
+def test_metrics_of_other_names_are_refused_before_they_are_summed(tmp_path: Path) -> None:
+    def play(ppo: PPO, _: RolloutBatch) -> list[str]:
+        ours = {"loss": torch.ones(())}
+        assert ppo.team.sum_scalars(ours) == {"loss": torch.tensor(2.0, dtype=torch.float64)}
+        said = []
+        for more in ({"a": torch.ones(())}, {"b": torch.ones(())} if ppo.team.rank else {"c": torch.ones(())}):
+            ppo.team._names = [] if said else ppo.team._names
+            with pytest.raises(
+                UserError, match=r"ppo\.loss returned the metrics \w, loss, and others before or in another"
+            ) as e:
+                ppo.team.sum_scalars({**ours, **more})
+            said.append(str(e.value))
+        return said
+
+    together(2, tmp_path, play)
+
+
+def test_what_was_summed_when_a_process_failed_is_not_used() -> None:
+    ppo, batch = learner(Team())
+    train, _ = ppo.prepare(batch)
+    ppo.team.abort()
+    with pytest.raises(ProcessFailed):
+        ppo.update(train)
+    assert (ppo.step, ppo.updating) == (0, True)
+    with pytest.raises(ProcessFailed):
+        ppo.prepare(batch)
+
+
 def test_weights_that_differ_are_told(tmp_path: Path) -> None:
     def play(ppo: PPO, batch: RolloutBatch) -> str:
         if ppo.team.rank:
             with torch.no_grad():
                 next(iter(ppo.model.parameters()))[0, 0] += 1e-3
         train, _ = ppo.prepare(batch)
-        with pytest.raises(ProcessFailed, match=r"step 1: the processes' weights differ") as caught:
+        with pytest.raises(ProcessFailed, match=r"the processes' weights differ") as caught:
             ppo.update(train)
         return str(caught.value)
 

@@ -329,8 +329,9 @@ def test_data_order_is_a_shuffle_of_every_epoch(tiny_model: Path, tmp_path: Path
     order = [p for step in range(count) for p in trainer.batch_of_prompts(run.config, run.prompts, step)]
     assert len(order) == 4 * count
     for epoch in range(4):
-        assert sorted(map(id, order[epoch * count : (epoch + 1) * count])) == sorted(map(id, run.prompts))
+        assert sorted(map(repr, order[epoch * count : (epoch + 1) * count])) == sorted(map(repr, run.prompts))
     assert order[:count] != order[count : 2 * count]
+    assert len(set(map(id, order))) == len(order)  # a prompt that comes twice in a step shares nothing with itself
     assert not {p.user_id for p in run.prompts} & {p.user_id for p in run.eval_prompts}
 
 

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
@@ -43,64 +45,64 @@ def receive(connection: Connection) -> tuple[dict[str, Any], dict[str, Tensor]]:
 # -------------------------------------------------------------------- the parent's side
 
 
-def start(
-    module: str,
-    told: Mapping[str, Any],
-    *,
-    name: str,
-    environment: Mapping[str, str],
-    timeout: float,
-    connections: int = 1,
-) -> tuple[subprocess.Popen[bytes], list[Connection]]:
-    """A process that runs ``module``, and so many connections to it.
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process, from when it is spawned to when it is ended."""
 
-    Args:
-        module: ends up in ``Parent``.
-        told: what its ``Parent.told`` will be.
-        name: of the process, for what is said when it fails.
-        environment: of the process.
-        timeout: seconds until it must listen.
-        connections: how many to open.
+    process: subprocess.Popen[bytes]
+    name: str
+    """For what is said when it fails."""
+    key: bytes
+    connections: list[Connection] = field(default_factory=list)
 
-    Raises:
-        UserError: it refused to start.
-        EngineLost: it ended, or did not start in time.
+    def connect(self, timeout: float, connections: int = 1) -> None:
+        """Open so many connections, once it listens.
+
+        Args:
+            timeout: seconds until it must.
+            connections: how many.
+
+        Raises:
+            UserError: it refused to start.
+            EngineLost: it ended, or did not start in time.
+        """
+        port = self._port(timeout)
+        try:
+            for _ in range(connections):
+                with killed_after(self.process, timeout):
+                    self.connections.append(Client(("127.0.0.1", port), authkey=self.key))  # type: ignore[arg-type]
+        except (EOFError, OSError, AuthenticationError) as error:
+            raise EngineLost(f"{self.name} did not answer when it had started ({type(error).__name__})") from None
+
+    def _port(self, timeout: float) -> int:
+        """Where it listens."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            raise EngineLost(f"{self.name} did not start within {timeout:g} s")
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line.strip() else {}
+        if "user_error" in answer:
+            raise UserError(answer["user_error"])
+        if "port" not in answer:
+            raise EngineLost(f"{self.name} ended with exit code {self.process.wait()} while it started")
+        return answer["port"]
+
+
+def spawn(module: str, told: Mapping[str, Any], *, name: str, environment: Mapping[str, str]) -> Child:
+    """A process that runs ``module``, which makes a ``Parent`` whose ``told`` is this one.
+
+    It is not in this one's process group: what a terminal tells that is ours to handle.
     """
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(environment)
-    )
-    opened: list[Connection] = []
-    try:
-        key = secrets.token_bytes(32)
-        port = _port(process, {**told, "key": key.hex()}, name, timeout)
-        for _ in range(connections):
-            with killed_after(process, timeout):
-                opened.append(Client(("127.0.0.1", port), authkey=key))  # type: ignore[arg-type]
-    except (EOFError, OSError, AuthenticationError) as error:
-        end(process, opened)
-        raise EngineLost(f"{name} did not answer when it had started ({type(error).__name__})") from None
-    except BaseException:
-        end(process, opened)
-        raise
-    return process, opened
-
-
-def _port(process: subprocess.Popen[bytes], told: Mapping[str, Any], name: str, timeout: float) -> int:
-    """Where it listens."""
+        [sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(environment),
+        process_group=0,
+    )  # fmt: skip
+    key = secrets.token_bytes(32)
     assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # it died at once; the empty answer says so
-        process.stdin.write(json.dumps(told).encode() + b"\n")
+    with contextlib.suppress(BrokenPipeError):  # it died at once, which ``connect`` will find
+        process.stdin.write(json.dumps({**told, "key": key.hex()}).encode() + b"\n")
         process.stdin.close()
-    if not select.select([process.stdout], [], [], timeout)[0]:
-        raise EngineLost(f"{name} did not start within {timeout:g} s")
-    line = process.stdout.readline()
-    answer = json.loads(line) if line.strip() else {}
-    if "user_error" in answer:
-        raise UserError(answer["user_error"])
-    if "port" not in answer:
-        raise EngineLost(f"{name} ended with exit code {process.wait()} while it started")
-    return answer["port"]
+    return Child(process, name, key)
 
 
 @contextlib.contextmanager
@@ -128,7 +130,7 @@ def end(process: subprocess.Popen[bytes], connections: Sequence[Connection]) -> 
 
 
 class Parent:
-    """Whoever started this process. Ctrl-C, SIGTERM and SIGHUP are the parent's to handle, though all its processes are told."""
+    """Whoever started this process. Ctrl-C, SIGTERM and SIGHUP are the parent's to handle, whoever else is told."""
 
     def __init__(self) -> None:
         for number in (signal.SIGINT, *FROM_OUTSIDE):
@@ -161,14 +163,19 @@ def serve(connection: Connection, known: Operations, *, until_failed: bool = Fal
         except (EOFError, OSError):
             return
         reply: dict[str, Any] = {"id": header["id"]}
-        sent: dict[str, Tensor] | None = None
         try:
             arguments = {**header["arguments"], "tensors": received} if received else header["arguments"]
             reply["result"], sent = known[header["operation"]](arguments)
+            send(connection, reply, sent)
+        except OSError:
+            return
         except UserError as error:
-            reply["user_error"] = str(error)
+            send(connection, {"id": header["id"], "user_error": str(error)})
         except Exception as error:  # the parent says it, with the request's name
-            reply["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        send(connection, reply, sent)
-        if until_failed and "result" not in reply:
+            traceback.print_exc()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            send(connection, {"id": header["id"], "error": reason})
+        else:
+            continue
+        if until_failed:
             return

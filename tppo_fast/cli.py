@@ -294,7 +294,7 @@ def run(command: Callable[[], Any]) -> int:
     except UserError as error:
         return _say(f"error: {error}", 2)
     except (EngineError, JobsFailed, LabellingFailed, ProcessFailed, TrainingDiverged) as error:
-        return _say(f"error: {error}", 1)
+        return _say("; ".join([f"error: {error}", *_notes(error)]), 1)
     except KeyboardInterrupt as error:
         return _say(str(error) or INTERRUPTED, 130)
     except OSError as error:

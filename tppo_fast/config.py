@@ -290,7 +290,8 @@ class Config(RunConfig):
 
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that share every step, one for each GPU of this machine, or several on its CPU. Each holds the whole model; the
-    same numbers to rounding but for the responses, which each samples with a seed of its own. ``threads`` are those of each."""
+    same numbers to rounding but for the responses, which each samples with a seed of its own. ``threads`` are those of each (0:
+    an equal part). A loss or engine of yours is asked in every process, for its share; a reward in the first, for all."""
 
     algorithm: Literal["tppo", "control", "ppo", "grpo", "bot-grpo"] = "tppo"
     """"tppo": token rewards, token critic. "control": the same rewards summed onto the last token. "ppo": a sentence score
@@ -340,7 +341,7 @@ class Config(RunConfig):
                 f"{self.rollout.prompts_per_step // self.ppo.minibatches} prompts (rollout.prompts_per_step / ppo.minibatches); "
                 "give at most that"
             )
-        if self.processes > 1 and self.vllm.process == "server":
+        if self.processes > 1 and self.rollout.engine == "vllm" and self.vllm.process == "server":
             raise ValueError(
                 f'processes = {self.processes} with vllm.process = "server": each process samples with an engine of its own; use '
                 '"worker" or "colocated"'

@@ -13,7 +13,7 @@ def main() -> None:
     from tppo_fast.cli import quiet_libraries
 
     quiet_libraries()
-    sys.path += [path for path in parent.told["path"] if path not in sys.path]  # where the leader's plug-ins are
+    sys.path[:] = parent.told["path"]  # where the leader's plug-ins are
     with parent.connected(2) as (learn, sample):
         from tppo_fast.follower import Follower
 

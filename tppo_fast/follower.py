@@ -36,8 +36,10 @@ class Follower:
         """Until the leader is gone, or a request failed."""
 
         def sampling() -> None:
-            serve(sample, self._sampling(), until_failed=True)
-            os._exit(1)  # at once: the other thread may wait in a sum for a leader that is gone
+            try:
+                serve(sample, self._sampling())
+            finally:
+                os._exit(1)  # at once: the other thread may wait in a sum for a leader that is gone
 
         threading.Thread(target=sampling, daemon=True).start()
         serve(learn, self._learning(), until_failed=True)
@@ -45,7 +47,7 @@ class Follower:
     def _learning(self) -> Operations:
         return {
             "build": self._build,
-            "join": lambda _: done(self.ppo.team.join(self.ppo.device, Path(self._told["meeting"]))),
+            "join": self._join,
             "make_room": lambda _: done(building.make_room(self.ppo)),
             "unpark": lambda _: done(self.ppo.unpark()),
             "score": self._score,
@@ -57,6 +59,7 @@ class Follower:
         return {
             "load_weights": self._load_weights,
             "sleep": lambda _: done(self.engine.sleep()),
+            "close": lambda _: done(self.engine.close()),
             "generate": self._generate,
         }
 
@@ -75,6 +78,11 @@ class Follower:
         )
         return None, None
 
+    def _join(self, _: dict[str, Any]) -> Answer:
+        self.ppo.team.join(self.ppo.device, Path(self._told["meeting"]))
+        self.ppo.meet()
+        return None, None
+
     def _score(self, arguments: dict[str, Any]) -> Answer:
         scores = self._scorer.score([(tuple(history), text) for history, text in arguments["contents"]])
         return [score.spans for score in scores], {str(i): score.values.clone() for i, score in enumerate(scores)}
@@ -88,7 +96,10 @@ class Follower:
         return None, None
 
     def _generate(self, arguments: dict[str, Any]) -> Answer:
-        prompts = [Prompt(**prompt) for prompt in arguments["prompts"]]
+        prompts = [
+            Prompt(**{name: tuple(v) if isinstance(v, list) else v for name, v in p.items()})
+            for p in arguments["prompts"]
+        ]
         return [to_row(r) for r in self.engine.generate(prompts, SamplingParams(**arguments["sampling"]))], None
 
 

@@ -95,7 +95,8 @@ def _share(job: jobs.Job, place: int, at_once: int) -> Mapping[str, str]:
         share["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // at_once))
     if (count := torch.cuda.device_count()) > 1:
         names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-        share["CUDA_VISIBLE_DEVICES"] = names[place % count]
+        each = min(getattr(job.config, "processes", 1), count)
+        share["CUDA_VISIBLE_DEVICES"] = ",".join(names[(place * each + i) % count] for i in range(each))
     return share
 
 

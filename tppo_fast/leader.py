@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.connection
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from multiprocessing.connection import Connection
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tppo_fast import child
 from tppo_fast.config import Config
 from tppo_fast.data_types import RolloutBatch
 from tppo_fast.errors import EngineError, ProcessFailed, TrainingDiverged, UserError
+from tppo_fast.ppo import PPO
 from tppo_fast.team import Team
 
 START_TIMEOUT = 300.0
@@ -30,13 +32,6 @@ REASON_TIMEOUT = 5.0
 """Seconds until a process that failed has said why."""
 LEARN, SAMPLE = 0, 1
 """The connections to a process: with ``rollout.staleness`` it learns and samples at the same time."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Follower:
-    rank: int
-    process: subprocess.Popen[bytes]
-    connections: list[Connection]
 
 
 class Leader(Team):
@@ -54,144 +49,172 @@ class Leader(Team):
         """
         super().__init__(0, config.processes)
         _check(config, device)
-        self._device, self._start_from = device, start_from
+        self._device, self._config = device, config
         self._folder = Path(tempfile.mkdtemp(prefix="tppo-fast-"))
-        self._followers: list[_Follower] = []
-        self._config = config
+        self._told = {
+            "config": config.model_dump(mode="json", exclude_unset=True),  # a default is not a choice
+            "start_from": None if start_from is None else str(start_from.absolute()),
+            "meeting": str(self._folder / "meeting"),
+            "path": sys.path,
+        }
+        self._followers: list[child.Child] = []  # of rank 1, 2, ...
+        self._asked: Counter[tuple[int, int]] = Counter()  # requests, by rank and connection
+        self._hearing = ThreadPoolExecutor(1, thread_name_prefix="followers")
+        self._failures: list[UserError | ProcessFailed] = []
 
     def __enter__(self) -> Leader:
         try:
-            with ThreadPoolExecutor(self.size) as pool:
-                starting = [pool.submit(self._start, rank) for rank in range(1, self.size)]
-            self._followers.sort(key=lambda follower: follower.rank)
-            for started in starting:
-                started.result()
+            for rank in range(1, self.size):
+                environment = {**os.environ, **self._own_part(rank)}
+                named = f"process {rank + 1} of {self.size}"
+                told = {**self._told, "rank": rank}
+                self._followers.append(child.spawn("tppo_fast.follow", told, name=named, environment=environment))
+            for follower in self._followers:
+                follower.connect(START_TIMEOUT, connections=2)
             self._tell(LEARN, "build")
         except BaseException:
             self.__exit__()
             raise
         return self
 
+    def _own_part(self, rank: int) -> dict[str, str]:
+        """The variables that give a process its part of the machine."""
+        own = {}
+        if self._config.threads:
+            own["OMP_NUM_THREADS"] = str(self._config.threads)
+        if self._device.type == "cuda":
+            own["CUDA_VISIBLE_DEVICES"] = _others_gpu(rank)
+        return own
+
     def __exit__(self, *_: object) -> None:
-        self.leave()
+        try:
+            self.end()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def end(self) -> None:
+        """End the other processes, whatever they are at."""
+        for follower in self._followers:
+            follower.process.kill()
+        for follower in self._followers:
+            follower.process.wait()
+        self._hearing.shutdown()  # it has heard that they are gone
         for follower in self._followers:
             child.end(follower.process, follower.connections)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self.abort()
 
-    def _start(self, rank: int) -> None:
-        environment = dict(os.environ)
-        if self._config.threads:
-            environment["OMP_NUM_THREADS"] = str(self._config.threads)
-        if self._device.type == "cuda":
-            environment["CUDA_VISIBLE_DEVICES"] = _others_gpu(rank)
-        told = {
-            "config": self._config.model_dump(mode="json", exclude_unset=True),  # a default is not a choice
-            "start_from": None if self._start_from is None else str(self._start_from.absolute()),
-            "meeting": str(self._folder / "meeting"),
-            "rank": rank,
-            "path": sys.path,
-        }
-        process, connections = child.start(
-            "tppo_fast.follow", told, name=self._named(rank), environment=environment, timeout=START_TIMEOUT,
-            connections=2,
-        )  # fmt: skip
-        self._followers.append(_Follower(rank, process, connections))
+    def meet(self, ppo: PPO) -> None:
+        """Wait until the others have built their parts, and form the group with them.
 
-    def _named(self, rank: int) -> str:
-        return f"process {rank + 1} of {self.size}"
-
-    def meet(self) -> None:
-        """Wait until the others have built their parts, and form the group with them."""
-        self._answers(LEARN, "build")
+        Raises:
+            UserError, ProcessFailed: one could not, or has other weights.
+        """
+        for rank in range(1, self.size):
+            self.answer(rank, LEARN, "build")
         with self.doing("join"):
             self.join(self._device, self._folder / "meeting")
+            ppo.meet()
 
     # ---------------------------------------------------------------- learning
 
     @contextlib.contextmanager
     def doing(self, operation: str, batch: RolloutBatch | None = None) -> Iterator[None]:
-        """See ``Team.doing``.
+        """See ``Team.doing``. When it fails, here or elsewhere, the other processes are ended.
 
         Raises:
+            UserError: one of the others says so.
             ProcessFailed: one of the others failed or is gone.
         """
         tensors = None if batch is None else {f.name: getattr(batch, f.name) for f in fields(batch)}
-        with self.all(LEARN, operation, tensors):
-            try:
-                yield
-            except (EngineError, TrainingDiverged):
+        self._tell(LEARN, operation, tensors)
+        heard = self._hearing.submit(self._hear, operation)
+        try:
+            yield
+            heard.result()
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and not isinstance(error, (EngineError, TrainingDiverged)):
+                wait([heard], REASON_TIMEOUT)  # a sum fails when another process is gone
+            reasons = list(self._failures)
+            self.end()
+            if not reasons or isinstance(error, (EngineError, TrainingDiverged, KeyboardInterrupt)):
                 raise
-            except RuntimeError as error:  # a sum's, when another process is gone
-                if reasons := self._reasons(operation):
-                    raise ProcessFailed("; ".join(reasons)) from error
-                raise
+            raise _worst(reasons) from error
+        if self._failures:
+            self.end()
+            raise _worst(self._failures)
 
-    def _reasons(self, operation: str) -> list[str]:
-        """Of the processes that failed, why."""
-        found = []
-        for follower in self._followers:
-            if follower.connections[LEARN].poll(REASON_TIMEOUT):
+    def _hear(self, operation: str) -> None:
+        """Every follower's answer, as it comes; the first failure ends the sums that wait for it."""
+        waiting = {follower.connections[LEARN]: rank for rank, follower in enumerate(self._followers, 1)}
+        while waiting:
+            for ready in multiprocessing.connection.wait(list(waiting)):
+                rank = waiting.pop(ready)  # type: ignore[arg-type]
                 try:
-                    self.answer(follower.rank, LEARN, operation)
-                except (ProcessFailed, UserError) as error:
-                    found.append(str(error))
-        return found
+                    self.answer(rank, LEARN, operation)
+                except (UserError, ProcessFailed) as error:
+                    self._failures.append(error)
+                    self.abort()
 
     # ---------------------------------------------------------------- what is said
 
     def _tell(
         self, connection: int, operation: str, tensors: dict[str, Tensor] | None = None, **arguments: Any
     ) -> None:
-        for follower in self._followers:
-            self.ask(follower.rank, connection, operation, tensors, **arguments)
+        for rank in range(1, self.size):
+            self.ask(rank, connection, operation, tensors, **arguments)
 
     def ask(
         self, rank: int, connection: int, operation: str, tensors: dict[str, Tensor] | None = None, **arguments: Any
     ) -> None:
         """Ask one process; it answers when ``answer`` is called."""
-        header = {"id": 0, "operation": operation, "arguments": arguments}
+        self._asked[rank, connection] += 1
+        header = {"id": self._asked[rank, connection], "operation": operation, "arguments": arguments}
         try:
             child.send(self._followers[rank - 1].connections[connection], header, tensors)
         except OSError:
             raise self._gone(rank, operation) from None
 
     def answer(self, rank: int, connection: int, operation: str) -> tuple[Any, dict[str, Tensor]]:
-        """What one process answers to ``operation``: a JSON value, and tensors.
+        """What one process answers to the last question: a JSON value, and tensors.
 
         Raises:
             UserError: it says so.
             ProcessFailed: it failed or is gone.
         """
-        try:
-            reply, tensors = child.receive(self._followers[rank - 1].connections[connection])
-        except (EOFError, OSError):
-            raise self._gone(rank, operation) from None
+        follower = self._followers[rank - 1]
+        reply, tensors = {"id": 0}, {}
+        while reply["id"] < self._asked[rank, connection]:  # of an earlier one nobody has waited for the answer
+            try:
+                reply, tensors = child.receive(follower.connections[connection])
+            except (EOFError, OSError):
+                raise self._gone(rank, operation) from None
         if "user_error" in reply:
-            raise UserError(reply["user_error"])
+            raise UserError(f"{reply['user_error']} (in {follower.name})")
         if "error" in reply:
-            raise ProcessFailed(f"{operation} failed in {self._named(rank)}: {reply['error']}")
+            raise ProcessFailed(f"{operation} failed in {follower.name}: {reply['error']}")
         return reply["result"], tensors
 
     def _gone(self, rank: int, operation: str) -> ProcessFailed:
+        follower = self._followers[rank - 1]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._followers[rank - 1].process.wait(REASON_TIMEOUT)
-        code = self._followers[rank - 1].process.returncode
+            follower.process.wait(REASON_TIMEOUT)
         return ProcessFailed(
-            f"{self._named(rank)} ended during {operation} (exit code {code}): look at what it wrote to stderr"
+            f"{follower.name} ended during {operation} (exit code {follower.process.returncode}): look at what it wrote to stderr"
         )
 
     @contextlib.contextmanager
-    def all(
-        self, connection: int, operation: str, tensors: dict[str, Tensor] | None = None, **arguments: Any
-    ) -> Iterator[None]:
+    def all(self, connection: int, operation: str, **arguments: Any) -> Iterator[None]:
         """The others do ``operation`` beside the block."""
-        self._tell(connection, operation, tensors, **arguments)
+        self._tell(connection, operation, **arguments)
         yield
-        self._answers(connection, operation)
+        for rank in range(1, self.size):
+            self.answer(rank, connection, operation)
 
-    def _answers(self, connection: int, operation: str) -> None:
-        for follower in self._followers:
-            self.answer(follower.rank, connection, operation)
+
+def _worst(failures: Sequence[UserError | ProcessFailed]) -> UserError | ProcessFailed:
+    """What is said of several: a process whose sum failed because another was gone has nothing to add to a UserError."""
+    refused = [failure for failure in failures if isinstance(failure, UserError)]
+    return refused[0] if refused else ProcessFailed("; ".join(map(str, failures)))
 
 
 def _check(config: Config, device: torch.device) -> None:

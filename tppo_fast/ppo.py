@@ -15,7 +15,7 @@ from tppo_fast.advantages import penalised_rewards
 from tppo_fast.algorithms import ALGORITHMS
 from tppo_fast.config import Config, PPOConfig
 from tppo_fast.data_types import LossOutput, RolloutBatch, TrainBatch, TrainRows, to_device
-from tppo_fast.errors import ProcessFailed, TrainingDiverged, UserError
+from tppo_fast.errors import TrainingDiverged, UserError
 from tppo_fast.losses import LossFunction, checked, is_row_local
 from tppo_fast.metrics import GLOSSARY
 from tppo_fast.model import Actor, ActorCritic, Outputs, layout_of
@@ -124,7 +124,9 @@ class PPO:
             returns=returns,
             importance_weights=self._importance_weights(old, behaviour),
         )
-        return train, {**fetch([metrics])[0], **self.team.sum_numbers(self._counter.metrics("prepare"), self.device)}
+        (numbers,) = fetch([metrics])
+        self.team.check()
+        return train, {**numbers, **self.team.sum_numbers(self._counter.metrics("prepare"), self.device)}
 
     def _importance_weights(self, old: Tensor, behaviour: Tensor) -> Tensor:
         """min(pi_old / pi_behaviour, cap), truncated importance sampling, where there is a cap; else ones [A]."""
@@ -177,10 +179,6 @@ class PPO:
         found: list[dict[str, Tensor]] = []  # of each minibatch that was read
         microbatches = taken = 0  # taken: optimizer steps
         self.updating = True
-        if (
-            self.team.size > 1 and ppo.weights == "bfloat16" and not self.config.model.lora_rank
-        ):  # rounded at random, by all alike
-            torch.manual_seed(seeding.derive(self.config.seed, "update", self.step))
         self._bad.zero_()
         self._counter.reset()
         lr = 0.0
@@ -197,17 +195,12 @@ class PPO:
         for _ in range(len(planned) - taken):
             self.scheduler.step()  # the steps that were not taken: the schedule ends with the run
         kl = (batch.old_logprobs - batch.ref_logprobs).mean()
-        *rows, last = fetch(
-            [*found, {"kl": kl, "spread": self.team.spread(p for group in self._groups for p in group)}]
-        )
+        *rows, last = fetch([*found, {"kl": kl, "spread": self._spread()}])
+        self.team.check()
         for sequences, row in zip(planned, rows, strict=False):
             if row.get("bad"):
                 raise TrainingDiverged(self._divergence_report(batch, sequences, row, train_policy))
-        if last["spread"]:
-            raise ProcessFailed(
-                f"step {self.step + 1}: the processes' weights differ (sums of a parameter by {last['spread']:.2g}): they must "
-                "compute alike; use GPUs of one kind, and the same threads"
-            )
+        self.team.check_alike(last["spread"])
         self.optimizer.zero_grad(set_to_none=True)  # or gradients would live through the next rollouts
         self.step += 1
         self.updating = False
@@ -223,6 +216,14 @@ class PPO:
         if train_policy:
             self.kl.observe(last["kl"], rollouts.num_sequences)
         return metrics
+
+    def _spread(self) -> Tensor:
+        """How far the processes' weights are apart."""
+        return self.team.spread(p for group in self._groups for p in group)
+
+    def meet(self) -> None:
+        """Find out whether every process starts from the same weights: ProcessFailed if not."""
+        self.team.check_alike(float(self._spread()))
 
     def _minibatches(self, num_sequences: int, epoch: int) -> Iterator[list[int]]:
         """Shuffled prompts, in ``minibatches`` nearly equal parts; the responses of one prompt stay together."""
@@ -288,6 +289,10 @@ class PPO:
         if not train_policy:
             for parameter in self._groups[0]:
                 parameter.grad = None
+        if self.team.size > 1 and self.config.ppo.weights == "bfloat16" and not self.config.model.lora_rank:
+            torch.manual_seed(
+                seeding.derive(self.config.seed, "rounding", self.scheduler.last_epoch)
+            )  # all round alike
         if optimizers.skips_on_device(self.optimizer):
             self.optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()

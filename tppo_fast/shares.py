@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from tppo_fast import seeding
 from tppo_fast.data_types import Prompt, Rollout
+from tppo_fast.errors import ProcessFailed, UserError
 from tppo_fast.leader import LEARN, SAMPLE, Leader
 from tppo_fast.rewards import ClassProbabilities
 from tppo_fast.rollout import RolloutEngine, SamplingParams
@@ -49,6 +51,8 @@ class SharedEngine:
             self._own.sleep()
 
     def close(self) -> None:
+        with contextlib.suppress(ProcessFailed, UserError), self._leader.all(SAMPLE, "close"):
+            pass
         self._own.close()
 
 

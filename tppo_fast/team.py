@@ -11,6 +11,7 @@ The first process, the leader, is the run: data, rewards, log, checkpoints, sign
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tppo_fast.data_types import RolloutBatch
+from tppo_fast.errors import ProcessFailed, UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
@@ -32,6 +34,8 @@ class Team:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
         self._group: Any = None
+        self._names: list[str] = []  # of the scalars that are summed
+        self._failed = False
 
     def join(self, device: torch.device, meeting: Path) -> None:
         """Form the group; returns when every process has come. ``meeting`` is a file that all can reach."""
@@ -44,11 +48,20 @@ class Team:
         options._timeout = PATIENCE
         self._group = kind(dist.FileStore(str(meeting), self.size), self.rank, self.size, options)
 
-    def leave(self) -> None:
-        """End the group, whatever the others are at."""
+    def abort(self) -> None:
+        """End what the group is at, whatever the others are at; what was being summed is then not to be used."""
+        self._failed = True
         if self._group is not None:
-            self._group.abort()
-            self._group = None
+            self._group.abort()  # gloo has nothing to end: it notices itself when a process is gone
+
+    def check(self) -> None:
+        """Whether all sums so far are sums.
+
+        Raises:
+            ProcessFailed: one was aborted.
+        """
+        if self._failed:
+            raise ProcessFailed("another process of the run failed")
 
     def share(self, groups: Sequence[T]) -> Sequence[T]:
         """This process's part of what all have a list of."""
@@ -70,17 +83,34 @@ class Team:
         learning = list(parameters)
         for parameter in learning:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
         self.sum_(p.grad for p in learning if p.grad is not None)
 
     def sum_scalars(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sums over the processes, all of which have the same names, in fp64."""
+        """The sums over the processes, in fp64.
+
+        Raises:
+            UserError: the names are not the same in all of them, or every time.
+        """
         if self._group is None:
             return scalars
         names = sorted(scalars)
+        if names != self._names:
+            self._agree(names, next(iter(scalars.values())).device)
         stacked = on_one_device([scalars[name] for name in names])
         self.sum_([stacked])
         return dict(zip(names, stacked.unbind(), strict=True))
+
+    def _agree(self, names: list[str], device: torch.device) -> None:
+        """On the names, once for all."""
+        known = self._names or names
+        digest = float(int.from_bytes(hashlib.sha256("/".join(names).encode()).digest()[:6], "big"))
+        if names != known or self._apart(torch.tensor([digest], dtype=torch.float64, device=device)):
+            raise UserError(
+                f"ppo.loss returned the metrics {', '.join(names)}, and others before or in another process: with several "
+                "processes it must return the same names every time"
+            )
+        self._names = names
 
     def sum_numbers(self, numbers: dict[str, float], device: torch.device) -> dict[str, float]:
         """``sum_scalars`` of what the host knows; it waits for the device."""
@@ -95,8 +125,23 @@ class Team:
         """How far the processes' weights are apart, as the largest difference of a parameter's sum; 0 where they are equal."""
         if self._group is None:
             return torch.zeros(())
-        sums = torch.stack([p.sum(dtype=torch.float64) for p in parameters])
-        both = torch.stack([sums, -sums])
+        return self._apart(torch.stack([p.sum(dtype=torch.float64) for p in parameters]))
+
+    def check_alike(self, spread: float) -> None:
+        """Whether the weights are the same in all processes, by their ``spread``.
+
+        Raises:
+            ProcessFailed: they are not.
+        """
+        if spread:
+            raise ProcessFailed(
+                f"the processes' weights differ (by {spread:.2g} in the sum of a parameter): they must compute alike; use GPUs "
+                "of one kind, and the same threads"
+            )
+
+    def _apart(self, numbers: Tensor) -> Tensor:
+        """The largest difference between the processes' ``numbers``."""
+        both = torch.stack([numbers, -numbers])
         options: Any = torch.distributed.AllreduceOptions()
         options.reduceOp = torch.distributed.ReduceOp.MAX
         self._reduce([both], options)

@@ -126,7 +126,7 @@ def train(
 
 
 def _train(config: Config, start_from: Path | None, on_step: OnStep | None, profile: int) -> TrainResult:
-    if config.processes > 1 and not config.threads and resolve_device(config.device).type == "cpu":
+    if config.processes > 1 and not config.threads:
         config = config.model_copy(update={"threads": max(1, torch.get_num_threads() // config.processes)})
     with contextlib.ExitStack() as open_parts:
         team = None
@@ -135,6 +135,8 @@ def _train(config: Config, start_from: Path | None, on_step: OnStep | None, prof
         run = setup(config, start_from, team)
         open_parts.enter_context(contextlib.closing(run.engine))
         open_parts.enter_context(contextlib.closing(run.source))
+        if team is not None:  # or what ends the run would wait for what they sample
+            open_parts.push(lambda failed, *_: team.end() if failed else None)
         if config.reward.source == "model":
             write_atomic(config.run_dir / "reward_model.json", (Path(config.reward.model) / RECORD).read_bytes())
         evaluation = _logged(run, on_step, profile)
@@ -289,7 +291,11 @@ def setup(config: Config, start_from: Path | None = None, team: Team | None = No
     check_lengths(longest, actor_critic.actor.lm.config, ("ppo.microbatch_tokens", config.ppo.microbatch_tokens))
     ppo, engine, pending = building.learner_and_engine(config, actor_critic, tokenizer, start_from, team)
     if isinstance(team, Leader):
-        team.meet()
+        try:
+            team.meet(ppo)
+        except BaseException:
+            engine.close()
+            raise
         engine = SharedEngine(engine, team)
         if isinstance(reward.source, ModelReward):
             reward = replace(reward, source=SharedScores(reward.source, team))
@@ -337,7 +343,8 @@ def _reward(
 def batch_of_prompts(config: Config, prompts: Sequence[Prompt], step: int) -> list[Prompt]:
     """The step's prompts: shuffled passes over the data, a function of (seed, step) alone."""
     size = config.rollout.prompts_per_step
-    return [prompts[i] for i in seeding.batch(config.seed, "data", step, size=size, count=len(prompts))]
+    # Each a prompt of its own, though it may come twice: that is what responses and processes are told apart by.
+    return [replace(prompts[i]) for i in seeding.batch(config.seed, "data", step, size=size, count=len(prompts))]
 
 
 def sampling(config: Config, step: int) -> SamplingParams:

@@ -34,18 +34,21 @@ class RemoteLive:
         self._timeout = timeout
         self._in_place = settings.sleeps
         self._count = 0
+        self._connection: Connection | None
         environment = dict(os.environ)
         if settings.device == "cuda":
             torch.cuda.empty_cache()  # another process sees what torch keeps for itself as taken
         if settings.threads:
             environment["OMP_NUM_THREADS"] = str(settings.threads)
-        self._process, (self._connection,) = child.start(
-            "tppo_fast.rollout.worker",
-            {"settings": settings.as_dict()},
-            name="the rollout worker",
-            environment=environment,
-            timeout=timeout,
-        )
+        told = {"settings": settings.as_dict()}
+        made = child.spawn("tppo_fast.rollout.worker", told, name="the rollout worker", environment=environment)
+        self._process, self._connection = made.process, None
+        try:
+            made.connect(timeout)
+        except BaseException:
+            self.close()
+            raise
+        self._connection = made.connections[0]
 
     @property
     def pid(self) -> int:
