@@ -96,11 +96,13 @@ class Follower:
         return None, None
 
     def _generate(self, arguments: dict[str, Any]) -> Answer:
-        prompts = [
-            Prompt(**{name: tuple(v) if isinstance(v, list) else v for name, v in p.items()})
-            for p in arguments["prompts"]
-        ]
+        prompts = [Prompt(**_tuples(prompt)) for prompt in arguments["prompts"]]
         return [to_row(r) for r in self.engine.generate(prompts, SamplingParams(**arguments["sampling"]))], None
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The lists, which were tuples before they were JSON, as tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def done(_: object) -> Answer:

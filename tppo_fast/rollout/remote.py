@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import torch
