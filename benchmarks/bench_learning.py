@@ -50,7 +50,7 @@ def experiment(options: Options) -> Experiment:
             "rollout": {"prompts_per_step": 4 if quick else 32, "samples_per_prompt": 4, "max_new_tokens": 32},
             "reward": {"scale": "binary", "length_penalty": False},
             "ppo": {
-                "lr": 1e-3, "critic_lr": 3e-3, "lr_schedule": "linear", "minibatches": 2, "value_clip": None, "kl_coef": 0.02,
+                "lr": 5e-4, "critic_lr": 3e-3, "lr_schedule": "linear", "minibatches": 2, "value_clip": None, "kl_coef": 0.02,
                 "value_warmup_steps": 0 if quick else 2,
             },
             "train": {

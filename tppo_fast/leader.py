@@ -132,13 +132,14 @@ class Leader(Team):
             yield
             heard.result()
         except BaseException as error:
-            if isinstance(error, RuntimeError) and not isinstance(error, (EngineError, TrainingDiverged)):
-                wait([heard], REASON_TIMEOUT)  # a sum fails when another process is gone
-            reasons = list(self._failures)
+            of_a_sum = isinstance(error, RuntimeError) and not isinstance(error, (EngineError, TrainingDiverged))
+            if of_a_sum:
+                wait([heard], REASON_TIMEOUT)  # it fails when another process is gone
+            reasons = list(self._failures) if of_a_sum else []
             self.end()
-            if not reasons or isinstance(error, (EngineError, TrainingDiverged, KeyboardInterrupt)):
-                raise
-            raise _worst(reasons) from error
+            if reasons:
+                raise _worst(reasons) from error
+            raise
         if self._failures:
             self.end()
             raise _worst(self._failures)
