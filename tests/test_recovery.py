@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from support import prompt, tokenizer
 from test_publish import Live
 
 from tppo_fast import loading
-from tppo_fast.child import send
+from tppo_fast.child import receive, send, serve
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.rollout import bucket_file
@@ -169,3 +171,17 @@ def test_a_worker_in_which_an_update_failed_is_lost(operation: str, error: type[
         live._ask(operation)
     assert type(caught.value) is error
     live._process.wait()
+
+
+def test_an_operation_that_fails_is_answered_and_the_next_one_too() -> None:
+    ours, theirs = Pipe()
+    known: Any = {"read": lambda a: (Path(a["file"]).read_text(), None)}
+    answering = threading.Thread(target=serve, args=(theirs, known))
+    answering.start()
+    for name, expected in (("/no/where", {"error": "FileNotFoundError"}), (__file__, {"result": '"""'})):
+        send(ours, {"id": 1, "operation": "read", "arguments": {"file": name}})
+        reply, _ = receive(ours)
+        assert {key: reply[key][: len(value)] for key, value in expected.items()} == expected
+    ours.close()
+    answering.join(5)
+    assert not answering.is_alive()

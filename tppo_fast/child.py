@@ -163,19 +163,18 @@ def serve(connection: Connection, known: Operations, *, until_failed: bool = Fal
         except (EOFError, OSError):
             return
         reply: dict[str, Any] = {"id": header["id"]}
+        sent: dict[str, Tensor] | None = None
         try:
             arguments = {**header["arguments"], "tensors": received} if received else header["arguments"]
             reply["result"], sent = known[header["operation"]](arguments)
+        except UserError as error:
+            reply["user_error"] = str(error)
+        except Exception as error:  # the parent says it, with the request's name
+            traceback.print_exc()
+            reply["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        try:
             send(connection, reply, sent)
         except OSError:
             return
-        except UserError as error:
-            send(connection, {"id": header["id"], "user_error": str(error)})
-        except Exception as error:  # the parent says it, with the request's name
-            traceback.print_exc()
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            send(connection, {"id": header["id"], "error": reason})
-        else:
-            continue
-        if until_failed:
+        if until_failed and "result" not in reply:
             return

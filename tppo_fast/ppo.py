@@ -290,9 +290,8 @@ class PPO:
             for parameter in self._groups[0]:
                 parameter.grad = None
         if self.team.size > 1 and self.config.ppo.weights == "bfloat16" and not self.config.model.lora_rank:
-            torch.manual_seed(
-                seeding.derive(self.config.seed, "rounding", self.scheduler.last_epoch)
-            )  # all round alike
+            # Weights that are rounded at random are rounded alike everywhere.
+            torch.manual_seed(seeding.derive(self.config.seed, "rounding", self.scheduler.last_epoch))
         if optimizers.skips_on_device(self.optimizer):
             self.optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
