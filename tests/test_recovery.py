@@ -19,7 +19,7 @@ from support import prompt, tokenizer
 from test_publish import Live
 
 from tppo_fast import loading
-from tppo_fast.child import receive, send, serve
+from tppo_fast.child import Child, receive, send, serve
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.interrupt import Interrupted, InterruptGuard
 from tppo_fast.rollout import bucket_file
@@ -165,12 +165,13 @@ def test_a_worker_in_which_an_update_failed_is_lost(operation: str, error: type[
     ours, theirs = Pipe()
     send(theirs, {"id": 1, "error": "OutOfMemoryError: none left"})  # type: ignore[arg-type]
     live = object.__new__(RemoteLive)
-    live._connection, live._timeout, live._count = ours, 5.0, 0  # type: ignore[assignment]
-    live._process = subprocess.Popen([sys.executable, "-c", ""])
+    live._timeout, live._count = 5.0, 0
+    connection: Any = ours
+    live._child = Child(subprocess.Popen([sys.executable, "-c", ""]), "the rollout worker", b"", [connection])
     with pytest.raises(error, match=r"failed in the rollout worker: OutOfMemoryError: none left") as caught:
         live._ask(operation)
     assert type(caught.value) is error
-    live._process.wait()
+    live.close()
 
 
 def test_an_operation_that_fails_is_answered_and_the_next_one_too() -> None:

@@ -17,6 +17,7 @@ from support import EOS, no_vllm, prompt, tokenizer
 
 from tppo_fast import config as settings
 from tppo_fast import loading, model, packing, runs
+from tppo_fast.child import Child
 from tppo_fast.data_types import Prompt
 from tppo_fast.errors import EngineError, EngineLost, UserError
 from tppo_fast.rollout import RolloutEngine, SamplingParams, build_engine
@@ -317,8 +318,9 @@ def test_a_worker_that_takes_nothing_in_is_lost_in_time() -> None:
     process = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     live = object.__new__(RemoteLive)
-    live._connection = Client(("127.0.0.1", int(process.stdout.readline())), authkey=b"x")  # type: ignore[assignment]
-    live._process, live._timeout, live._count = process, 1.0, 0  # type: ignore[assignment]
+    connection: Any = Client(("127.0.0.1", int(process.stdout.readline())), authkey=b"x")
+    live._child = Child(process, "the rollout worker", b"x", [connection])  # type: ignore[arg-type]
+    live._timeout, live._count = 1.0, 0
     with pytest.raises(EngineLost, match=r"took in nothing for 1 s"):
         live.generate([[7] * (4 << 20)], params(), [])
     live.close()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
@@ -28,6 +28,11 @@ Answer = tuple[Any, dict[str, Tensor] | None]
 """(JSON value, tensors or None)."""
 Operations = Mapping[str, Callable[[dict[str, Any]], Answer]]
 """name -> what a request does with its arguments; with tensors of the request, they are ``arguments["tensors"]``."""
+
+
+def done(_: None) -> Answer:
+    """The answer of an operation that returns nothing."""
+    return None, None
 
 
 def send(connection: Connection, header: dict[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -69,7 +74,7 @@ class Child:
         port = self._port(timeout)
         try:
             for _ in range(connections):
-                with killed_after(self.process, timeout):
+                with self.killed_after(timeout):
                     self.connections.append(Client(("127.0.0.1", port), authkey=self.key))  # type: ignore[arg-type]
         except (EOFError, OSError, AuthenticationError) as error:
             raise EngineLost(f"{self.name} did not answer when it had started ({type(error).__name__})") from None
@@ -87,6 +92,25 @@ class Child:
             raise EngineLost(f"{self.name} ended with exit code {self.process.wait()} while it started")
         return answer["port"]
 
+    @contextlib.contextmanager
+    def killed_after(self, timeout: float) -> Iterator[None]:
+        """Kill a process that does not take in what is sent to it within the timeout; a blocked write then fails."""
+        timer = threading.Timer(timeout, self.process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def end(self) -> None:
+        """End the process, whatever state it is in."""
+        for connection in self.connections:
+            connection.close()
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
 
 def spawn(module: str, told: Mapping[str, Any], *, name: str, environment: Mapping[str, str]) -> Child:
     """A process that runs ``module``, which makes a ``Parent`` whose ``told`` is this one.
@@ -103,27 +127,6 @@ def spawn(module: str, told: Mapping[str, Any], *, name: str, environment: Mappi
         process.stdin.write(json.dumps({**told, "key": key.hex()}).encode() + b"\n")
         process.stdin.close()
     return Child(process, name, key)
-
-
-@contextlib.contextmanager
-def killed_after(process: subprocess.Popen[bytes], timeout: float) -> Iterator[None]:
-    """Kill a process that does not take in what is sent to it within the timeout; a blocked write then fails."""
-    timer = threading.Timer(timeout, process.kill)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def end(process: subprocess.Popen[bytes], connections: Sequence[Connection]) -> None:
-    """End a process, whatever state it is in."""
-    for connection in connections:
-        connection.close()
-    process.kill()
-    process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
 
 
 # -------------------------------------------------------------------- the child's side

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tppo_fast import building
-from tppo_fast.child import Answer, Operations, serve
+from tppo_fast.child import Answer, Operations, done, serve
 from tppo_fast.config import build
 from tppo_fast.data_types import Prompt, RolloutBatch, TrainBatch
 from tppo_fast.ppo import PPO
@@ -103,7 +103,3 @@ class Follower:
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     """The lists, which were tuples before they were JSON, as tuples again."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def done(_: object) -> Answer:
-    return None, None

@@ -100,7 +100,7 @@ class Leader(Team):
             follower.process.wait()
         self._hearing.shutdown()  # it has heard that they are gone
         for follower in self._followers:
-            child.end(follower.process, follower.connections)
+            follower.end()
         self.abort()
 
     def meet(self, ppo: PPO) -> None:

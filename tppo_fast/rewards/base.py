@@ -12,7 +12,7 @@ import torch
 
 from tppo_fast.config import RewardConfig
 from tppo_fast.data_types import Rollout
-from tppo_fast.errors import UserError
+from tppo_fast.errors import ProcessFailed, UserError
 from tppo_fast.plugins import load_object, raised
 from tppo_fast.rewards.alignment import project, rollout_spans
 from tppo_fast.rewards.copies import Copies, find_copies
@@ -189,7 +189,7 @@ class TokenRewards:
     def _ask(self, rollouts: Sequence[Rollout]) -> Any:
         try:
             return self.source(tuple(rollouts))
-        except UserError:
+        except (ProcessFailed, UserError):
             raise
         except Exception as error:
             raise UserError(f"reward {self.config.source!r} failed with {raised(error)}") from error

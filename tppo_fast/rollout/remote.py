@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import torch
@@ -35,29 +34,26 @@ class RemoteLive:
         self._timeout = timeout
         self._in_place = settings.sleeps
         self._count = 0
-        self._connection: Connection | None
         environment = dict(os.environ)
         if settings.device == "cuda":
             torch.cuda.empty_cache()  # another process sees what torch keeps for itself as taken
         if settings.threads:
             environment["OMP_NUM_THREADS"] = str(settings.threads)
         told = {"settings": settings.as_dict()}
-        made = child.spawn("tppo_fast.rollout.worker", told, name="the rollout worker", environment=environment)
-        self._process, self._connection = made.process, None
+        self._child = child.spawn("tppo_fast.rollout.worker", told, name="the rollout worker", environment=environment)
         try:
-            made.connect(timeout)
+            self._child.connect(timeout)
         except BaseException:
             self.close()
             raise
-        self._connection = made.connections[0]
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.process.pid
 
     @property
     def alive(self) -> bool:
-        return self._connection is not None
+        return any(not connection.closed for connection in self._child.connections)
 
     # ---------------------------------------------------------------- requests
 
@@ -65,11 +61,11 @@ class RemoteLive:
         """Raises EngineLost where the worker died or took too long, EngineError where it failed."""
         self._count += 1
         request = f"{operation} (request {self._count})"
-        connection = self._connection
-        if connection is None:
+        if not self.alive:
             raise EngineLost(f"{request}: the rollout worker is closed")
+        (connection,) = self._child.connections
         try:
-            with child.killed_after(self._process, self._timeout):
+            with self._child.killed_after(self._timeout):
                 send(connection, {"id": self._count, "operation": operation, "arguments": arguments})
             self._sent(operation)
             if not connection.poll(self._timeout):
@@ -121,8 +117,7 @@ class RemoteLive:
 
     def close(self) -> None:
         """End the process, whatever state it is in."""
-        child.end(self._process, [] if self._connection is None else [self._connection])
-        self._connection = None
+        self._child.end()
 
 
 class RecoveringEngine(PublishedEngine):

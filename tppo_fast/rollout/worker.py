@@ -11,7 +11,7 @@ import os
 import torch
 from safetensors.torch import load_file
 
-from tppo_fast.child import Answer, Operations, Parent, serve
+from tppo_fast.child import Operations, Parent, done, serve
 from tppo_fast.errors import UserError
 from tppo_fast.rollout.base import SamplingParams
 from tppo_fast.rollout.publish import LiveEngine, LiveSettings
@@ -19,10 +19,6 @@ from tppo_fast.rollout.publish import LiveEngine, LiveSettings
 
 def operations(live: LiveEngine) -> Operations:
     """What a request does."""
-
-    def done(_: None) -> Answer:
-        return None, None
-
     return {
         "start_update": lambda _: done(live.start_update()),
         "update": lambda a: done(live.update(list(load_file(a["file"]).items()))),
