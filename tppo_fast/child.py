@@ -30,7 +30,7 @@ Operations = Mapping[str, Callable[[dict[str, Any]], Answer]]
 """name -> what a request does with its arguments; with tensors of the request, they are ``arguments["tensors"]``."""
 
 
-def done(_: None) -> Answer:
+def done(_: object) -> Answer:
     """The answer of an operation that returns nothing."""
     return None, None
 
